@@ -1,0 +1,111 @@
+#include "attention.h"
+
+#include <pybind11/stl.h>
+
+#include <optional>
+
+#include "bindings.h"
+#include "check.h"
+#include "kernels.h"
+#include "tensor_caster.h"
+
+namespace py = pybind11;
+
+namespace pytransformer {
+namespace {
+
+void check_heads(const TensorView& view, const TensorView& like, int64_t b, int64_t h, int64_t length, int64_t width,
+                 const char* name) {
+  PYTRANSFORMER_CHECK(view.ndim == 4 && view.dtype == like.dtype && view.shape[0] == b && view.shape[1] == h &&
+                          view.shape[2] == length && view.shape[3] == width &&
+                          (view.stride[3] == 1 || view.shape[3] <= 1),
+                      "attention: ", name, " must be [", b, ",", h, ",", length, ",", width, "] of dtype ",
+                      name_of(like.dtype), " with unit stride in the last dimension");
+}
+
+void check_problem(const AttentionProblem& a) {
+  const TensorView &q = a.query, &k = a.key, &v = a.value;
+  PYTRANSFORMER_CHECK(q.ndim == 4 && k.ndim == 4 && v.ndim == 4, "attention: query, key, value must be 4-dimensional");
+  check_heads(q, q, q.shape[0], q.shape[1], q.shape[2], q.shape[3], "query");
+  check_heads(k, q, q.shape[0], k.shape[1], k.shape[2], q.shape[3], "key");
+  check_heads(v, q, q.shape[0], k.shape[1], k.shape[2], v.shape[3], "value");
+  PYTRANSFORMER_CHECK(k.shape[1] > 0 ? q.shape[1] % k.shape[1] == 0 : q.shape[1] == 0,
+                      "attention: query heads must be a multiple of key heads");
+  for (const TensorView* t : {&a.mask, &a.bias}) {
+    PYTRANSFORMER_CHECK(!*t || (t->ndim == 4 && t->shape[0] == q.shape[0] && t->shape[1] == q.shape[1] &&
+                                t->shape[2] == q.shape[2] && t->shape[3] == k.shape[2]),
+                        "attention: mask and bias must be expanded to [B,H,T,S]");
+  }
+  PYTRANSFORMER_CHECK(!a.mask || a.mask.dtype == DType::boolean, "attention: mask must be bool");
+  PYTRANSFORMER_CHECK(!a.key_lengths || (a.key_lengths.dtype == DType::int64 && a.key_lengths.ndim == 1 &&
+                                         a.key_lengths.shape[0] == q.shape[0] && a.key_lengths.contiguous()),
+                      "attention: key_lengths must be contiguous int64 [B]");
+}
+
+void check_lse(const TensorView& lse, const TensorView& query) {
+  PYTRANSFORMER_CHECK(lse.dtype == DType::float32 && lse.contiguous() &&
+                          lse.numel() == query.shape[0] * query.shape[1] * query.shape[2],
+                      "attention: lse must be contiguous float32 [B,H,T]");
+}
+
+AttentionProblem problem(const TensorView& query, const TensorView& key, const TensorView& value,
+                         const TensorView& mask, const TensorView& bias, const TensorView& key_lengths,
+                         std::optional<int64_t> band_lower, std::optional<int64_t> band_upper, float scale) {
+  AttentionProblem a{query,
+                     key,
+                     value,
+                     mask,
+                     bias,
+                     key_lengths,
+                     band_lower.value_or(unbounded_lower),
+                     band_upper.value_or(unbounded_upper),
+                     scale};
+  check_problem(a);
+  return a;
+}
+
+void forward(const TensorView& query, const TensorView& key, const TensorView& value, const TensorView& mask,
+             const TensorView& bias, const TensorView& key_lengths, std::optional<int64_t> band_lower,
+             std::optional<int64_t> band_upper, float scale, const TensorView& out, const TensorView& lse) {
+  const AttentionForward a{problem(query, key, value, mask, bias, key_lengths, band_lower, band_upper, scale), out,
+                           lse};
+  check_heads(out, query, query.shape[0], query.shape[1], query.shape[2], value.shape[3], "out");
+  check_lse(lse, query);
+  py::gil_scoped_release released;
+  kernels().attention_fwd(a);
+}
+
+void backward(const TensorView& query, const TensorView& key, const TensorView& value, const TensorView& mask,
+              const TensorView& bias, const TensorView& key_lengths, std::optional<int64_t> band_lower,
+              std::optional<int64_t> band_upper, float scale, const TensorView& out, const TensorView& lse,
+              const TensorView& grad_out, const TensorView& grad_query, const TensorView& grad_key,
+              const TensorView& grad_value, const TensorView& grad_bias) {
+  const AttentionBackward a{problem(query, key, value, mask, bias, key_lengths, band_lower, band_upper, scale),
+                            out,
+                            lse,
+                            grad_out,
+                            grad_query,
+                            grad_key,
+                            grad_value,
+                            grad_bias};
+  const int64_t B = query.shape[0], H = query.shape[1], T = query.shape[2], G = key.shape[1], S = key.shape[2];
+  check_heads(out, query, B, H, T, value.shape[3], "out");
+  check_heads(grad_out, query, B, H, T, value.shape[3], "grad_out");
+  check_heads(grad_query, query, B, H, T, query.shape[3], "grad_query");
+  check_heads(grad_key, query, B, G, S, query.shape[3], "grad_key");
+  check_heads(grad_value, query, B, G, S, value.shape[3], "grad_value");
+  check_lse(lse, query);
+  PYTRANSFORMER_CHECK(!grad_bias || (bias && grad_bias.dtype == DType::float32 && grad_bias.ndim == 4),
+                      "attention: grad_bias must be float32 and expanded to [B,H,T,S]");
+  py::gil_scoped_release released;
+  kernels().attention_bwd(a);
+}
+
+}  // namespace
+
+void bind_attention(py::module_& module) {
+  module.def("attention_fwd", &forward);
+  module.def("attention_bwd", &backward);
+}
+
+}  // namespace pytransformer

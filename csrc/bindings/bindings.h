@@ -1,0 +1,12 @@
+// What each op adds to the CPU module. One short file per op defines its function.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace pytransformer {
+
+void bind_attention(pybind11::module_& module);
+void bind_ffn(pybind11::module_& module);
+void bind_layer_norm(pybind11::module_& module);
+
+}  // namespace pytransformer

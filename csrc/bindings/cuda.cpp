@@ -1,0 +1,34 @@
+// The module pytransformer._cuda.
+#include <pybind11/pybind11.h>
+
+#include "device.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::dict report() {
+  const pytransformer::DeviceReport report = pytransformer::report_devices();
+  py::list devices;
+  for (const auto& device : report.devices) {
+    py::dict entry;
+    entry["name"] = device.name;
+    entry["capability"] = py::make_tuple(device.major, device.minor);
+    entry["multiprocessors"] = device.multiprocessors;
+    entry["memory_bytes"] = device.memory_bytes;
+    devices.append(entry);
+  }
+  py::dict result;
+  result["devices"] = devices;
+  result["error"] = report.error;
+  result["runtime_version"] = report.runtime_version;
+  result["driver_version"] = report.driver_version;
+  return result;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, module) {
+  module.doc() = "CUDA kernels. Private: use pytransformer.ops.";
+  module.def("report_devices", &report, "Devices, versions, and why there is no device where there is none.");
+}

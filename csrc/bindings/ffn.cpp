@@ -1,0 +1,91 @@
+#include "ffn.h"
+
+#include <string>
+
+#include "bindings.h"
+#include "check.h"
+#include "kernels.h"
+#include "tensor_caster.h"
+
+namespace py = pybind11;
+
+namespace pytransformer {
+namespace {
+
+Activation activation_from(const std::string& name) {
+  if (name == "relu") return Activation::relu;
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  if (name == "silu") return Activation::silu;
+  fail("ffn: activation must be relu, gelu, gelu_tanh or silu; got '", name, "'");
+}
+
+void check_matrix(const TensorView& view, const TensorView& like, int64_t rows, int64_t columns, const char* name) {
+  PYTRANSFORMER_CHECK(!view || (view.ndim == 2 && view.contiguous() && view.dtype == like.dtype &&
+                                view.shape[0] == rows && view.shape[1] == columns),
+                      "ffn: ", name, " must be contiguous [", rows, ",", columns, "] of dtype ", name_of(like.dtype));
+}
+
+void check_vector(const TensorView& view, int64_t size, const char* name) {
+  PYTRANSFORMER_CHECK(!view || (view.ndim == 1 && view.contiguous() && view.shape[0] == size), "ffn: ", name,
+                      " must be contiguous [", size, "]");
+}
+
+void forward(const TensorView& input, const TensorView& weight1, const TensorView& bias1, const TensorView& weight2,
+             const TensorView& bias2, const std::string& activation, uint64_t seed, uint64_t offset, float dropout_p,
+             const TensorView& output, const TensorView& hidden) {
+  const int64_t N = input.shape[0], E = input.shape[1], F = weight1.shape[0], O = weight2.shape[0];
+  check_matrix(input, input, N, E, "input");
+  check_matrix(weight1, input, F, E, "weight1");
+  check_matrix(weight2, input, O, F, "weight2");
+  check_matrix(output, input, N, O, "output");
+  check_matrix(hidden, input, N, F, "hidden");
+  check_vector(bias1, F, "bias1");
+  check_vector(bias2, O, "bias2");
+  const FfnForward a{input, weight1, bias1,    weight2, bias2, output, hidden, activation_from(activation),
+                     seed,  offset,  dropout_p};
+  py::gil_scoped_release released;
+  kernels().ffn_fwd(a);
+}
+
+void backward(const TensorView& grad_output, const TensorView& input, const TensorView& weight1,
+              const TensorView& weight2, const TensorView& hidden, const std::string& activation, uint64_t seed,
+              uint64_t offset, float dropout_p, const TensorView& grad_input, const TensorView& grad_weight1,
+              const TensorView& grad_bias1, const TensorView& grad_weight2, const TensorView& grad_bias2) {
+  const int64_t N = input.shape[0], E = input.shape[1], F = weight1.shape[0], O = weight2.shape[0];
+  check_matrix(input, input, N, E, "input");
+  check_matrix(weight1, input, F, E, "weight1");
+  check_matrix(weight2, input, O, F, "weight2");
+  check_matrix(hidden, input, N, F, "hidden");
+  check_matrix(grad_output, input, N, O, "grad_output");
+  check_matrix(grad_input, input, N, E, "grad_input");
+  check_matrix(grad_weight1, input, F, E, "grad_weight1");
+  check_matrix(grad_weight2, input, O, F, "grad_weight2");
+  check_vector(grad_bias1, F, "grad_bias1");
+  check_vector(grad_bias2, O, "grad_bias2");
+  const FfnBackward a{grad_output,
+                      input,
+                      weight1,
+                      weight2,
+                      hidden,
+                      grad_input,
+                      grad_weight1,
+                      grad_bias1,
+                      grad_weight2,
+                      grad_bias2,
+                      activation_from(activation),
+                      seed,
+                      offset,
+                      dropout_p};
+  py::gil_scoped_release released;
+  kernels().ffn_bwd(a);
+}
+
+}  // namespace
+
+void bind_ffn(py::module_& module) {
+  module.def("ffn_fwd", &forward);
+  module.def("ffn_bwd", &backward);
+}
+
+}  // namespace pytransformer

@@ -1,0 +1,125 @@
+// Which instruction set to use: CPUID says what the CPU has, XGETBV what the operating system saves.
+#include <cstdlib>
+
+#include "check.h"
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+#ifndef _WIN32
+#include <pthread.h>
+#endif
+
+namespace pytransformer {
+
+// PYTRANSFORMER_ISAS is the list X(scalar) X(avx2) ... of what setup.py compiled, best last.
+#define X(isa)                    \
+  namespace isa {                 \
+  extern const KernelTable table; \
+  }
+PYTRANSFORMER_ISAS
+#undef X
+
+namespace {
+
+struct CpuFeatures {
+  bool avx2 = false, avx512 = false, avx512_bf16 = false;
+};
+
+CpuFeatures detect() {
+  CpuFeatures has;
+#if defined(__x86_64__)
+  unsigned a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return has;
+  const bool osxsave = c & (1u << 27), avx = c & (1u << 28), fma = c & (1u << 12), f16c = c & (1u << 29);
+  if (!osxsave || !avx) return has;
+  unsigned low, high;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  const bool saves_ymm = (low & 0x06) == 0x06, saves_zmm = (low & 0xe6) == 0xe6;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return has;
+  const auto leaf7 = [b](int bit) { return (b >> bit) & 1u; };
+  has.avx2 = saves_ymm && fma && f16c && leaf7(5);
+  has.avx512 = has.avx2 && saves_zmm && leaf7(16) && leaf7(17) && leaf7(30) && leaf7(31);  // F DQ BW VL
+  if (has.avx512 && a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) has.avx512_bf16 = a & (1u << 5);
+#endif
+  return has;
+}
+
+bool supported(const std::string& isa) {
+  static const CpuFeatures has = detect();
+  if (isa == "scalar") return true;
+  if (isa == "avx2") return has.avx2;
+  if (isa == "avx512" || isa == "avx512_bf16_emulated") return has.avx512;
+  if (isa == "avx512_bf16") return has.avx512_bf16;
+  return false;
+}
+
+const std::vector<const KernelTable*>& tables() {
+  static const std::vector<const KernelTable*> all = {
+#define X(isa) &isa::table,
+      PYTRANSFORMER_ISAS
+#undef X
+  };
+  return all;
+}
+
+// Emulated sets exist for tests and are used only by name.
+bool emulated(const std::string& isa) {
+  return isa.find("emulated") != std::string::npos;
+}
+
+const KernelTable* find(const std::string& name) {
+  std::string known;
+  for (const KernelTable* table : tables()) {
+    if (table->isa == name) {
+      PYTRANSFORMER_CHECK(supported(name), "pytransformer: this CPU does not run the instruction set '", name, "'");
+      return table;
+    }
+    known += std::string(known.empty() ? "" : ", ") + table->isa;
+  }
+  fail("pytransformer: instruction set must be one of ", known, "; got '", name, "'");
+}
+
+const KernelTable* best() {
+  const char* forced = std::getenv("PYTRANSFORMER_ISA");
+  if (forced != nullptr && *forced != '\0') return find(forced);
+  const KernelTable* chosen = nullptr;
+  for (const KernelTable* table : tables()) {
+    if (supported(table->isa) && !emulated(table->isa)) chosen = table;
+  }
+  return chosen;
+}
+
+const KernelTable*& current() {
+  static const KernelTable* table = best();
+  return table;
+}
+
+bool forked = false;
+#ifndef _WIN32
+const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
+
+}  // namespace
+
+bool in_forked_child() {
+  return forked;
+}
+
+const KernelTable& kernels() {
+  return *current();
+}
+
+void set_isa(const std::string& name) {
+  current() = find(name);
+}
+
+std::vector<IsaStatus> isa_status() {
+  std::vector<IsaStatus> status;
+  for (const KernelTable* table : tables()) status.push_back({table->isa, supported(table->isa)});
+  return status;
+}
+
+}  // namespace pytransformer

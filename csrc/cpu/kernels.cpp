@@ -1,0 +1,27 @@
+// This instruction set's table. See kernels.h.
+#include "kernels.h"
+
+namespace pytransformer::PYTRANSFORMER_ISA {
+
+void attention_fwd(const AttentionForward&);
+void attention_bwd(const AttentionBackward&);
+void layer_norm_fwd(const LayerNormForward&);
+void layer_norm_bwd(const LayerNormBackward&);
+void ffn_fwd(const FfnForward&);
+void ffn_bwd(const FfnBackward&);
+
+#define PYTRANSFORMER_STRING_(x) #x
+#define PYTRANSFORMER_STRING(x) PYTRANSFORMER_STRING_(x)
+
+extern const KernelTable table;
+const KernelTable table = {
+    PYTRANSFORMER_STRING(PYTRANSFORMER_ISA),
+    attention_fwd,
+    attention_bwd,
+    layer_norm_fwd,
+    layer_norm_bwd,
+    ffn_fwd,
+    ffn_bwd,
+};
+
+}  // namespace pytransformer::PYTRANSFORMER_ISA

@@ -1,0 +1,214 @@
+// LayerNorm and RMSNorm with bias, dropout and residual, one pass over memory.
+//
+// The op is bound by memory, never by arithmetic: forward reads input and residual once and writes
+// output and sum once. A row (768 float32 = 3 KB) stays in L1 between the passes over it: the first
+// forms the sum and its mean, the second the variance around that mean (two passes, so that a large
+// common offset cancels exactly), the third normalises.
+//
+// Backward, with xhat = (sum - mean) * rstd and g = grad_output * weight:
+//     grad_sum = rstd * (g - mean(g) - xhat * mean(g * xhat)) + what reached sum from elsewhere
+// and the column sums for weight (grad_output * xhat), bias (grad_output) and input_bias. Each thread
+// takes one contiguous range of rows and sums its columns in float32 in its own row of a scratch; the
+// scratch rows are then added in order, so equal inputs give equal bits at any one thread count.
+#include "layer_norm.h"
+
+#include <cmath>
+#include <memory>
+
+#include "parallel.h"
+#include "philox.h"
+#include "simd.h"
+
+namespace pytransformer::PYTRANSFORMER_ISA {
+namespace {
+
+constexpr int lanes = Vec::lanes;
+
+// body(column, count) for every vector of a row; count < lanes only at its end.
+template <class Body>
+inline void for_vectors(int64_t columns, const Body& body) {
+  int64_t c = 0;
+  for (; c + lanes <= columns; c += lanes) body(c, lanes);
+  if (c < columns) body(c, int(columns - c));
+}
+
+template <class T>
+inline Vec load(const T* p, int count) {
+  return count == lanes ? Vec::load(p) : Vec::load(p, count);
+}
+
+template <class T>
+inline void store(T* p, Vec v, int count) {
+  if (count == lanes) {
+    v.store(p);
+  } else {
+    v.store(p, count);
+  }
+}
+
+// A [columns] parameter as float32: itself, or a widened copy.
+class Parameter {
+ public:
+  Parameter(const TensorView& view, int64_t columns) {
+    if (!view) return;
+    if (view.dtype == DType::float32) {
+      data_ = view.ptr<float>();
+      return;
+    }
+    copy_.reset(new float[columns]);
+    const bfloat16* source = view.ptr<bfloat16>();
+    for (int64_t c = 0; c < columns; ++c) copy_[c] = to_float(source[c]);
+    data_ = copy_.get();
+  }
+  const float* data() const { return data_; }  // null where the parameter is absent
+
+ private:
+  std::unique_ptr<float[]> copy_;
+  const float* data_ = nullptr;
+};
+
+// Room for the dropout multipliers of a row and what Dropout::multipliers writes beyond it.
+inline int64_t multiplier_room(int64_t columns) {
+  return columns + 8 * lanes;
+}
+
+template <class T>
+void forward(const LayerNormForward& a) {
+  const int64_t columns = a.input.shape[1], rows = a.input.shape[0];
+  const Parameter weight(a.weight, columns), bias(a.bias, columns), input_bias(a.input_bias, columns);
+  const Dropout dropout = Dropout::make(a.dropout_p, {a.seed, a.offset});
+  const float inverse = 1.0f / float(columns);
+
+  parallel_ranges(rows, max_threads(), [&](int64_t begin, int64_t end, int) {
+    std::unique_ptr<float[]> scratch(new float[columns + multiplier_room(columns)]);
+    float* row = scratch.get();
+    for (int64_t r = begin; r < end; ++r) {
+      const T* x = a.input.ptr<T>() + r * columns;
+      const T* residual = a.residual ? a.residual.ptr<T>() + r * columns : nullptr;
+      T* sum = a.sum ? a.sum.ptr<T>() + r * columns : nullptr;
+      T* out = a.output.ptr<T>() + r * columns;
+      const float* keep =
+          a.dropout_p > 0 ? dropout.multipliers(uint64_t(r * columns), columns, row + columns) : nullptr;
+
+      Vec total = Vec::zero();
+      for_vectors(columns, [&](int64_t c, int n) {
+        Vec z = load(x + c, n);
+        if (input_bias.data()) z = z + load(input_bias.data() + c, n);
+        if (keep) z = z * load(keep + c, n);
+        if (residual) z = z + load(residual + c, n);
+        if (sum) {
+          // Backward reads the stored sum: normalise what it will see, not what was rounded away.
+          store(sum + c, z, n);
+          z = load(sum + c, n);
+        }
+        store(row + c, z, n);
+        total = total + z;
+      });
+      const float mean = a.rms ? 0.0f : total.sum() * inverse;
+
+      Vec squares = Vec::zero();
+      for_vectors(columns, [&](int64_t c, int n) {
+        Vec d = load(row + c, n) - Vec::set1(mean);
+        if (n < lanes) d = select(Mask::first(n), d, Vec::zero());
+        squares = fma(d, d, squares);
+      });
+      const float rstd = 1.0f / std::sqrt(squares.sum() * inverse + a.eps);
+
+      for_vectors(columns, [&](int64_t c, int n) {
+        Vec y = (load(row + c, n) - Vec::set1(mean)) * Vec::set1(rstd);
+        if (weight.data()) y = y * load(weight.data() + c, n);
+        if (bias.data()) y = y + load(bias.data() + c, n);
+        store(out + c, y, n);
+      });
+      if (a.mean) a.mean.ptr<float>()[r] = mean;
+      if (a.rstd) a.rstd.ptr<float>()[r] = rstd;
+    }
+  });
+}
+
+// The column sums of one thread: three rows of float32.
+struct ColumnSums {
+  float *weight, *bias, *input_bias;
+};
+
+template <class T>
+void backward_row(const LayerNormBackward& a, int64_t r, int64_t columns, const float* weight, const float* keep,
+                  const ColumnSums& sums) {
+  const T* dy = a.grad_output.ptr<T>() + r * columns;
+  const T* from_sum = a.grad_sum ? a.grad_sum.ptr<T>() + r * columns : nullptr;
+  const T* z = a.sum.ptr<T>() + r * columns;
+  T* dz = a.grad_residual.ptr<T>() + r * columns;
+  T* dx = a.grad_input ? a.grad_input.ptr<T>() + r * columns : nullptr;
+  const Vec mean = Vec::set1(a.rms ? 0.0f : a.mean.ptr<float>()[r]);
+  const float rstd = a.rstd.ptr<float>()[r];
+
+  Vec g_total = Vec::zero(), gx_total = Vec::zero();
+  for_vectors(columns, [&](int64_t c, int n) {
+    const Vec upstream = load(dy + c, n);
+    const Vec xhat = (load(z + c, n) - mean) * Vec::set1(rstd);
+    const Vec g = weight ? upstream * load(weight + c, n) : upstream;
+    g_total = g_total + g;
+    gx_total = fma(g, xhat, gx_total);
+    if (a.grad_weight) store(sums.weight + c, fma(upstream, xhat, load(sums.weight + c, n)), n);
+    if (a.grad_bias) store(sums.bias + c, load(sums.bias + c, n) + upstream, n);
+  });
+  const float inverse = 1.0f / float(columns);
+  const Vec g_mean = Vec::set1(a.rms ? 0.0f : g_total.sum() * inverse);
+  const Vec gx_mean = Vec::set1(gx_total.sum() * inverse);
+
+  for_vectors(columns, [&](int64_t c, int n) {
+    const Vec upstream = load(dy + c, n);
+    const Vec xhat = (load(z + c, n) - mean) * Vec::set1(rstd);
+    const Vec g = weight ? upstream * load(weight + c, n) : upstream;
+    Vec d = (g - g_mean - xhat * gx_mean) * Vec::set1(rstd);
+    if (from_sum) d = d + load(from_sum + c, n);
+    store(dz + c, d, n);
+    if (keep) d = d * load(keep + c, n);
+    if (dx) store(dx + c, d, n);
+    if (a.grad_input_bias) store(sums.input_bias + c, load(sums.input_bias + c, n) + d, n);
+  });
+}
+
+template <class T>
+void backward(const LayerNormBackward& a) {
+  const int64_t columns = a.sum.shape[1], rows = a.sum.shape[0];
+  const Parameter weight(a.weight, columns);
+  const Dropout dropout = Dropout::make(a.dropout_p, {a.seed, a.offset});
+  const int threads = max_threads();
+  const int64_t stride = 3 * columns;
+  std::unique_ptr<float[]> partial(new float[threads * stride]());
+
+  parallel_ranges(rows, threads, [&](int64_t begin, int64_t end, int part) {
+    float* base = partial.get() + part * stride;
+    const ColumnSums sums{base, base + columns, base + 2 * columns};
+    std::unique_ptr<float[]> multipliers(new float[multiplier_room(columns)]);
+    for (int64_t r = begin; r < end; ++r) {
+      const float* keep =
+          a.dropout_p > 0 ? dropout.multipliers(uint64_t(r * columns), columns, multipliers.get()) : nullptr;
+      backward_row<T>(a, r, columns, weight.data(), keep, sums);
+    }
+  });
+
+  const TensorView* outputs[3] = {&a.grad_weight, &a.grad_bias, &a.grad_input_bias};
+  for (int which = 0; which < 3; ++which) {
+    if (!*outputs[which]) continue;
+    float* out = outputs[which]->ptr<float>();
+    for (int64_t c = 0; c < columns; ++c) {
+      float total = 0;
+      for (int part = 0; part < threads; ++part) total += partial[part * stride + which * columns + c];
+      out[c] = total;
+    }
+  }
+}
+
+}  // namespace
+
+void layer_norm_fwd(const LayerNormForward& a) {
+  a.input.dtype == DType::bfloat16 ? forward<bfloat16>(a) : forward<float>(a);
+}
+
+void layer_norm_bwd(const LayerNormBackward& a) {
+  a.sum.dtype == DType::bfloat16 ? backward<bfloat16>(a) : backward<float>(a);
+}
+
+}  // namespace pytransformer::PYTRANSFORMER_ISA

@@ -1,0 +1,60 @@
+// Threads for the CPU kernels: torch's own OpenMP runtime, on torch's terms.
+//
+// The module links libgomp by its plain soname, so the process has one runtime whichever of torch and
+// this library is imported first, and torch.set_num_threads (omp_set_num_threads) rules both.
+// A call made inside another parallel region runs serially. So does a call in a forked child:
+// libgomp's thread pool does not survive fork, and a parallel region there would wait for ever.
+#pragma once
+
+#include <cstdint>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace pytransformer {
+
+// True in a process that was forked after this module was loaded (set by an atfork handler).
+bool in_forked_child();
+
+inline int max_threads() {
+#ifdef _OPENMP
+  if (omp_in_parallel() || in_forked_child()) return 1;
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+}  // namespace pytransformer
+
+namespace pytransformer::PYTRANSFORMER_ISA {
+
+inline int thread_index() {
+#ifdef _OPENMP
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+// Runs body(task) for every task in [0, tasks); threads take tasks one by one, in order, as they
+// become free. For unequal tasks: put the longest first.
+template <class Body>
+void parallel_tasks(int64_t tasks, const Body& body) {
+  [[maybe_unused]] const bool threaded = tasks > 1 && max_threads() > 1;
+#pragma omp parallel for schedule(dynamic, 1) if (threaded)
+  for (int64_t task = 0; task < tasks; ++task) body(task);
+}
+
+// Runs body(begin, end, thread) once for each of `threads` equal, contiguous parts of [0, count).
+// The parts depend on `threads` only, so a reduction over parts in order is deterministic.
+template <class Body>
+void parallel_ranges(int64_t count, int threads, const Body& body) {
+#pragma omp parallel for schedule(static, 1) if (threads > 1)
+  for (int part = 0; part < threads; ++part) {
+    body(count * part / threads, count * (part + 1) / threads, part);
+  }
+}
+
+}  // namespace pytransformer::PYTRANSFORMER_ISA

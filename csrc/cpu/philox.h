@@ -1,0 +1,69 @@
+// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), the random
+// bits of every dropout in this library, on every backend.
+//
+// Element e of a tensor (its index in the contiguous order of the tensor's logical shape) owns word
+// e % 4 of the block whose 128-bit counter is (e / 4, offset) and whose 64-bit key is `seed`.
+// It is kept iff its word >= round(p * 2^32). Nothing but (seed, offset) is stored for the backward.
+#pragma once
+
+#include "simd.h"
+
+namespace pytransformer::PYTRANSFORMER_ISA {
+
+struct PhiloxKey {
+  uint64_t seed = 0;
+  uint64_t offset = 0;
+};
+
+// The words of blocks [block, block + lanes): word[w] of lane i belongs to element 4 * (block + i) + w.
+// `block` is a multiple of lanes, so that the low counter word never carries inside a vector.
+inline void philox_blocks(uint64_t block, PhiloxKey key, UVec (&word)[4]) {
+  const UVec multiplier0 = UVec::set1(0xD2511F53u), multiplier1 = UVec::set1(0xCD9E8D57u);
+  UVec c0 = UVec::set1(uint32_t(block)) + UVec::iota();
+  UVec c1 = UVec::set1(uint32_t(block >> 32));
+  UVec c2 = UVec::set1(uint32_t(key.offset)), c3 = UVec::set1(uint32_t(key.offset >> 32));
+  uint32_t k0 = uint32_t(key.seed), k1 = uint32_t(key.seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    UVec low0, high0, low1, high1;
+    multiply_wide(multiplier0, c0, low0, high0);
+    multiply_wide(multiplier1, c2, low1, high1);
+    c0 = high1 ^ c1 ^ UVec::set1(k0);
+    c1 = low1;
+    c2 = high0 ^ c3 ^ UVec::set1(k1);
+    c3 = low0;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  word[0] = c0, word[1] = c1, word[2] = c2, word[3] = c3;
+}
+
+struct Dropout {
+  PhiloxKey key;
+  uint32_t threshold = 0;  // keep iff word >= threshold
+  float scale = 1.0f;      // 1 / (1 - p)
+
+  static Dropout make(float p, PhiloxKey key) {
+    if (p >= 1.0f) return {key, 0xffffffffu, 0.0f};
+    return {key, uint32_t(double(p) * 4294967296.0 + 0.5), 1.0f / (1.0f - p)};
+  }
+
+  // multiplier[i] = scale or 0 for the elements [first, first + count).
+  // `multiplier` has room for count + 8 * lanes floats; returns where element `first` lies in it.
+  const float* multipliers(uint64_t first, int64_t count, float* multiplier) const {
+    constexpr int lanes = Vec::lanes;
+    const uint64_t block = first / 4 / lanes * lanes;
+    const int64_t lead = int64_t(first - 4 * block);
+    uint32_t words[4][lanes];
+    for (int64_t done = 0; done < lead + count; done += 4 * lanes) {
+      UVec word[4];
+      philox_blocks(block + uint64_t(done / 4), key, word);
+      for (int w = 0; w < 4; ++w) word[w].store(words[w]);
+      for (int i = 0; i < 4 * lanes; ++i) {
+        multiplier[done + i] = words[i % 4][i / 4] >= threshold ? scale : 0.0f;
+      }
+    }
+    return multiplier + lead;
+  }
+};
+
+}  // namespace pytransformer::PYTRANSFORMER_ISA

@@ -1,0 +1,26 @@
+// What the CUDA runtime says of this machine.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace pytransformer {
+
+struct DeviceProperties {
+  std::string name;
+  int major, minor;  // compute capability
+  int multiprocessors;
+  size_t memory_bytes;
+};
+
+struct DeviceReport {
+  std::vector<DeviceProperties> devices;
+  std::string error;        // why there are no devices, in the runtime's words; empty where there are
+  int runtime_version = 0;  // 1000 * major + 10 * minor
+  int driver_version = 0;   // the newest runtime that the driver supports; 0 without a driver
+};
+
+// Never fails: on a machine without a driver the report has no devices and says why.
+DeviceReport report_devices();
+
+}  // namespace pytransformer

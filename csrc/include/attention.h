@@ -1,0 +1,41 @@
+// attention: out = softmax(scale * query key^T + bias, over what the masks leave) value
+//
+// query [B,H,T,D], key [B,G,S,D], value [B,G,S,Dv] with H a multiple of G; any strides whose last is 1.
+// Query head h reads key/value head h / (H / G). Key s is visible to query t iff all of these hold:
+//     band_lower <= s - t <= band_upper      (causal and window; unbounded_* where absent)
+//     s < key_lengths[b]                     (int64 [B])
+//     mask[b,h,t,s]                          (bool [B,H,T,S]; stride 0 in broadcast dimensions)
+// bias is [B,H,T,S], of the inputs' type or float32, stride 0 in broadcast dimensions.
+// A query that sees no key has output 0, lse -inf and no gradients; what lies behind a mask is never
+// used, NaN and Inf included.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+#include "tensor_view.h"
+
+namespace pytransformer {
+
+constexpr int64_t unbounded_lower = std::numeric_limits<int64_t>::min();
+constexpr int64_t unbounded_upper = std::numeric_limits<int64_t>::max();
+
+struct AttentionProblem {
+  TensorView query, key, value;
+  TensorView mask, bias, key_lengths;  // optional
+  int64_t band_lower = unbounded_lower, band_upper = unbounded_upper;
+  float scale = 1;
+};
+
+struct AttentionForward : AttentionProblem {
+  TensorView out;  // [B,H,T,Dv], last stride 1
+  TensorView lse;  // float32 [B,H,T], contiguous: natural logarithm of the sum of exponentials
+};
+
+struct AttentionBackward : AttentionProblem {
+  TensorView out, lse, grad_out;
+  TensorView grad_query, grad_key, grad_value;  // shaped as query, key, value; last stride 1
+  TensorView grad_bias;  // optional; float32, of bias's own shape before broadcasting, expanded to [B,H,T,S]
+};
+
+}  // namespace pytransformer
