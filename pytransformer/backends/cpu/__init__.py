@@ -1,0 +1,48 @@
+"""SIMD C++ kernels, compiled for several instruction sets and chosen at run time."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+try:
+    from pytransformer import _cpu
+except ImportError as error:
+    _import_error: str | None = str(error)
+else:
+    _import_error = None
+
+_UNSIGNED_64 = 2**64 - 1
+
+
+def unavailable() -> str | None:
+    """Why the CPU kernels cannot run here, or None."""
+    if _import_error is not None:
+        return f"its module is not built ({_import_error})"
+    return None
+
+
+def isa() -> str:
+    """The instruction set in use: scalar, avx2, avx512 or avx512_bf16."""
+    return _cpu.isa()
+
+
+def set_isa(name: str) -> None:
+    """Uses the named instruction set from now on.
+
+    Raises:
+        ValueError: it was not built, or this CPU does not run it.
+    """
+    _cpu.set_isa(name)
+
+
+def isa_status() -> dict[str, bool]:
+    """Every instruction set that was built, best last: does this CPU run it?"""
+    return _cpu.isa_status()
+
+
+def philox_key(rng: Tensor | None) -> tuple[int, int]:
+    """Seed and offset as the unsigned integers that the kernels take."""
+    if rng is None:
+        return 0, 0
+    seed, offset = rng.tolist()
+    return seed & _UNSIGNED_64, offset & _UNSIGNED_64

@@ -1,0 +1,106 @@
+"""ffn by ``csrc/cpu/ffn.cpp``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pytransformer.backends.cpu import philox_key
+from pytransformer.backends.cpu.layer_norm import DTYPES
+
+try:
+    from pytransformer import _cpu
+except ImportError:  # the package's unavailable() says so before anything here is called
+    pass
+
+
+def why_not(
+    input: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    weight_gate: Tensor | None,
+    *rest: object,
+) -> str | None:
+    if input.dtype not in DTYPES:
+        return f"it takes float32 and bfloat16, not {input.dtype}"
+    if weight_gate is not None:
+        return "it has no gated forms yet"
+    return None
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def ffn_fwd(
+    input: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    weight_gate: Tensor | None,
+    bias_gate: Tensor | None,
+    rng: Tensor | None,
+    activation: str,
+    dropout_p: float,
+    store_hidden: bool,
+) -> tuple[Tensor, Tensor]:
+    lead = input.shape[:-1]
+    output = torch.empty(*lead, weight2.shape[0], dtype=input.dtype)
+    hidden = torch.empty((*lead, weight1.shape[0]) if store_hidden else (0,), dtype=input.dtype)
+    _cpu.ffn_fwd(
+        _rows(input),
+        *map(_contiguous, (weight1, bias1, weight2, bias2)),
+        activation,
+        *philox_key(rng),
+        dropout_p,
+        output.view(-1, weight2.shape[0]),
+        hidden.view(-1, weight1.shape[0]) if store_hidden else None,
+    )
+    return output, hidden
+
+
+def ffn_bwd(
+    grad_output: Tensor,
+    input: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    weight_gate: Tensor | None,
+    bias_gate: Tensor | None,
+    hidden: Tensor,
+    rng: Tensor | None,
+    activation: str,
+    dropout_p: float,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    needs_input, needs_weight1, needs_bias1, needs_weight2, needs_bias2, *_ = needs
+    grad_input = torch.empty(input.shape if needs_input else (0,), dtype=input.dtype)
+    grad_weight1 = torch.empty(weight1.shape if needs_weight1 else (0,), dtype=weight1.dtype)
+    grad_weight2 = torch.empty(weight2.shape if needs_weight2 else (0,), dtype=weight2.dtype)
+    grad_bias1 = torch.empty(weight1.shape[0] if needs_bias1 else 0)
+    grad_bias2 = torch.empty(weight2.shape[0] if needs_bias2 else 0)
+    _cpu.ffn_bwd(
+        _rows(grad_output),
+        _rows(input),
+        *map(_contiguous, (weight1, weight2)),
+        _rows(hidden),
+        activation,
+        *philox_key(rng),
+        dropout_p,
+        grad_input.view(-1, input.shape[-1]) if needs_input else None,
+        grad_weight1 if needs_weight1 else None,
+        grad_bias1 if needs_bias1 else None,
+        grad_weight2 if needs_weight2 else None,
+        grad_bias2 if needs_bias2 else None,
+    )
+    biases = (grad_bias1.to(input.dtype), grad_bias2.to(input.dtype))
+    empty = input.new_empty(0)
+    return grad_input, grad_weight1, biases[0], grad_weight2, biases[1], empty, empty.clone()

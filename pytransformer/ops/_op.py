@@ -1,0 +1,187 @@
+"""One fused op: its schema, fake kernels, autograd and backend dispatch, each declared once.
+
+An op is a subclass of ``FusedOp`` with the pieces that differ from op to op. What it gets for them:
+
+* ``torch.ops.pytransformer.<op>_fwd`` and ``<op>_bwd``, which serve under ``torch.compile``, export, fake
+  tensors, dispatch modes and tensor subclasses;
+* one ``autograd.Function``, called directly in plain eager mode, where the dispatcher's round trips would
+  cost more than a small kernel;
+* a double backward, through the reference's differentiable backward.
+
+The last argument of either op is the name of the backend, chosen before the call: a traced graph keeps it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from pytransformer.backends import implementation
+
+LIBRARY = torch.library.Library("pytransformer", "DEF")
+
+_PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter}
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_functorch_active = torch._C._are_functorch_transforms_active
+_tracing_state = torch._C._get_tracing_state
+
+
+def obstacle(tensors: tuple[Tensor | None, ...]) -> str | None:
+    """A reason against every compiled kernel that lies in the context of the call, or None."""
+    if not torch.compiler.is_compiling() and _functorch_active():
+        return "a functorch transform (vmap, grad, jvp, ...) is active, which only the reference composes with"
+    for x in tensors:
+        if x is not None and x.layout != torch.strided:
+            return f"it takes strided tensors, not {x.layout}"
+    return None
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Will autograd record a call with these tensors?"""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _plain(args: tuple[Any, ...]) -> bool:
+    """Is this a call in plain eager mode, with nothing listening in between?"""
+    if torch.compiler.is_compiling() or _dispatch_modes() or _function_modes() or _functorch_active():
+        return False
+    if _tracing_state() is not None:
+        return False
+    return all(type(x) in _PLAIN_TYPES for x in args if isinstance(x, Tensor))
+
+
+class FusedOp:
+    """Base of the ops. A subclass is a namespace of static methods; calling an instance runs the op.
+
+    Attributes:
+        name: the op's name.
+        forward_schema: arguments and results of ``<op>_fwd`` without the final backend.
+        backward_schema: the same for ``<op>_bwd``.
+    """
+
+    name: ClassVar[str]
+    forward_schema: ClassVar[str]
+    backward_schema: ClassVar[str]
+
+    @staticmethod
+    def fake_forward(*args: Any) -> tuple[Tensor, ...]:
+        """Empty outputs of the right shapes and dtypes."""
+        raise NotImplementedError
+
+    @staticmethod
+    def fake_backward(*args: Any) -> tuple[Tensor, ...]:
+        """Empty gradients of the right shapes and dtypes."""
+        raise NotImplementedError
+
+    @staticmethod
+    def save(args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
+        """The tensors that the backward needs, and everything else that it needs."""
+        raise NotImplementedError
+
+    @staticmethod
+    def backward_args(
+        saved: tuple[Tensor | None, ...],
+        extra: tuple[Any, ...],
+        grads: tuple[Tensor | None, ...],
+        needs: tuple[bool, ...],
+    ) -> tuple[Any, ...]:
+        """The arguments of ``<op>_bwd``; ``needs`` says which of the forward's arguments want a gradient."""
+        raise NotImplementedError
+
+    @staticmethod
+    def input_grads(grads: tuple[Tensor, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+        """One gradient or None for each argument of the forward, from what ``<op>_bwd`` returned."""
+        raise NotImplementedError
+
+    # How many of the outputs carry gradients; they come first.
+    differentiable_outputs: ClassVar[int] = 1
+
+    def __init__(self) -> None:
+        forward_name, backward_name = f"{self.name}_fwd", f"{self.name}_bwd"
+        tags = (torch.Tag.pt2_compliant_tag,)
+        for name, schema, run, fake in (
+            (forward_name, self.forward_schema, self._forward, self.fake_forward),
+            (backward_name, self.backward_schema, self._backward, self.fake_backward),
+        ):
+            LIBRARY.define(name + _with_backend(schema), tags=tags)
+            LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+            torch.library.register_fake(f"pytransformer::{name}", _without_backend(fake), lib=LIBRARY)
+        torch.library.register_autograd(
+            f"pytransformer::{forward_name}",
+            self._autograd_backward,
+            setup_context=self._setup_context,
+            lib=LIBRARY,
+        )
+        self.library_forward = getattr(torch.ops.pytransformer, forward_name).default
+        self.library_backward = getattr(torch.ops.pytransformer, backward_name).default
+        self.function = self._make_function()
+
+    def __call__(self, *args: Any) -> tuple[Tensor, ...]:
+        if not _plain(args):
+            result: tuple[Tensor, ...] = self.library_forward(*args)
+        elif torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            result = self.function.apply(*args)  # type: ignore[attr-defined]
+        else:
+            result = self._forward(*args)
+        return result
+
+    def _forward(self, *args: Any) -> tuple[Tensor, ...]:
+        module = implementation(args[-1], self.name)
+        result: tuple[Tensor, ...] = getattr(module, f"{self.name}_fwd")(*args[:-1])
+        return result
+
+    def _backward(self, *args: Any) -> tuple[Tensor, ...]:
+        module = implementation(args[-1], self.name)
+        result: tuple[Tensor, ...] = getattr(module, f"{self.name}_bwd")(*args[:-1])
+        return result
+
+    def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        saved, ctx.extra = self.save(inputs[:-1], output)
+        ctx.backend = inputs[-1]
+        ctx.save_for_backward(*saved)
+        ctx.mark_non_differentiable(*output[self.differentiable_outputs :])
+        ctx.set_materialize_grads(False)
+
+    def _autograd_backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return self._differentiate(ctx, grads, self.library_backward)
+
+    def _differentiate(self, ctx: Any, grads: tuple[Tensor | None, ...], run: Any) -> tuple[Tensor | None, ...]:
+        used = grads[: self.differentiable_outputs]
+        needs = ctx.needs_input_grad[:-1]
+        if all(g is None for g in used):
+            return (None,) * (len(needs) + 1)
+        args = self.backward_args(ctx.saved_tensors, ctx.extra, used, needs)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True: a double backward
+            grads = run(*args, "reference") if run is not self.library_backward else self._backward(*args, "reference")
+        else:
+            grads = run(*args, ctx.backend)
+        return (*self.input_grads(grads, needs), None)
+
+    def _make_function(self) -> type:
+        op = self
+
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+                outputs = op._forward(*args)
+                op._setup_context(ctx, args, outputs)
+                return outputs
+
+            @staticmethod
+            def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+                return op._differentiate(ctx, grads, op._backward)
+
+        Function.__name__ = Function.__qualname__ = f"{self.name}_function"
+        return Function
+
+
+def _with_backend(schema: str) -> str:
+    arguments, arrow, results = schema.partition(") ->")
+    return f"{arguments}, str backend{arrow}{results}"
+
+
+def _without_backend(fake: Any) -> Any:
+    return lambda *args: fake(*args[:-1])
