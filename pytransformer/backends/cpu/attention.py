@@ -5,12 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pytransformer import _cpu
 from pytransformer.backends.cpu.layer_norm import DTYPES
-
-try:
-    from pytransformer import _cpu
-except ImportError:  # the package's unavailable() says so before anything here is called
-    pass
 
 
 def why_not(

@@ -5,12 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pytransformer import _cpu
 from pytransformer.backends.cpu import philox_key
-
-try:
-    from pytransformer import _cpu
-except ImportError:  # the package's unavailable() says so before anything here is called
-    pass
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -93,7 +89,7 @@ def layer_norm_bwd(
 
     grad_stream = torch.empty(stream.shape, dtype=stream.dtype)
     grad_input = torch.empty(stream.shape if dropout_p > 0 else (0,), dtype=stream.dtype)
-    columns = [vector(needed) for needed in needs]
+    columns = (vector(needs[0]), vector(needs[1]), vector(needs[2]))
     _cpu.layer_norm_bwd(
         _rows(torch.zeros_like(stream) if grad_output is None else grad_output),
         _rows(grad_sum),
