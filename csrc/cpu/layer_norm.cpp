@@ -67,6 +67,12 @@ class Parameter {
   const float* data_ = nullptr;
 };
 
+// Waking a thread costs about what 16k elements do: small inputs stay on the calling one.
+inline int threads_for(int64_t rows, int64_t columns) {
+  const int64_t worth = 1 + rows * columns / 16384;
+  return worth < max_threads() ? int(worth) : max_threads();
+}
+
 // Room for the dropout multipliers of a row and what Dropout::multipliers writes beyond it.
 inline int64_t multiplier_room(int64_t columns) {
   return columns + 8 * lanes;
@@ -79,7 +85,7 @@ void forward(const LayerNormForward& a) {
   const Dropout dropout = Dropout::make(a.dropout_p, {a.seed, a.offset});
   const float inverse = 1.0f / float(columns);
 
-  parallel_ranges(rows, max_threads(), [&](int64_t begin, int64_t end, int) {
+  parallel_ranges(rows, threads_for(rows, columns), [&](int64_t begin, int64_t end, int) {
     std::unique_ptr<float[]> scratch(new float[columns + multiplier_room(columns)]);
     float* row = scratch.get();
     for (int64_t r = begin; r < end; ++r) {
@@ -174,7 +180,7 @@ void backward(const LayerNormBackward& a) {
   const int64_t columns = a.sum.shape[1], rows = a.sum.shape[0];
   const Parameter weight(a.weight, columns);
   const Dropout dropout = Dropout::make(a.dropout_p, {a.seed, a.offset});
-  const int threads = max_threads();
+  const int threads = threads_for(rows, columns);
   const int64_t stride = 3 * columns;
   std::unique_ptr<float[]> partial(new float[threads * stride]());
 

@@ -52,7 +52,9 @@ def attention_fwd(
     out = torch.empty(B, H, T, value.shape[-1], dtype=query.dtype)
     lse = torch.empty(B, H, T)
     _cpu.attention_fwd(
-        *map(_unit_stride, (query, key, value)),
+        _unit_stride(query),
+        _unit_stride(key),
+        _unit_stride(value),
         mask,
         _expanded(bias, query, key),
         _contiguous(key_lengths),
@@ -83,10 +85,12 @@ def attention_bwd(
     dropout_p: float,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grads = [torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value)]
+    grad_query, grad_key, grad_value = (torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value))
     grad_bias = torch.zeros(bias.shape if needs_bias and bias is not None else (0,))
     _cpu.attention_bwd(
-        *map(_unit_stride, (query, key, value)),
+        _unit_stride(query),
+        _unit_stride(key),
+        _unit_stride(value),
         mask,
         _expanded(bias, query, key),
         _contiguous(key_lengths),
@@ -96,10 +100,11 @@ def attention_bwd(
         out,
         lse,
         _unit_stride(grad_out),
-        *grads,
+        grad_query,
+        grad_key,
+        grad_value,
         _expanded(grad_bias, query, key) if needs_bias else None,
     )
-    grad_query, grad_key, grad_value = grads
     return grad_query, grad_key, grad_value, grad_bias if bias is None else grad_bias.to(bias.dtype)
 
 

@@ -52,7 +52,10 @@ def ffn_fwd(
     hidden = torch.empty((*lead, weight1.shape[0]) if store_hidden else (0,), dtype=input.dtype)
     _cpu.ffn_fwd(
         _rows(input),
-        *map(_contiguous, (weight1, bias1, weight2, bias2)),
+        weight1.contiguous(),
+        _contiguous(bias1),
+        weight2.contiguous(),
+        _contiguous(bias2),
         activation,
         *philox_key(rng),
         dropout_p,
@@ -86,7 +89,8 @@ def ffn_bwd(
     _cpu.ffn_bwd(
         _rows(grad_output),
         _rows(input),
-        *map(_contiguous, (weight1, weight2)),
+        weight1.contiguous(),
+        weight2.contiguous(),
         _rows(hidden),
         activation,
         *philox_key(rng),
