@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pytransformer import _cpu
-from pytransformer.backends.cpu.layer_norm import DTYPES
+from pytransformer.backends.cpu._arguments import contiguous, unsupported_dtype
 
 
 def why_not(
@@ -23,8 +23,8 @@ def why_not(
     softcap: float,
     dropout_p: float,
 ) -> str | None:
-    if query.dtype not in DTYPES:
-        return f"it takes float32 and bfloat16, not {query.dtype}"
+    if (reason := unsupported_dtype(query)) is not None:
+        return reason
     if bias is not None and bias.dtype not in (query.dtype, torch.float32):
         return f"bias must be float32 or {query.dtype}, not {bias.dtype}"
     if dropout_p > 0:
@@ -57,7 +57,7 @@ def attention_fwd(
         _unit_stride(value),
         mask,
         _expanded(bias, query, key),
-        _contiguous(key_lengths),
+        contiguous(key_lengths),
         band_lower,
         band_upper,
         scale,
@@ -93,7 +93,7 @@ def attention_bwd(
         _unit_stride(value),
         mask,
         _expanded(bias, query, key),
-        _contiguous(key_lengths),
+        contiguous(key_lengths),
         band_lower,
         band_upper,
         scale,
@@ -110,10 +110,6 @@ def attention_bwd(
 
 def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
 
 
 def _expanded(x: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
