@@ -111,7 +111,8 @@ inline void multiply_row(float* values, const float* by, int64_t count) {
   for_vectors(count, [&](int64_t c, int n) { store(values + c, load(values + c, n) * load(by + c, n), n); });
 }
 
-inline void add_row(float* values, const float* other, int64_t count) {
+template <class T>
+inline void add_row(float* values, const T* other, int64_t count) {
   for_vectors(count, [&](int64_t c, int n) { store(values + c, load(values + c, n) + load(other + c, n), n); });
 }
 
@@ -234,25 +235,27 @@ class WeightGradient {
   float* sums_ = nullptr;
 };
 
-// sums (+)= the column sums of [rows, columns]. Rows are summed in groups first, which keeps the
-// rounding error of long sums small; a thread takes whole columns.
+// sums (+)= the column sums of [rows, columns]. Groups of 16 rows are summed, then groups of 16 groups,
+// which keeps the rounding error of long sums small; a thread takes whole columns.
 template <class T>
 void column_sums(const T* matrix, int64_t rows, int64_t columns, float* sums, bool add) {
-  constexpr int64_t group = 64;
+  constexpr int64_t group = 16;
   const int64_t vectors = ceil_div(columns, lanes);
+  if (!add) {
+    for (int64_t c = 0; c < columns; ++c) sums[c] = 0;
+  }
   parallel_ranges(vectors, max_threads(), [&](int64_t first, int64_t last, int) {
     const int64_t begin = first * lanes, end = last * lanes < columns ? last * lanes : columns;
-    float partial[block_columns];
-    for (int64_t c0 = begin; c0 < end; c0 += block_columns) {
-      const int64_t count = end - c0 < block_columns ? end - c0 : block_columns;
-      for (int64_t r0 = 0; r0 < rows || r0 == 0; r0 += group) {
-        for (int64_t c = 0; c < count; ++c) partial[c] = 0;
-        for (int64_t r = r0; r < rows && r < r0 + group; ++r) {
-          const T* row = matrix + r * columns + c0;
-          for_vectors(count, [&](int64_t c, int n) { store(partial + c, load(partial + c, n) + load(row + c, n), n); });
+    for (int64_t column = begin; column < end; column += block_columns) {
+      const int64_t count = end - column < block_columns ? end - column : block_columns;
+      for (int64_t r = 0; r < rows; r += group * group) {
+        float large[block_columns] = {};
+        for (int64_t s = r; s < rows && s < r + group * group; s += group) {
+          float small[block_columns] = {};
+          for (int64_t t = s; t < rows && t < s + group; ++t) add_row(small, matrix + t * columns + column, count);
+          add_row(large, small, count);
         }
-        if (add || r0 > 0) add_row(partial, sums + c0, count);
-        copy_row(partial, count, sums + c0);
+        add_row(sums + column, large, count);
       }
     }
   });

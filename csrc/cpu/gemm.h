@@ -296,9 +296,10 @@ struct BlockBuffers {
   }
 };
 
-// sums (+)= the packed left operand times the packed right one.
+// sums (+)= the packed left operand times the packed right one, of `depth`; a tile runs over at most
+// `run` of it before it adds to the sums.
 template <class Operand>
-void multiply_block(const BlockBuffers<Operand>& buffers, int64_t rows, int64_t columns, int64_t depth,
+void multiply_block(const BlockBuffers<Operand>& buffers, int64_t rows, int64_t columns, int64_t depth, int64_t run,
                     bool depth_major, bool add) {
   constexpr int step = depth_step<Operand>;
   const int64_t padded = round_up(depth, step);
@@ -308,8 +309,15 @@ void multiply_block(const BlockBuffers<Operand>& buffers, int64_t rows, int64_t 
     const auto whole = tile_product_for<Operand>(tile_rows, vecs);
     for (int64_t i = 0; i < rows; i += tile_rows) {
       const auto product = rows - i < tile_rows ? tile_product_for<Operand>(int(rows - i), vecs) : whole;
-      product(buffers.left + i * padded, row_stride, depth_stride, buffers.right + j * padded, padded / step,
-              buffers.sums + i * block_columns + j, add);
+      const Operand* a = buffers.left + i * padded;
+      const Operand* b = buffers.right + j * padded;
+      float* c = buffers.sums + i * block_columns + j;
+      int64_t d = 0;
+      do {
+        const int64_t now = padded - d < run ? padded - d : run;
+        product(a + d / step * depth_stride, row_stride, depth_stride, b + d * tile_width, now / step, c, add || d > 0);
+        d += now;
+      } while (d < padded);
     }
   }
 }
@@ -322,6 +330,9 @@ void gemm(int64_t M, int64_t N, int64_t K, const Factor<Operand>& a, const Facto
   if (M <= 0 || N <= 0) return;
   const int threads = max_threads();
   const BlockGrid grid(M, N, K, threads);
+  // Of a few rows, other libraries take dot products, whose many partial sums are more accurate than
+  // one long one. Packing takes most of the time there, so short runs are to be had for nothing.
+  const int64_t run = M <= 16 ? 32 : block_depth;
   const Scratch<char> memory(threads * BlockBuffers<Operand>::total_bytes);
 
   parallel_tasks(grid.blocks_down * grid.blocks_across, [&](int64_t block) {
@@ -334,7 +345,7 @@ void gemm(int64_t M, int64_t N, int64_t K, const Factor<Operand>& a, const Facto
       const int64_t depth = K - k < block_depth ? K - k : block_depth;
       a.pack(a, row, rows, k, depth, buffers.left);
       b.pack(b, column, columns, k, depth, buffers.right);
-      multiply_block(buffers, rows, columns, depth, a.depth_major, k > 0);
+      multiply_block(buffers, rows, columns, depth, run, a.depth_major, k > 0);
       k += depth;
     } while (k < K);
     for (int64_t i = 0; i < rows; ++i) epilogue(row + i, column, columns, buffers.sums + i * block_columns);

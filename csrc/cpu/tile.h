@@ -86,8 +86,8 @@ inline __attribute__((always_inline)) void interleave(Vec a, Vec b, Vec& low, Ve
   low = {_mm256_permute2f128_ps(even, odd, 0x20)};
   high = {_mm256_permute2f128_ps(even, odd, 0x31)};
 #else
-  low = {{a.v[0], b.v[0], a.v[1], b.v[1]}};
-  high = {{a.v[2], b.v[2], a.v[3], b.v[3]}};
+  low = {float4{a.v[0], b.v[0], a.v[1], b.v[1]}};
+  high = {float4{a.v[2], b.v[2], a.v[3], b.v[3]}};
 #endif
 }
 

@@ -37,10 +37,11 @@ inline Vec exp2(Vec x) {
 }
 
 // 1 / (1 + e^-x). The exponential is taken of -|x|, so it never overflows, and both tails keep their
-// relative accuracy.
+// relative accuracy. Below -87 the result is 0, not a denormal, which would cost an assist.
 inline Vec sigmoid(Vec x) {
-  const Vec one = Vec::set1(1.0f);
-  const Vec e = exp2<5>(abs(x) * Vec::set1(-log2_e));
+  const Vec one = Vec::set1(1.0f), limit = Vec::set1(87.0f);
+  const Vec z = min(limit, abs(x));  // in this order NaN passes through
+  const Vec e = select(z >= limit, Vec::zero(), exp2<5>(z * Vec::set1(-log2_e)));
   const Vec inverse = one / (one + e);
   return select(x < Vec::zero(), e * inverse, inverse);
 }
@@ -49,19 +50,21 @@ inline Vec sigmoid(Vec x) {
 //
 // For the lower tail, erfc(z) = e^(-z^2) t P(t) with t = 1 / (1 + c z), fitted for least relative error
 // (2.8e-8 up to z = 10); for x > 0 it is taken from 1. Both share the exponential, whose argument keeps
-// the rounding error of x^2 where fma is fused: at x = 10 it would cost 1e-5 of e^(-x^2/2).
+// the rounding error of x^2 where fma is fused: at x = 10 it would cost 1e-5 of e^(-x^2/2). Beyond 12.5,
+// where the tail is 1e-35, both are 0: products with what is left would soon be denormal, and slow.
 struct NormalDistribution {
   Vec cumulative, density;
 };
 
 inline NormalDistribution normal_distribution(Vec x) {
-  const Vec z = min(Vec::set1(20.0f), abs(x));  // NaN passes through; beyond 20 all is 0 in float32
+  const Vec limit = Vec::set1(12.5f);
+  const Vec z = min(limit, abs(x));  // in this order NaN passes through
   const Vec square = z * z;
   const Vec scale = Vec::set1(-0.5f * log2_e);
   const Vec exponent = square * scale;
   const Vec lost = fma(square, scale, Vec::zero() - exponent) + fma(z, z, Vec::zero() - square) * scale;
   const Vec e = exp2<5>(exponent);
-  const Vec gauss = fma(e, lost * Vec::set1(ln_2), e);
+  const Vec gauss = select(z >= limit, Vec::zero(), fma(e, lost * Vec::set1(ln_2), e));
 
   const Vec one = Vec::set1(1.0f);
   const Vec t = one / fma(z, Vec::set1(0.26f), one);
