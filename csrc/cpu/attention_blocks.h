@@ -178,47 +178,6 @@ inline bool kept(const uint8_t* keep, int64_t row) {
   return keep == nullptr || keep[row] != 0;
 }
 
-// Swaps rows and columns of a square of vectors, each by halves: first lanes / 2 apart, then
-// lanes / 4, ... A loop over memory would do; this is five times as fast.
-#if defined(__AVX512F__)
-inline __attribute__((always_inline)) void transpose(Vec (&v)[16]) {
-  __m512 t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_ps(v[i].v, v[i + 1].v);
-    t[i + 1] = _mm512_unpackhi_ps(v[i].v, v[i + 1].v);
-  }
-  const auto low = [](__m512 a, __m512 b) {
-    return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
-  };
-  const auto high = [](__m512 a, __m512 b) {
-    return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
-  };
-  __m512 u[16];  // u[4 q + c]: column 4 l + c of rows 4 q .. 4 q + 3 in 128-bit lane l
-  for (int q = 0; q < 16; q += 4) {
-    u[q] = low(t[q], t[q + 2]);
-    u[q + 1] = high(t[q], t[q + 2]);
-    u[q + 2] = low(t[q + 1], t[q + 3]);
-    u[q + 3] = high(t[q + 1], t[q + 3]);
-  }
-  for (int c = 0; c < 4; ++c) {
-    const __m512 a = _mm512_shuffle_f32x4(u[c], u[4 + c], 0x88), b = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0x88);
-    const __m512 x = _mm512_shuffle_f32x4(u[c], u[4 + c], 0xdd), y = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0xdd);
-    v[c].v = _mm512_shuffle_f32x4(a, b, 0x88);
-    v[8 + c].v = _mm512_shuffle_f32x4(a, b, 0xdd);
-    v[4 + c].v = _mm512_shuffle_f32x4(x, y, 0x88);
-    v[12 + c].v = _mm512_shuffle_f32x4(x, y, 0xdd);
-  }
-}
-#else
-inline void transpose(Vec (&v)[lanes]) {
-  float square[lanes][lanes], turned[lanes][lanes];
-  for (int i = 0; i < lanes; ++i) v[i].store(square[i]);
-  for (int i = 0; i < lanes; ++i)
-    for (int j = 0; j < lanes; ++j) turned[i][j] = square[j][i];
-  for (int i = 0; i < lanes; ++i) v[i] = Vec::load(turned[i]);
-}
-#endif
-
 // `lanes` operands, or pairs of them, from up to `count` elements; the others are 0.
 inline Vec load_operands(const float* p, int64_t count, float*) {
   return load_some(p, count);
