@@ -170,7 +170,7 @@ class Forward {
       s.sum[r] = 0;
     }
     const auto [begin, end] = range(keys, t, rows);
-    for (int64_t n = round_down(begin, key_chunk); n < end; n += key_block) {
+    for (int64_t n = round_down(begin, key_chunk); begin < end && n < end; n += key_block) {
       const int64_t count = least(key_block, end - n);
       const int64_t seen = most(n, keys.begin);
       if (keys.keep != nullptr && std::memchr(keys.keep + seen, 1, size_t(n + count - seen)) == nullptr) continue;

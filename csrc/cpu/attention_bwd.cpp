@@ -191,7 +191,7 @@ class Backward {
     const int64_t begin = visibility_.lower(keys, t), end = visibility_.upper(keys, t + rows - 1);
     for (int64_t i = 0; i < query_block * depth_stride_; ++i) s.grad_query[i] = 0;
     if (begin < end) pack_queries(b, h, t, rows, s);
-    for (int64_t n = round_down(begin, step); n < end; n += key_block) {
+    for (int64_t n = round_down(begin, step); begin < end && n < end; n += key_block) {
       const int64_t count = least(key_block, end - n);
       const int64_t seen = most(n, keys.begin);
       if (keys.keep != nullptr && std::memchr(keys.keep + seen, 1, size_t(n + count - seen)) == nullptr) continue;
