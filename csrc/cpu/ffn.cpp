@@ -180,22 +180,26 @@ void forward(const FfnForward& a) {
   const Chunks chunks(N, F, 1);
   const Scratch<Operand> activated(chunks.rows * F);
 
+  const Packed<Operand> weight1(right_transposed<Operand>(a.weight1.ptr<const T>(), E), F, E);
+  const Packed<Operand> weight2(right_transposed<Operand>(a.weight2.ptr<const T>(), F), O, F);
+
   for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
     const int64_t begin = chunks.begin(chunk), rows = chunks.size(chunk, N);
-    gemm(rows, F, E, left<Operand>(a.input.ptr<const T>() + begin * E, E),
-         right_transposed<Operand>(a.weight1.ptr<const T>(), E),
-         [&](int64_t row, int64_t column, int64_t count, float* values) {
-           bias1.add_to(values, column, count);
-           if (a.hidden) copy_row(values, count, a.hidden.ptr<T>() + (begin + row) * F + column);
-           activate(a.activation, values, count);
-           dropout.apply(begin + row, column, count, values);
-           copy_row(values, count, activated.get() + row * F + column);
-         });
-    gemm(rows, O, F, left<Operand>(activated.get(), F), right_transposed<Operand>(a.weight2.ptr<const T>(), F),
-         [&](int64_t row, int64_t column, int64_t count, float* values) {
-           bias2.add_to(values, column, count);
-           copy_row(values, count, a.output.ptr<T>() + (begin + row) * O + column);
-         });
+    {
+      const Packed<Operand> input(left<Operand>(a.input.ptr<const T>() + begin * E, E), rows, E);
+      gemm(rows, F, input, weight1, [&](int64_t row, int64_t column, int64_t count, float* values) {
+        bias1.add_to(values, column, count);
+        if (a.hidden) copy_row(values, count, a.hidden.ptr<T>() + (begin + row) * F + column);
+        activate(a.activation, values, count);
+        dropout.apply(begin + row, column, count, values);
+        copy_row(values, count, activated.get() + row * F + column);
+      });
+    }
+    const Packed<Operand> input(left<Operand>(activated.get(), F), rows, F);
+    gemm(rows, O, input, weight2, [&](int64_t row, int64_t column, int64_t count, float* values) {
+      bias2.add_to(values, column, count);
+      copy_row(values, count, a.output.ptr<T>() + (begin + row) * O + column);
+    });
   }
 }
 
@@ -303,31 +307,34 @@ void backward(const FfnBackward& a) {
   const Chunks chunks(N, F, 2);
   const Scratch<Operand> grad_hidden(need_hidden ? chunks.rows * F : 0);
   const Scratch<Operand> activated(need_activated ? chunks.rows * F : 0);
-  const WeightGradient<T> weight1(a.grad_weight1, chunks.count), weight2(a.grad_weight2, chunks.count);
+  const WeightGradient<T> grad1(a.grad_weight1, chunks.count), grad2(a.grad_weight2, chunks.count);
+  const Packed<Operand> weight2(right<Operand>(a.weight2.ptr<const T>(), F), F, need_hidden ? O : 0);
+  const Packed<Operand> weight1(right<Operand>(a.weight1.ptr<const T>(), E), E, a.grad_input ? F : 0);
 
   for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
     const int64_t begin = chunks.begin(chunk), rows = chunks.size(chunk, N);
+    const T* input = a.input.ptr<const T>() + begin * E;
     const T* grad_output = a.grad_output.ptr<const T>() + begin * O;
     const HiddenBackward<T> hidden{
         a, dropout, F, begin, need_hidden ? grad_hidden.get() : nullptr, need_activated ? activated.get() : nullptr};
     if (need_hidden) {
-      gemm(rows, F, O, left<Operand>(grad_output, O), right<Operand>(a.weight2.ptr<const T>(), F), hidden);
+      gemm(rows, F, Packed<Operand>(left<Operand>(grad_output, O), rows, O), weight2, hidden);
     } else if (need_activated) {
       activate_only(hidden, rows);
     }
     if (a.grad_weight2) {
-      gemm(O, F, rows, left_transposed<Operand>(grad_output, O), right<Operand>(activated.get(), F),
-           weight2.add_chunk(chunk));
+      gemm(O, F, Packed<Operand>(left_transposed<Operand>(grad_output, O), O, rows),
+           Packed<Operand>(right<Operand>(activated.get(), F), F, rows), grad2.add_chunk(chunk));
+    }
+    if (a.grad_weight1) {
+      gemm(F, E, Packed<Operand>(left_transposed<Operand>(grad_hidden.get(), F), F, rows),
+           Packed<Operand>(right<Operand>(input, E), E, rows), grad1.add_chunk(chunk));
     }
     if (a.grad_input) {
-      gemm(rows, E, F, left<Operand>(grad_hidden.get(), F), right<Operand>(a.weight1.ptr<const T>(), E),
+      gemm(rows, E, Packed<Operand>(left<Operand>(grad_hidden.get(), F), rows, F), weight1,
            [&](int64_t row, int64_t column, int64_t count, float* values) {
              copy_row(values, count, a.grad_input.ptr<T>() + (begin + row) * E + column);
            });
-    }
-    if (a.grad_weight1) {
-      gemm(F, E, rows, left_transposed<Operand>(grad_hidden.get(), F),
-           right<Operand>(a.input.ptr<const T>() + begin * E, E), weight1.add_chunk(chunk));
     }
     if (a.grad_bias1) column_sums(grad_hidden.get(), rows, F, a.grad_bias1.ptr<float>(), chunk > 0);
     if (a.grad_bias2) column_sums(grad_output, rows, O, a.grad_bias2.ptr<float>(), chunk > 0);

@@ -1,19 +1,22 @@
 // Matrix product: C[M,N] = A[M,K] B[K,N], float32 accumulation, any layout of A and B.
 //
+// Both operands are packed first, in parallel: A into tiles of tile_rows rows, B into panels as wide as
+// a tile, each cut along k into blocks of block_depth. Packing is what makes the one inner loop serve
+// every transposition: it is where a matrix is read by rows or by columns, where bfloat16 becomes an
+// operand of the tile, and where ragged edges are padded with zeros. What is used by several products
+// (the weights, by all tokens) is packed once for all of them.
+//
 // C is cut into blocks of block_rows x block_columns, and a thread that takes one computes all of it:
 //
-//     for a block of depth k:
-//       pack A[rows, k] and B[k, columns]               256 KB each as float32, together in L2
-//       for each panel of B, tile_vecs vectors wide:    64 KB, read again for every tile, from L2
-//         for each tile of A, tile_rows rows:           6 KB, from L1
-//           C += A B in registers (tile.h)
+//     for a block of depth k:                          A[rows, k]: 264 KB as float32, stays in L2
+//       for each panel of B[k, columns]:               64 KB, read again for every tile, from L2
+//         for each tile of A[rows, k]:                 6 KB, from L1
+//           sums += A B in registers (tile.h)
 //     epilogue(row, column, count, values) for every row of the block
 //
-// Packing is what makes the one inner loop serve every transposition: it is where a matrix is read by
-// rows or by columns, where bfloat16 becomes an operand of the tile, and where ragged edges are padded
-// with zeros. It reads an element once for 256 multiply-adds. Blocks share nothing and wait for nothing;
-// that each packs its own operands is the price (4% of the arithmetic). Where there are too few blocks
-// for the threads they are made narrower, then lower.
+// While a tile is computed, its share of the next panel and of the next block of A is prefetched into
+// L2: shared caches of servers are slow, and without this a quarter of the time goes to waiting for
+// them. Where there are too few blocks for the threads they are made narrower, then lower.
 //
 // The sum over k is formed in float32, block by block: first within a block of depth, then over blocks.
 // It does not depend on which thread computes it, nor on how many there are, so equal inputs give equal
@@ -22,6 +25,10 @@
 #pragma once
 
 #include <new>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include "parallel.h"
 #include "simd.h"
@@ -58,27 +65,106 @@ inline __attribute__((always_inline)) void store(T* p, Vec v, int count) {
   }
 }
 
-// Uninitialised memory on a cache line's boundary.
+// Memory that calls of one thread take, return and find again. Fresh pages from the system cost more
+// than the arithmetic done on them (a fault for each 4 KB, which it also clears), so a few buffers are
+// kept, up to `most_kept` bytes; those of 2 MB and more are asked for in huge pages.
+class BufferPool {
+ public:
+  struct Buffer {
+    void* data = nullptr;
+    size_t bytes = 0;
+  };
+
+  static BufferPool& of_this_thread() {
+    static thread_local BufferPool pool;
+    return pool;
+  }
+  ~BufferPool() {
+    for (Buffer& b : kept_) release(b);
+  }
+
+  // The smallest kept buffer that is large enough, though not far too large, or a new one.
+  Buffer take(size_t bytes) {
+    Buffer* best = nullptr;
+    for (Buffer& b : kept_) {
+      if (b.data && b.bytes >= bytes && b.bytes / 4 <= bytes && (!best || b.bytes < best->bytes)) best = &b;
+    }
+    if (!best) return allocate(bytes);
+    const Buffer found = *best;
+    *best = {};
+    total_ -= found.bytes;
+    return found;
+  }
+
+  // In place of others, in turn, where there is no room for it.
+  void give_back(Buffer buffer) {
+    if (buffer.bytes > most_kept) return release(buffer);
+    for (int tried = 0; tried < slots && (kept_[next_].data || total_ + buffer.bytes > most_kept); ++tried) {
+      if (total_ + buffer.bytes > most_kept || full()) {
+        total_ -= kept_[next_].bytes;
+        release(kept_[next_]);
+        if (total_ + buffer.bytes <= most_kept) break;
+      }
+      next_ = (next_ + 1) % slots;
+    }
+    kept_[next_] = buffer;
+    total_ += buffer.bytes;
+    next_ = (next_ + 1) % slots;
+  }
+
+ private:
+  static constexpr int slots = 12;
+  static constexpr size_t most_kept = size_t(128) << 20, huge_page = size_t(2) << 20;
+  static constexpr std::align_val_t small_alignment{64}, huge_alignment{huge_page};
+
+  bool full() const {
+    for (const Buffer& b : kept_) {
+      if (!b.data) return false;
+    }
+    return true;
+  }
+
+  static Buffer allocate(size_t bytes) {
+    if (bytes < huge_page) return {::operator new(bytes, small_alignment), bytes};
+    bytes = (bytes + huge_page - 1) / huge_page * huge_page;
+    void* data = ::operator new(bytes, huge_alignment);
+#ifdef __linux__
+    madvise(data, bytes, MADV_HUGEPAGE);
+#endif
+    return {data, bytes};
+  }
+
+  static void release(Buffer& b) {
+    if (b.data) ::operator delete(b.data, b.bytes < huge_page ? small_alignment : huge_alignment);
+    b = {};
+  }
+
+  Buffer kept_[slots];
+  size_t total_ = 0;
+  int next_ = 0;
+};
+
+// Uninitialised memory on a cache line's boundary, for the duration of a call.
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t size) : data_(static_cast<T*>(::operator new(size_t(size) * sizeof(T), alignment))) {}
-  ~Scratch() { ::operator delete(data_, alignment); }
+  explicit Scratch(int64_t size) : buffer_(BufferPool::of_this_thread().take(size_t(size) * sizeof(T))) {}
+  ~Scratch() { BufferPool::of_this_thread().give_back(buffer_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  T* get() const { return data_; }
+  T* get() const { return static_cast<T*>(buffer_.data); }
 
  private:
-  static constexpr std::align_val_t alignment{64};
-  T* data_;
+  BufferPool::Buffer buffer_;
 };
 
-// An operand of a product: a part of it is `pack`ed when a block needs it. For A, `outer` counts rows
-// of the product, for B columns; both are packed for `depth` values of k, padded to a depth_step.
+// A matrix as an operand of a product. For A, `outer` counts the rows of the product, for B its columns;
+// `pack` copies `count` of them from `outer` on, for `depth` values of k, padded to a depth_step.
 template <class Operand>
 struct Factor {
   const void* data;
   int64_t stride;    // of the rows in memory, in elements
+  int tile;          // the extent of a tile along `outer`
   bool depth_major;  // how pack lays out a tile of A: [depth][tile_rows], or rows of depth
   void (*pack)(const Factor& from, int64_t outer, int64_t count, int64_t k, int64_t depth, Operand* to);
 };
@@ -207,20 +293,55 @@ void pack_right_columns(const Factor<Operand>& from, int64_t outer, int64_t coun
 // The four ways a row-major matrix takes part in a product. `data` is the matrix as it lies in memory.
 template <class Operand, class T>
 Factor<Operand> left(const T* data, int64_t stride) {  // A = data
-  return {data, stride, false, pack_left_rows<T, Operand>};
+  return {data, stride, tile_rows, false, pack_left_rows<T, Operand>};
 }
 template <class Operand, class T>
 Factor<Operand> left_transposed(const T* data, int64_t stride) {  // A = data^T
-  return {data, stride, true, pack_left_columns<T, Operand>};
+  return {data, stride, tile_rows, true, pack_left_columns<T, Operand>};
 }
 template <class Operand, class T>
 Factor<Operand> right(const T* data, int64_t stride) {  // B = data
-  return {data, stride, false, pack_right_rows<T, Operand>};
+  return {data, stride, int(tile_width), false, pack_right_rows<T, Operand>};
 }
 template <class Operand, class T>
 Factor<Operand> right_transposed(const T* data, int64_t stride) {  // B = data^T
-  return {data, stride, false, pack_right_columns<T, Operand>};
+  return {data, stride, int(tile_width), false, pack_right_columns<T, Operand>};
 }
+
+// A packed operand: [K in blocks of block_depth][outer in tiles][what a tile needs of the block].
+template <class Operand>
+class Packed {
+ public:
+  Packed(const Factor<Operand>& from, int64_t outer, int64_t K)
+      : outer_(round_up(outer, from.tile)),
+        K_(K),
+        depth_major_(from.depth_major),
+        data_(outer_ * round_up(K, depth_step<Operand>)) {
+    constexpr int64_t share = 192;  // of outer, for one task; divisible by every tile
+    static_assert(share % tile_rows == 0 && share % tile_width == 0);
+    const int64_t shares = ceil_div(outer, share);
+    parallel_tasks(shares * ceil_div(K, block_depth), [&](int64_t task) {
+      const int64_t first = task % shares * share, k = task / shares * block_depth;
+      const int64_t count = outer - first < share ? outer - first : share;
+      from.pack(from, first, count, k, depth(k), data_.get() + offset(first, k));
+    });
+  }
+
+  int64_t K() const { return K_; }
+  bool depth_major() const { return depth_major_; }
+  // The extent of the block of depth that begins at k: as it is, and as it is padded.
+  int64_t depth(int64_t k) const { return K_ - k < block_depth ? K_ - k : block_depth; }
+  int64_t padded(int64_t k) const { return round_up(depth(k), depth_step<Operand>); }
+  // Where the tile lies that begins at `first`.
+  const Operand* at(int64_t first, int64_t k) const { return data_.get() + offset(first, k); }
+
+ private:
+  int64_t offset(int64_t first, int64_t k) const { return outer_ * k + first * padded(k); }
+
+  int64_t outer_, K_;
+  bool depth_major_;
+  Scratch<Operand> data_;
+};
 
 // One tile: c[Rows][Vecs] (+)= A B, with `row_stride` and `depth_stride` of A as in tile.h.
 template <class Operand, int Rows, int Vecs>
@@ -278,44 +399,54 @@ struct BlockGrid {
   }
 };
 
-// A thread's packed operands and block of C, together in L2.
-template <class Operand>
-struct BlockBuffers {
-  static constexpr int64_t left_bytes = block_rows * block_depth * sizeof(Operand);
-  static constexpr int64_t right_bytes = block_columns * block_depth * sizeof(Operand);
-  static constexpr int64_t total_bytes = left_bytes + right_bytes + block_rows * block_columns * sizeof(float);
+// Brings `share` of `shares` equal parts of [from, from + bytes) into L2.
+inline void prefetch_share(const void* from, int64_t bytes, int64_t share, int64_t shares) {
+  constexpr int64_t line = 64;
+  const int64_t lines = ceil_div(bytes, line);
+  const char* p = static_cast<const char*>(from);
+  for (int64_t i = lines * share / shares; i < lines * (share + 1) / shares; ++i)
+    __builtin_prefetch(p + i * line, 0, 2);
+}
 
-  Operand *left, *right;
-  float* sums;
-
-  BlockBuffers(char* memory, int thread) {
-    memory += thread * total_bytes;
-    left = reinterpret_cast<Operand*>(memory);
-    right = reinterpret_cast<Operand*>(memory + left_bytes);
-    sums = reinterpret_cast<float*>(memory + left_bytes + right_bytes);
-  }
+// A block of C: where it lies in the product.
+struct Block {
+  int64_t row, column, rows, columns;
 };
 
-// sums (+)= the packed left operand times the packed right one, of `depth`; a tile runs over at most
-// `run` of it before it adds to the sums.
+// sums (+)= A B over the block of depth that begins at k. A tile runs over at most `run` of it before it
+// adds to the sums.
 template <class Operand>
-void multiply_block(const BlockBuffers<Operand>& buffers, int64_t rows, int64_t columns, int64_t depth, int64_t run,
-                    bool depth_major, bool add) {
+void multiply_block(const Packed<Operand>& left, const Packed<Operand>& right, const Block& block, int64_t k,
+                    int64_t run, float* sums) {
   constexpr int step = depth_step<Operand>;
-  const int64_t padded = round_up(depth, step);
-  const int64_t row_stride = depth_major ? step : padded, depth_stride = depth_major ? tile_rows * step : step;
-  for (int64_t j = 0; j < columns; j += tile_width) {
-    const int vecs = columns - j < tile_width ? int(ceil_div(columns - j, Vec::lanes)) : tile_vecs;
+  const int64_t padded = left.padded(k), next_k = k + block_depth;
+  const int64_t row_stride = left.depth_major() ? step : padded;
+  const int64_t depth_stride = left.depth_major() ? tile_rows * step : step;
+  const int64_t tiles = ceil_div(block.rows, tile_rows), panels = ceil_div(block.columns, tile_width);
+  const int64_t panel_bytes = tile_width * padded * int64_t(sizeof(Operand));
+  const bool last_k = next_k >= left.K();
+  const Operand* next_left = last_k ? nullptr : left.at(block.row, next_k);
+  const int64_t next_left_bytes = last_k ? 0 : tiles * tile_rows * left.padded(next_k) * int64_t(sizeof(Operand));
+
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    const int64_t j = panel * tile_width;
+    const int vecs = block.columns - j < tile_width ? int(ceil_div(block.columns - j, Vec::lanes)) : tile_vecs;
     const auto whole = tile_product_for<Operand>(tile_rows, vecs);
-    for (int64_t i = 0; i < rows; i += tile_rows) {
-      const auto product = rows - i < tile_rows ? tile_product_for<Operand>(int(rows - i), vecs) : whole;
-      const Operand* a = buffers.left + i * padded;
-      const Operand* b = buffers.right + j * padded;
-      float* c = buffers.sums + i * block_columns + j;
+    const Operand* b = right.at(block.column + j, k);
+    const Operand* next_b = panel + 1 < panels ? b + tile_width * padded
+                            : last_k           ? nullptr
+                                               : right.at(block.column, next_k);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t i = tile * tile_rows;
+      if (next_b) prefetch_share(next_b, panel_bytes, tile, tiles);
+      if (next_left) prefetch_share(next_left, next_left_bytes, panel * tiles + tile, panels * tiles);
+      const auto product = block.rows - i < tile_rows ? tile_product_for<Operand>(int(block.rows - i), vecs) : whole;
+      const Operand* a = left.at(block.row + i, k);
       int64_t d = 0;
       do {
         const int64_t now = padded - d < run ? padded - d : run;
-        product(a + d / step * depth_stride, row_stride, depth_stride, b + d * tile_width, now / step, c, add || d > 0);
+        product(a + d / step * depth_stride, row_stride, depth_stride, b + d * tile_width, now / step,
+                sums + i * block_columns + j, k + d > 0);
         d += now;
       } while (d < padded);
     }
@@ -325,30 +456,26 @@ void multiply_block(const BlockBuffers<Operand>& buffers, int64_t rows, int64_t 
 // epilogue(row, column, count, values): the sums of C[row, column .. column + count), float32, which it
 // may overwrite. count <= block_columns. It is called once for every element, from several threads.
 template <class Operand, class Epilogue>
-void gemm(int64_t M, int64_t N, int64_t K, const Factor<Operand>& a, const Factor<Operand>& b,
-          const Epilogue& epilogue) {
+void gemm(int64_t M, int64_t N, const Packed<Operand>& left, const Packed<Operand>& right, const Epilogue& epilogue) {
   if (M <= 0 || N <= 0) return;
   const int threads = max_threads();
-  const BlockGrid grid(M, N, K, threads);
+  const BlockGrid grid(M, N, left.K(), threads);
   // Of a few rows, other libraries take dot products, whose many partial sums are more accurate than
   // one long one. Packing takes most of the time there, so short runs are to be had for nothing.
   const int64_t run = M <= 16 ? 32 : block_depth;
-  const Scratch<char> memory(threads * BlockBuffers<Operand>::total_bytes);
+  const Scratch<float> memory(threads * block_rows * block_columns);
 
-  parallel_tasks(grid.blocks_down * grid.blocks_across, [&](int64_t block) {
-    const BlockBuffers<Operand> buffers(memory.get(), thread_index());
-    const int64_t row = block % grid.blocks_down * grid.rows, column = block / grid.blocks_down * grid.columns;
-    const int64_t rows = M - row < grid.rows ? M - row : grid.rows;
-    const int64_t columns = N - column < grid.columns ? N - column : grid.columns;
+  parallel_tasks(grid.blocks_down * grid.blocks_across, [&](int64_t task) {
+    float* sums = memory.get() + thread_index() * block_rows * block_columns;
+    const int64_t row = task % grid.blocks_down * grid.rows, column = task / grid.blocks_down * grid.columns;
+    const Block block{row, column, M - row < grid.rows ? M - row : grid.rows,
+                      N - column < grid.columns ? N - column : grid.columns};
     int64_t k = 0;
     do {  // once even for K = 0, to clear the sums
-      const int64_t depth = K - k < block_depth ? K - k : block_depth;
-      a.pack(a, row, rows, k, depth, buffers.left);
-      b.pack(b, column, columns, k, depth, buffers.right);
-      multiply_block(buffers, rows, columns, depth, run, a.depth_major, k > 0);
-      k += depth;
-    } while (k < K);
-    for (int64_t i = 0; i < rows; ++i) epilogue(row + i, column, columns, buffers.sums + i * block_columns);
+      multiply_block(left, right, block, k, run, sums);
+      k += block_depth;
+    } while (k < left.K());
+    for (int64_t i = 0; i < block.rows; ++i) epilogue(row + i, column, block.columns, sums + i * block_columns);
   });
 }
 
