@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +14,59 @@ from pytransformer import _plain, ops
 from pytransformer._tolerance import Comparison, compare
 
 GRAD_SEED = 20170612  # of the gradients that backward passes start from
+NOT_FUSED = "reference"
+
+
+class Parity:
+    """A call of ``ops.<op>`` with its oracle and its measure of error, which any number of backends are judged by.
+
+    Args:
+        op: name of a function of ``pytransformer.ops``.
+        tensors: its tensor arguments by name; the floating ones are differentiated.
+        options: its other arguments; a ``seed`` where there is dropout.
+        backward: also compute the gradients, named ``d<argument>``.
+        magnitudes: by result, the ``magnitude`` of ``_tolerance.compare``.
+    """
+
+    def __init__(
+        self,
+        op: str,
+        tensors: Mapping[str, Tensor | None],
+        options: Mapping[str, Any] | None = None,
+        *,
+        backward: bool = True,
+        magnitudes: Mapping[str, float] | None = None,
+    ) -> None:
+        self.op, self.tensors, self.options = op, tensors, dict(options or {})
+        self.magnitudes = magnitudes or {}
+        floating = [k for k, v in tensors.items() if v is not None and v.is_floating_point()]
+        self.names = floating if backward else []
+        wide = {k: v.double() if k in floating and v is not None else v for k, v in tensors.items()}
+        self.expected = self._run(getattr(ops, op), wide, backend=NOT_FUSED)
+        self.plain = (
+            self._run(getattr(_plain, op), tensors),
+            self._run(getattr(ops, op), tensors, backend=NOT_FUSED),
+        )
+
+    def judge(self, backend: str) -> list[Comparison]:
+        """The verdict on each output, and on each gradient."""
+        with unwritten_is_nan():
+            actual = self._run(getattr(ops, self.op), self.tensors, backend=backend)
+        return [
+            compare(
+                f"{self.op} {name}",
+                actual[name],
+                self.expected[name],
+                [plain[name] for plain in self.plain],
+                magnitude=self.magnitudes.get(name, 0.0),
+            )
+            for name in self.expected
+        ]
+
+    def _run(
+        self, function: Callable[..., Any], tensors: Mapping[str, Tensor | None], **more: Any
+    ) -> dict[str, Tensor]:
+        return results(lambda **inputs: function(**inputs, **self.options, **more), tensors, self.names)
 
 
 def parity(
@@ -23,28 +78,8 @@ def parity(
     backward: bool = True,
     magnitudes: Mapping[str, float] | None = None,
 ) -> list[Comparison]:
-    """Judges ``ops.<op>`` on ``backend``: each output, and with ``backward`` the gradient of each floating input.
-
-    Args:
-        op: name of a function of ``pytransformer.ops``.
-        tensors: its tensor arguments by name; the floating ones are differentiated.
-        options: its other arguments; a ``seed`` where there is dropout.
-        backend: the one to judge.
-        backward: also the gradients, named ``d<argument>``.
-        magnitudes: by result, the ``magnitude`` of ``_tolerance.compare``.
-    """
-    options = dict(options or {})
-    wide = {k: v.double() if v is not None and v.is_floating_point() else v for k, v in tensors.items()}
-    names = [k for k, v in tensors.items() if v is not None and v.is_floating_point()] if backward else []
-    fused, plain = getattr(ops, op), getattr(_plain, op)
-    expected = results(lambda **kw: fused(**kw, **options, backend="reference"), wide, names)
-    actual = results(lambda **kw: fused(**kw, **options, backend=backend), tensors, names)
-    measure = results(lambda **kw: plain(**kw, **options), tensors, names)
-    sizes = magnitudes or {}
-    return [
-        compare(f"{op} {name}", actual[name], expected[name], measure[name], magnitude=sizes.get(name, 0.0))
-        for name in expected
-    ]
+    """Judges one call on one backend; the arguments are those of ``Parity``."""
+    return Parity(op, tensors, options, backward=backward, magnitudes=magnitudes).judge(backend)
 
 
 def results(
@@ -61,6 +96,26 @@ def results(
         grads = torch.autograd.grad(outputs, wanted, [_gradient(y) for y in outputs])
         values.update(zip((f"d{k}" for k in names), grads, strict=True))
     return values
+
+
+@contextmanager
+def unwritten_is_nan() -> Iterator[None]:
+    """Fresh memory holds NaN in the block: what a kernel leaves unwritten cannot pass as an earlier result."""
+    enabled, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    settings: Any = torch.utils.deterministic
+    fill = settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    settings.fill_uninitialized_memory = True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        settings.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
 def _gradient(y: Tensor) -> Tensor:

@@ -39,7 +39,8 @@ def attention(
 ) -> Tensor:
     """Two matrix products and a softmax between them; rows that see no key give 0."""
     if isinstance(attn_mask, Tensor) and attn_mask.is_floating_point():
-        attn_mask, bias = None, attn_mask if bias is None else attn_mask + bias
+        bias = attn_mask if bias is None else attn_mask + bias
+        attn_mask = None
     visible = _visible(query, key, attn_mask, is_causal, window, key_lengths, causal_align)
     groups = query.shape[1] // key.shape[1]
     k, v = (x if groups == 1 else x.repeat_interleave(groups, dim=1) for x in (key, value))
