@@ -33,6 +33,9 @@ namespace {
 
 constexpr int64_t query_block = 12 * tile_rows;
 constexpr int64_t key_block = 4 * key_chunk;
+// Rows of a score block lie an odd number of cache lines apart. At a power of two they would share a
+// quarter of the sets of L1 and evict the packed panel from there.
+constexpr int64_t score_stride = key_block + lanes;
 
 // One key/value head, packed.
 template <class Op>
@@ -46,7 +49,7 @@ struct PackedHead {
 template <class Op>
 struct QueryBlock {
   Op* query;      // [query_block][depth_stride]
-  float* scores;  // [query_block][key_block]
+  float* scores;  // [query_block][score_stride]
   Op* weights;    // the same shape, and for float the same memory
   float* out;     // [query_block][out_stride], not yet divided by the sum
   float* top;     // the running maximum, in units of log2
@@ -116,11 +119,11 @@ class Forward {
     QueryBlock<Op> s;
     Carver carver(base);
     carver.take(s.query, query_block * depth_stride_);
-    carver.take(s.scores, query_block * key_block);
+    carver.take(s.scores, query_block * score_stride);
     if constexpr (in_place) {
       s.weights = s.scores;
     } else {
-      carver.take(s.weights, query_block * key_block);
+      carver.take(s.weights, query_block * score_stride);
     }
     carver.take(s.out, query_block * out_stride_);
     carver.take(s.top, query_block);
@@ -194,8 +197,8 @@ class Forward {
         const auto [begin, end] = range(keys, t + r, tile);
         if (begin >= end || p >= end || p + panel <= begin) continue;
         multiply_tile<Op>({s.query + r * depth_stride_, depth_stride_, depth_step<Op>}, tile, key,
-                          width * depth_step<Op>, least(width, end - p), depth_, s.scores + r * key_block + (p - n),
-                          key_block, false);
+                          width * depth_step<Op>, least(width, end - p), depth_, s.scores + r * score_stride + (p - n),
+                          score_stride, false);
       }
     }
   }
@@ -216,12 +219,12 @@ class Forward {
           addends.fill(b, h, t + i, n + begin, false, 1, end - begin,
                        keys.keep != nullptr ? keys.keep + n + begin : nullptr, s.addends, 0);
         }
-        apply_addends(s.scores + i * key_block + begin, s.addends, end - begin);
+        apply_addends(s.scores + i * score_stride + begin, s.addends, end - begin);
       }
       // Beyond the keys of this row, up to whole vectors: -inf.
       const int64_t low = clamp(visibility_.lower(keys, t + i) - n, begin, round_up(end, lanes));
       const int64_t high = clamp(visibility_.upper(keys, t + i) - n, low, end);
-      float* row = s.scores + i * key_block;
+      float* row = s.scores + i * score_stride;
       for (int64_t j = begin; j < low; ++j) row[j] = negative_infinity;
       for (int64_t j = high; j < round_up(end, lanes); ++j) row[j] = negative_infinity;
       weigh(row, begin, end, holes ? 1.0f : a_.scale * log2_e, i, s);
@@ -256,7 +259,7 @@ class Forward {
     for (j = begin; j < end; j += lanes) {
       const Vec weight = power_of_two<T>(fma(Vec::load(row + j), factor, offset));
       sum = sum + weight;
-      weight.store(s.weights + i * key_block + j);
+      weight.store(s.weights + i * score_stride + j);
     }
     s.sum[i] += sum.sum();
   }
@@ -279,7 +282,7 @@ class Forward {
         const auto [begin, end] = range(keys, t + r, tile);
         const int64_t first = round_down(most(begin, from), lanes), last = least(end, to);
         if (begin >= end || first >= last) continue;
-        const Left<Op> weights = {s.weights + r * key_block + (first - n), key_block, depth_step<Op>};
+        const Left<Op> weights = {s.weights + r * score_stride + (first - n), score_stride, depth_step<Op>};
         float* out = s.out + r * out_stride_ + c;
         if (flagged) {
           multiply_rows_nonzero(weights, tile, row_of<const T>(a_.value, b, h / group_, first), a_.value.stride[2],
