@@ -7,9 +7,9 @@
 //
 // Memory. Keys and values are packed once a head, keys transposed so that keys lie in lanes: then the
 // scores of a micro-tile are rows of P as the second product wants them, and maximum, exponential and
-// sum are vertical operations. A block of queries (72 on AVX) times a block of 256 keys gives a score
+// sum are vertical operations. A block of queries (36 on AVX) times a block of 512 keys gives a score
 // block of 72 KB that stays in L2. Inside it the packed panel is the outer loop: 64 keys x 64 features
-// are 16 KB, fetched from L2 once and then served to twelve micro-tiles from L1. (The other order, each
+// are 16 KB, fetched from L2 once and then served to six micro-tiles from L1. (The other order, each
 // micro-tile streaming over all keys, asks L2 for 21 bytes a cycle on a core with two FMA ports.)
 //
 // Masks. Band, key_lengths and key-padding masks become a range of keys a query; a micro-tile computes
@@ -31,8 +31,8 @@
 namespace pytransformer::PYTRANSFORMER_ISA {
 namespace {
 
-constexpr int64_t query_block = 12 * tile_rows;
-constexpr int64_t key_block = 4 * key_chunk;
+constexpr int64_t query_block = 6 * tile_rows;
+constexpr int64_t key_block = 8 * key_chunk;
 // Rows of a score block lie an odd number of cache lines apart. At a power of two they would share a
 // quarter of the sets of L1 and evict the packed panel from there.
 constexpr int64_t score_stride = key_block + lanes;
@@ -255,13 +255,22 @@ class Forward {
     s.top[i] = top;
 
     const Vec factor = Vec::set1(scale), offset = Vec::set1(-base);
-    Vec sum = Vec::zero();
-    for (j = begin; j < end; j += lanes) {
-      const Vec weight = power_of_two<T>(fma(Vec::load(row + j), factor, offset));
-      sum = sum + weight;
-      weight.store(s.weights + i * score_stride + j);
+    Vec sum = Vec::zero(), other_sum = Vec::zero();
+    Op* weights = s.weights + i * score_stride;
+    for (j = begin; j + lanes < end; j += 2 * lanes) {
+      const Vec first = power_of_two<T>(fma(Vec::load(row + j), factor, offset));
+      const Vec second = power_of_two<T>(fma(Vec::load(row + j + lanes), factor, offset));
+      sum = sum + first;
+      other_sum = other_sum + second;
+      first.store(weights + j);
+      second.store(weights + j + lanes);
     }
-    s.sum[i] += sum.sum();
+    if (j < end) {
+      const Vec last = power_of_two<T>(fma(Vec::load(row + j), factor, offset));
+      sum = sum + last;
+      last.store(weights + j);
+    }
+    s.sum[i] += (sum + other_sum).sum();
   }
 
   void rescale(int64_t i, float factor, const QueryBlock<Op>& s) const {

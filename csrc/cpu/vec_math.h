@@ -13,10 +13,10 @@ namespace pytransformer::PYTRANSFORMER_ISA {
 constexpr float log2_e = 1.4426950408889634f;
 constexpr float ln_2 = 0.6931471805599453f;
 
+// For x in [-126, 127], where the result is a normal number; elsewhere it is anything.
 template <int Degree>
-inline Vec exp2(Vec x) {
+inline Vec exp2_normal(Vec x) {
   static_assert(Degree == 3 || Degree == 5, "no coefficients for this degree");
-  x = max(Vec::set1(-127.0f), x);  // in this order NaN passes through
   const Vec n = round(x);
   const Vec f = x - n;
   Vec p;
@@ -34,6 +34,11 @@ inline Vec exp2(Vec x) {
     p = fma(p, f, Vec::set1(1.0000001f));
   }
   return scale_by_power_of_two(p, n);
+}
+
+template <int Degree>
+inline Vec exp2(Vec x) {
+  return exp2_normal<Degree>(max(Vec::set1(-127.0f), x));  // in this order NaN passes through
 }
 
 }  // namespace pytransformer::PYTRANSFORMER_ISA
