@@ -2,8 +2,7 @@
 //
 // The online softmax of FlashAttention: a block of queries walks over the keys, block by block, with a
 // running maximum m and sum l a query; where a block raises m, what was accumulated is scaled down by
-// 2^(old - new). Scores live in units of log2, so that scale * log2(e) is one multiplier inside the
-// exponent's fused multiply-add.
+// 2^(old - new). The scale and log2(e) are one multiplier inside the exponential.
 //
 // Memory. Keys and values are packed once a head, keys transposed so that keys lie in lanes: then the
 // scores of a micro-tile are rows of P as the second product wants them, and maximum, exponential and
@@ -52,7 +51,7 @@ struct QueryBlock {
   float* scores;  // [query_block][score_stride]
   Op* weights;    // the same shape, and for float the same memory
   float* out;     // [query_block][out_stride], not yet divided by the sum
-  float* top;     // the running maximum, in units of log2
+  float* top;     // the running maximum score
   float* sum;
   float* addends;  // [key_block]
 };
@@ -212,9 +211,9 @@ class Forward {
     end = least(end - n, count);
     if (begin >= end) return;
     const Addends& addends = visibility_.addends();
-    const bool holes = keys.keep != nullptr || scale_first_;
+    const bool adds = has_addends(b);
     for (int64_t i = r; i < r + tile; ++i) {
-      if (holes) {
+      if (adds) {
         if (i == r || !addends.shared()) {
           addends.fill(b, h, t + i, n + begin, false, 1, end - begin,
                        keys.keep != nullptr ? keys.keep + n + begin : nullptr, s.addends, 0);
@@ -227,7 +226,7 @@ class Forward {
       float* row = s.scores + i * score_stride;
       for (int64_t j = begin; j < low; ++j) row[j] = negative_infinity;
       for (int64_t j = high; j < round_up(end, lanes); ++j) row[j] = negative_infinity;
-      weigh(row, begin, end, holes ? 1.0f : a_.scale * log2_e, i, s);
+      weigh(row, begin, end, adds ? 1.0f : a_.scale * log2_e, i, s);
     }
   }
 
@@ -248,30 +247,33 @@ class Forward {
       other = max(other, Vec::load(row + j + lanes));
     }
     if (j < end) most_here = max(most_here, Vec::load(row + j));
-    const float here = max(most_here, other).max() * scale, before = s.top[i];
+    const float here = max(most_here, other).max(), before = s.top[i];
     const float top = here > before ? here : before;
     const float base = top == negative_infinity ? 0.0f : top;
-    if (top != before && before != negative_infinity) rescale(i, std::exp2(before - base), s);
+    if (top != before && before != negative_infinity) rescale(i, std::exp2((before - base) * scale), s);
     s.top[i] = top;
 
-    const Vec factor = Vec::set1(scale), offset = Vec::set1(-base);
+    // The difference first: its rounding then matters least where the weight is largest.
+    const Vec factor = Vec::set1(scale), maximum = Vec::set1(base);
     Vec sum = Vec::zero(), other_sum = Vec::zero();
     Op* weights = s.weights + i * score_stride;
     for (j = begin; j + lanes < end; j += 2 * lanes) {
-      const Vec first = power_of_two<T>(fma(Vec::load(row + j), factor, offset));
-      const Vec second = power_of_two<T>(fma(Vec::load(row + j + lanes), factor, offset));
+      const Vec first = power_of_two<T>((Vec::load(row + j) - maximum) * factor);
+      const Vec second = power_of_two<T>((Vec::load(row + j + lanes) - maximum) * factor);
       sum = sum + first;
       other_sum = other_sum + second;
       first.store(weights + j);
       second.store(weights + j + lanes);
     }
     if (j < end) {
-      const Vec last = power_of_two<T>(fma(Vec::load(row + j), factor, offset));
+      const Vec last = power_of_two<T>((Vec::load(row + j) - maximum) * factor);
       sum = sum + last;
       last.store(weights + j);
     }
     s.sum[i] += (sum + other_sum).sum();
   }
+
+  bool has_addends(int64_t b) const { return visibility_.keys(b).keep != nullptr || scale_first_; }
 
   void rescale(int64_t i, float factor, const QueryBlock<Op>& s) const {
     float* out = s.out + i * out_stride_;
@@ -305,6 +307,8 @@ class Forward {
   }
 
   void store(int64_t b, int64_t h, int64_t t, int64_t rows, const QueryBlock<Op>& s) const {
+    // Scores are as the product left them, or with bias or mask in units of log2.
+    const double unit = has_addends(b) ? 0.6931471805599453 : double(a_.scale);
     float* lse = a_.lse.template ptr<float>() + (b * heads_ + h) * queries_ + t;
     for (int64_t r = 0; r < rows; ++r) {
       const float sum = s.sum[r];
@@ -313,7 +317,7 @@ class Forward {
       for (int64_t c = 0; c < columns_; c += lanes) {
         store_some(out + c, Vec::load(s.out + r * out_stride_ + c) * inverse, columns_ - c);
       }
-      lse[r] = sum == 0 ? negative_infinity : float(double(s.top[r]) * 0.6931471805599453 + std::log(double(sum)));
+      lse[r] = sum == 0 ? negative_infinity : float(double(s.top[r]) * unit + std::log(double(sum)));
     }
   }
 
