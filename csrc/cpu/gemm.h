@@ -229,6 +229,7 @@ void pack_left_columns(const Factor<Operand>& from, int64_t outer, int64_t count
     for (int64_t i = 0; i < count; i += tile_rows) {
       const int n = count - i < tile_rows ? int(count - i) : tile_rows;
       Operand* tile = to + i * padded + start * tile_rows;
+      prefetch_row(tile + 4 * tile_rows * padded, now * tile_rows);  // the place of a tile to come
       for (int64_t d = 0; d < now; d += step) {
         const T* element = buffer + d * pack_share + i;
         if (n == tile_rows) {
