@@ -1,0 +1,89 @@
+"""The command ``pytransformer``: ``info``, ``verify`` and ``bench``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+OPS = ("attention", "layer_norm", "ffn", "linear_cross_entropy", "embedding")
+BACKENDS = ("cpu", "cuda", "triton", "reference")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    args = _parser().parse_args(argv)
+    code: int = args.run(args)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="pytransformer", description="Fused Transformer kernels for CPUs and GPUs.")
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(required=True, metavar="command")
+    info = commands.add_parser("info", help="versions, CPU, GPUs, and each backend: available or why not")
+    info.set_defaults(run=_info)
+    verify = commands.add_parser("verify", help="check every kernel against float64 on this machine")
+    verify.add_argument("--op", action="append", choices=OPS, default=[], help="only this op (may be repeated)")
+    verify.add_argument("--backend", choices=BACKENDS, help="only this backend")
+    verify.add_argument("--all-isas", action="store_true", help="also the instruction sets emulated for tests")
+    verify.set_defaults(run=_verify)
+    bench = commands.add_parser("bench", help="time the ops and a real model against plain PyTorch")
+    _add_bench(bench)
+    return parser
+
+
+def _add_bench(bench: argparse.ArgumentParser) -> None:
+    bench.set_defaults(run=_bench, action="run", suite="default", output=None, threads=None, quick=False, filter="")
+    actions = bench.add_subparsers(metavar="action")
+    run = actions.add_parser("run", help="run a suite, print its table and save every sample")
+    run.add_argument("--suite", default="default", help="default, ops, models, or an op's name")
+    run.add_argument("--output", metavar="F.json", help="where the samples go (default: pytransformer-bench.json)")
+    run.add_argument("--threads", type=_positive, help="CPU threads (default: torch's own choice)")
+    run.add_argument("--quick", action="store_true", help="a fifth of the time, wider intervals")
+    run.add_argument("--filter", default="", metavar="TEXT", help="only the cases whose name contains this")
+    run.set_defaults(action="run")
+    actions.add_parser("list", help="the suites and their cases").set_defaults(action="list")
+    compare = actions.add_parser("compare", help="a verdict for each row of two runs")
+    compare.add_argument("before", metavar="A.json")
+    compare.add_argument("after", metavar="B.json")
+    compare.set_defaults(action="compare")
+    markdown = actions.add_parser("markdown", help="a run's table for a README")
+    markdown.add_argument("results", metavar="F.json")
+    markdown.set_defaults(action="markdown")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return f"pytransformer {version('pytransformer')}"
+
+
+def _info(args: argparse.Namespace) -> int:
+    from pytransformer._info import print_info
+
+    print_info()
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from pytransformer.verify import main as run_verify
+
+    return run_verify(args.op, args.backend, args.all_isas)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from pytransformer.benchmarks import command
+
+    return command(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
