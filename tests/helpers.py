@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import product
 from typing import Any
 
 import compare
@@ -86,11 +87,11 @@ def _against_plain(
 
 
 def _of_the_same_kind(tensors: Tensors) -> list[dict[str, Tensor | None]]:
-    """Other inputs of the same distribution: the floating tensors reversed in a dimension, the first negated."""
+    """Other inputs of the same distribution: the floating tensors rolled in a dimension, the first negated too."""
     first, *_ = names = floating(tensors)
     alike = []
-    for dim, sign in ((-1, 1), (-1, -1), (-2, 1), (-2, -1), (0, -1)):
-        changed = {n: tensors[n].flip(max(dim, -tensors[n].dim())) for n in names if tensors[n].dim()}
+    for dim, shift, sign in product((-1, -2, 0), (1, 3, 8), (1, -1)):
+        changed = {n: x.roll(shift, max(dim, -x.dim())) for n in names if (x := tensors[n]) is not None}
         changed[first] = sign * changed[first]
         alike.append({**tensors, **changed})
     return alike
