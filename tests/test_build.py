@@ -59,7 +59,7 @@ def test_an_unknown_isa_names_the_choices():
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("ValueError: pytransformer: instruction set must be one of scalar"), done.stderr
     assert last.endswith("; got 'nonsense'"), last
-    with pytest.raises(ValueError, match="must be one of .*; got 'nonsense'"):
+    with pytest.raises(ValueError, match=r"must be one of .*; got 'nonsense'"):
         cpu.set_isa("nonsense")
     for name, supported in cpu.isa_status().items():
         assert name in last
