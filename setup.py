@@ -156,11 +156,11 @@ class Compilation:
             with ThreadPoolExecutor(jobs) as pool:
                 list(pool.map(run, [command for _, _, command in self.commands]))
             return
-        lines = ["rule compile", "  command = $command -MD -MF $out.d", "  depfile = $out.d", "  deps = gcc"]
+        lines = ["rule compile", "  command = $run -MD -MF $out.d", "  depfile = $out.d", "  deps = gcc"]
         lines.append("  description = compiling $out")
         for source, target, command in self.commands:
             escaped = shlex.join(command).replace("$", "$$")
-            lines += [f"build {target}: compile {source}", f"  command = {escaped} -MD -MF $out.d"]
+            lines += [f"build {target}: compile {source}", f"  run = {escaped}"]
         (self.folder / "build.ninja").write_text("\n".join(lines) + "\n")
         run([ninja, "-C", str(self.folder), f"-j{jobs}"])
 

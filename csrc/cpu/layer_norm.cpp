@@ -24,26 +24,39 @@ namespace {
 
 constexpr int lanes = Vec::lanes;
 
-// body(column, count) for every vector of a row; count < lanes only at its end.
+// How many lanes of a vector are in use. The whole vector is a type of its own, so that the loop over a
+// row compiles to plain loads and stores and only its last step to partial ones.
+struct Whole {
+  static constexpr bool partial = false;
+};
+struct Part {
+  static constexpr bool partial = true;
+  int count;
+};
+
+// body(column, Whole or Part) for every vector of a row; Part only at its end.
 template <class Body>
-inline void for_vectors(int64_t columns, const Body& body) {
+inline __attribute__((always_inline)) void for_vectors(int64_t columns, const Body& body) {
   int64_t c = 0;
-  for (; c + lanes <= columns; c += lanes) body(c, lanes);
-  if (c < columns) body(c, int(columns - c));
+  for (; c + lanes <= columns; c += lanes) body(c, Whole{});
+  if (c < columns) body(c, Part{int(columns - c)});
 }
 
 template <class T>
-inline Vec load(const T* p, int count) {
-  return count == lanes ? Vec::load(p) : Vec::load(p, count);
+inline Vec load(const T* p, Whole) {
+  return Vec::load(p);
 }
-
 template <class T>
-inline void store(T* p, Vec v, int count) {
-  if (count == lanes) {
-    v.store(p);
-  } else {
-    v.store(p, count);
-  }
+inline Vec load(const T* p, Part part) {
+  return Vec::load(p, part.count);
+}
+template <class T>
+inline void store(T* p, Vec v, Whole) {
+  v.store(p);
+}
+template <class T>
+inline void store(T* p, Vec v, Part part) {
+  v.store(p, part.count);
 }
 
 // A [columns] parameter as float32: itself, or a widened copy.
@@ -67,9 +80,61 @@ class Parameter {
   const float* data_ = nullptr;
 };
 
+// Waking a thread costs about what 16k elements do: small inputs stay on the calling one.
+inline int threads_for(int64_t rows, int64_t columns) {
+  const int64_t worth = 1 + rows * columns / 16384;
+  return worth < max_threads() ? int(worth) : max_threads();
+}
+
 // Room for the dropout multipliers of a row and what Dropout::multipliers writes beyond it.
 inline int64_t multiplier_room(int64_t columns) {
   return columns + 8 * lanes;
+}
+
+// The sum of a row, into `row` and, where it is wanted, `sum`; returns its mean.
+// Pointers are locals here and below: a vector store may alias anything, so what is read through a
+// reference inside the loop would be read again for every vector.
+template <class T>
+float add_row(const T* x, const T* residual, const float* input_bias, const float* keep, int64_t columns, T* sum,
+              float* row) {
+  Vec total = Vec::zero();
+  for_vectors(columns, [&](int64_t c, auto n) {
+    Vec z = load(x + c, n);
+    if (input_bias) z = z + load(input_bias + c, n);
+    if (keep) z = z * load(keep + c, n);
+    if (residual) z = z + load(residual + c, n);
+    if (sum) {
+      // Backward reads the stored sum: normalise what it will see, not what was rounded away.
+      store(sum + c, z, n);
+      z = load(sum + c, n);
+    }
+    store(row + c, z, n);
+    total = total + z;
+  });
+  return total.sum() / float(columns);
+}
+
+inline float mean_square(const float* row, float mean, int64_t columns) {
+  Vec squares = Vec::zero();
+  const Vec centre = Vec::set1(mean);
+  for_vectors(columns, [&](int64_t c, auto n) {
+    Vec d = load(row + c, n) - centre;
+    if constexpr (n.partial) d = select(Mask::first(n.count), d, Vec::zero());
+    squares = fma(d, d, squares);
+  });
+  return squares.sum() / float(columns);
+}
+
+template <class T>
+void normalise_row(const float* row, float mean, float rstd, const float* weight, const float* bias, int64_t columns,
+                   T* out) {
+  const Vec scale = Vec::set1(rstd), centre = Vec::set1(mean);
+  for_vectors(columns, [&](int64_t c, auto n) {
+    Vec y = (load(row + c, n) - centre) * scale;
+    if (weight) y = y * load(weight + c, n);
+    if (bias) y = y + load(bias + c, n);
+    store(out + c, y, n);
+  });
 }
 
 template <class T>
@@ -77,49 +142,19 @@ void forward(const LayerNormForward& a) {
   const int64_t columns = a.input.shape[1], rows = a.input.shape[0];
   const Parameter weight(a.weight, columns), bias(a.bias, columns), input_bias(a.input_bias, columns);
   const Dropout dropout = Dropout::make(a.dropout_p, {a.seed, a.offset});
-  const float inverse = 1.0f / float(columns);
 
-  parallel_ranges(rows, max_threads(), [&](int64_t begin, int64_t end, int) {
+  parallel_ranges(rows, threads_for(rows, columns), [&](int64_t begin, int64_t end, int) {
     std::unique_ptr<float[]> scratch(new float[columns + multiplier_room(columns)]);
     float* row = scratch.get();
     for (int64_t r = begin; r < end; ++r) {
-      const T* x = a.input.ptr<T>() + r * columns;
-      const T* residual = a.residual ? a.residual.ptr<T>() + r * columns : nullptr;
-      T* sum = a.sum ? a.sum.ptr<T>() + r * columns : nullptr;
-      T* out = a.output.ptr<T>() + r * columns;
+      const auto row_of = [&](const TensorView& view) { return view ? view.ptr<T>() + r * columns : nullptr; };
       const float* keep =
           a.dropout_p > 0 ? dropout.multipliers(uint64_t(r * columns), columns, row + columns) : nullptr;
-
-      Vec total = Vec::zero();
-      for_vectors(columns, [&](int64_t c, int n) {
-        Vec z = load(x + c, n);
-        if (input_bias.data()) z = z + load(input_bias.data() + c, n);
-        if (keep) z = z * load(keep + c, n);
-        if (residual) z = z + load(residual + c, n);
-        if (sum) {
-          // Backward reads the stored sum: normalise what it will see, not what was rounded away.
-          store(sum + c, z, n);
-          z = load(sum + c, n);
-        }
-        store(row + c, z, n);
-        total = total + z;
-      });
-      const float mean = a.rms ? 0.0f : total.sum() * inverse;
-
-      Vec squares = Vec::zero();
-      for_vectors(columns, [&](int64_t c, int n) {
-        Vec d = load(row + c, n) - Vec::set1(mean);
-        if (n < lanes) d = select(Mask::first(n), d, Vec::zero());
-        squares = fma(d, d, squares);
-      });
-      const float rstd = 1.0f / std::sqrt(squares.sum() * inverse + a.eps);
-
-      for_vectors(columns, [&](int64_t c, int n) {
-        Vec y = (load(row + c, n) - Vec::set1(mean)) * Vec::set1(rstd);
-        if (weight.data()) y = y * load(weight.data() + c, n);
-        if (bias.data()) y = y + load(bias.data() + c, n);
-        store(out + c, y, n);
-      });
+      const float average =
+          add_row<T>(row_of(a.input), row_of(a.residual), input_bias.data(), keep, columns, row_of(a.sum), row);
+      const float mean = a.rms ? 0.0f : average;
+      const float rstd = 1.0f / std::sqrt(mean_square(row, mean, columns) + a.eps);
+      normalise_row<T>(row, mean, rstd, weight.data(), bias.data(), columns, row_of(a.output));
       if (a.mean) a.mean.ptr<float>()[r] = mean;
       if (a.rstd) a.rstd.ptr<float>()[r] = rstd;
     }
@@ -142,21 +177,25 @@ void backward_row(const LayerNormBackward& a, int64_t r, int64_t columns, const 
   const Vec mean = Vec::set1(a.rms ? 0.0f : a.mean.ptr<float>()[r]);
   const float rstd = a.rstd.ptr<float>()[r];
 
+  float* weight_sum = a.grad_weight ? sums.weight : nullptr;
+  float* bias_sum = a.grad_bias ? sums.bias : nullptr;
+  float* input_bias_sum = a.grad_input_bias ? sums.input_bias : nullptr;
+
   Vec g_total = Vec::zero(), gx_total = Vec::zero();
-  for_vectors(columns, [&](int64_t c, int n) {
+  for_vectors(columns, [&](int64_t c, auto n) {
     const Vec upstream = load(dy + c, n);
     const Vec xhat = (load(z + c, n) - mean) * Vec::set1(rstd);
     const Vec g = weight ? upstream * load(weight + c, n) : upstream;
     g_total = g_total + g;
     gx_total = fma(g, xhat, gx_total);
-    if (a.grad_weight) store(sums.weight + c, fma(upstream, xhat, load(sums.weight + c, n)), n);
-    if (a.grad_bias) store(sums.bias + c, load(sums.bias + c, n) + upstream, n);
+    if (weight_sum) store(weight_sum + c, fma(upstream, xhat, load(weight_sum + c, n)), n);
+    if (bias_sum) store(bias_sum + c, load(bias_sum + c, n) + upstream, n);
   });
   const float inverse = 1.0f / float(columns);
   const Vec g_mean = Vec::set1(a.rms ? 0.0f : g_total.sum() * inverse);
   const Vec gx_mean = Vec::set1(gx_total.sum() * inverse);
 
-  for_vectors(columns, [&](int64_t c, int n) {
+  for_vectors(columns, [&](int64_t c, auto n) {
     const Vec upstream = load(dy + c, n);
     const Vec xhat = (load(z + c, n) - mean) * Vec::set1(rstd);
     const Vec g = weight ? upstream * load(weight + c, n) : upstream;
@@ -165,7 +204,7 @@ void backward_row(const LayerNormBackward& a, int64_t r, int64_t columns, const 
     store(dz + c, d, n);
     if (keep) d = d * load(keep + c, n);
     if (dx) store(dx + c, d, n);
-    if (a.grad_input_bias) store(sums.input_bias + c, load(sums.input_bias + c, n) + d, n);
+    if (input_bias_sum) store(input_bias_sum + c, load(input_bias_sum + c, n) + d, n);
   });
 }
 
@@ -174,7 +213,7 @@ void backward(const LayerNormBackward& a) {
   const int64_t columns = a.sum.shape[1], rows = a.sum.shape[0];
   const Parameter weight(a.weight, columns);
   const Dropout dropout = Dropout::make(a.dropout_p, {a.seed, a.offset});
-  const int threads = max_threads();
+  const int threads = threads_for(rows, columns);
   const int64_t stride = 3 * columns;
   std::unique_ptr<float[]> partial(new float[threads * stride]());
 

@@ -75,4 +75,34 @@ inline __attribute__((always_inline)) void multiply_add(const bfloat16* a, int64
 }
 #endif
 
+// low, high = the lanes of a and b taken alternately: a0 b0 a1 b1 ...
+inline __attribute__((always_inline)) void interleave(Vec a, Vec b, Vec& low, Vec& high) {
+#if defined(__AVX512F__)
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  low = {_mm512_permutex2var_ps(a.v, first, b.v)};
+  high = {_mm512_permutex2var_ps(a.v, _mm512_add_epi32(first, _mm512_set1_epi32(8)), b.v)};
+#elif defined(__AVX2__)
+  const __m256 even = _mm256_unpacklo_ps(a.v, b.v), odd = _mm256_unpackhi_ps(a.v, b.v);
+  low = {_mm256_permute2f128_ps(even, odd, 0x20)};
+  high = {_mm256_permute2f128_ps(even, odd, 0x31)};
+#else
+  low = {float4{a.v[0], b.v[0], a.v[1], b.v[1]}};
+  high = {float4{a.v[2], b.v[2], a.v[3], b.v[3]}};
+#endif
+}
+
+// Transposes a square of lanes x lanes. Interleaving the upper with the lower half of the rows rotates
+// the bits of (row, lane) by one place; after log2(lanes) times row and lane have changed places.
+inline __attribute__((always_inline)) void transpose(Vec (&square)[Vec::lanes]) {
+  constexpr int half = Vec::lanes / 2;
+#pragma GCC unroll 4
+  for (int done = 1; done < Vec::lanes; done *= 2) {
+    Vec next[Vec::lanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) interleave(square[i], square[i + half], next[2 * i], next[2 * i + 1]);
+#pragma GCC unroll 16
+    for (int i = 0; i < Vec::lanes; ++i) square[i] = next[i];
+  }
+}
+
 }  // namespace pytransformer::PYTRANSFORMER_ISA

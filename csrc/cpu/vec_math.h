@@ -36,4 +36,49 @@ inline Vec exp2(Vec x) {
   return scale_by_power_of_two(p, n);
 }
 
+// 1 / (1 + e^-x). The exponential is taken of -|x|, so it never overflows, and both tails keep their
+// relative accuracy. Below -87 the result is 0, not a denormal, which would cost an assist.
+inline Vec sigmoid(Vec x) {
+  const Vec one = Vec::set1(1.0f), limit = Vec::set1(87.0f);
+  const Vec z = min(limit, abs(x));  // in this order NaN passes through
+  const Vec e = select(z >= limit, Vec::zero(), exp2<5>(z * Vec::set1(-log2_e)));
+  const Vec inverse = one / (one + e);
+  return select(x < Vec::zero(), e * inverse, inverse);
+}
+
+// The standard normal distribution: `cumulative` = erfc(-x / sqrt 2) / 2 and `density` = e^(-x^2/2) / sqrt(2 pi).
+//
+// For the lower tail, erfc(z) = e^(-z^2) t P(t) with t = 1 / (1 + c z), fitted for least relative error
+// (2.8e-8 up to z = 10); for x > 0 it is taken from 1. Both share the exponential, whose argument keeps
+// the rounding error of x^2 where fma is fused: at x = 10 it would cost 1e-5 of e^(-x^2/2). Beyond 12.5,
+// where the tail is 1e-35, both are 0: products with what is left would soon be denormal, and slow.
+struct NormalDistribution {
+  Vec cumulative, density;
+};
+
+inline NormalDistribution normal_distribution(Vec x) {
+  const Vec limit = Vec::set1(12.5f);
+  const Vec z = min(limit, abs(x));  // in this order NaN passes through
+  const Vec square = z * z;
+  const Vec scale = Vec::set1(-0.5f * log2_e);
+  const Vec exponent = square * scale;
+  const Vec lost = fma(square, scale, Vec::zero() - exponent) + fma(z, z, Vec::zero() - square) * scale;
+  const Vec e = exp2<5>(exponent);
+  const Vec gauss = select(z >= limit, Vec::zero(), fma(e, lost * Vec::set1(ln_2), e));
+
+  const Vec one = Vec::set1(1.0f);
+  const Vec t = one / fma(z, Vec::set1(0.26f), one);
+  Vec p = Vec::set1(0.0302301459f);
+  p = fma(p, t, Vec::set1(-0.151493728f));
+  p = fma(p, t, Vec::set1(0.248731852f));
+  p = fma(p, t, Vec::set1(-0.147787899f));
+  p = fma(p, t, Vec::set1(0.158757836f));
+  p = fma(p, t, Vec::set1(0.0519651845f));
+  p = fma(p, t, Vec::set1(0.102788597f));
+  p = fma(p, t, Vec::set1(0.103050984f));
+  p = fma(p, t, Vec::set1(0.103757024f));
+  const Vec tail = gauss * (t * p);
+  return {select(x < Vec::zero(), tail, one - tail), gauss * Vec::set1(0.3989422804014327f)};
+}
+
 }  // namespace pytransformer::PYTRANSFORMER_ISA

@@ -1,0 +1,21 @@
+"""Drop-in modules: the signatures, masks, state_dict keys and initial weights of torch.nn, over the fused ops.
+
+    from pytransformer import nn            # in place of `from torch import nn`, for the classes below
+
+Every class is a subclass of torch's where torch has one, so checkpoints load both ways and ``isinstance`` checks
+hold. docs/differences.md lists where the behaviour differs from torch's, and why.
+"""
+
+from pytransformer.nn.attention import MultiheadAttention
+from pytransformer.nn.ffn import FeedForward
+from pytransformer.nn.layer_norm import LayerNorm, RMSNorm
+from pytransformer.nn.transformer import TransformerEncoder, TransformerEncoderLayer
+
+__all__ = [
+    "FeedForward",
+    "LayerNorm",
+    "MultiheadAttention",
+    "RMSNorm",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
+]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pytransformer.backends import implementation
 
-LIBRARY = torch.library.Library("pytransformer", "DEF")
+LIBRARY = torch.library.Library("pytransformer", "DEF")  # type: ignore[no-untyped-call]
 
 _PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter}
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -106,8 +106,8 @@ class FusedOp:
             (forward_name, self.forward_schema, self._forward, self.fake_forward),
             (backward_name, self.backward_schema, self._backward, self.fake_backward),
         ):
-            LIBRARY.define(name + _with_backend(schema), tags=tags)
-            LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+            LIBRARY.define(name + _with_backend(schema), tags=tags)  # type: ignore[no-untyped-call]
+            LIBRARY.impl(name, run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
             torch.library.register_fake(f"pytransformer::{name}", _without_backend(fake), lib=LIBRARY)
         torch.library.register_autograd(
             f"pytransformer::{forward_name}",
@@ -155,10 +155,10 @@ class FusedOp:
             return (None,) * (len(needs) + 1)
         args = self.backward_args(ctx.saved_tensors, ctx.extra, used, needs)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True: a double backward
-            grads = run(*args, "reference") if run is not self.library_backward else self._backward(*args, "reference")
+            found = self._backward(*args, "reference")
         else:
-            grads = run(*args, ctx.backend)
-        return (*self.input_grads(grads, needs), None)
+            found = run(*args, ctx.backend)
+        return (*self.input_grads(found, needs), None)
 
     def _make_function(self) -> type:
         op = self

@@ -190,10 +190,9 @@ def _normalize(
     rms: bool,
 ) -> Any:
     _check(op, input, weight, bias, residual, input_bias, dropout_p, eps)
-    if autocast_off(input.device.type):
-        tensors = (input, weight, bias, residual, input_bias)
-    else:  # as torch's layer_norm: autocast runs it in float32
-        tensors = cast_to(torch.float32, input, weight, bias, residual, input_bias)
+    tensors: tuple[Any, ...] = (input, weight, bias, residual, input_bias)
+    if not autocast_off(input.device.type):  # as torch's layer_norm: autocast runs it in float32
+        tensors = cast_to(torch.float32, *tensors)
     if input.numel() == 0:
         backend = "reference"  # nothing to compute, and no kernel takes rows of no columns
     rng = random_state(op, seed, dropout_p, input.device)

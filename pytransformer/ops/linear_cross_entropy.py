@@ -138,7 +138,8 @@ def _check(input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Te
     check_like(_OP, "linear_weight", linear_weight, "input", input)
     if input.dim() == 0 or linear_weight.dim() != 2:
         raise ValueError(
-            f"{_OP}: input must be [..., E] and linear_weight [V,E], got {describe(input)} and {describe(linear_weight)}"
+            f"{_OP}: input must be [..., E] and linear_weight [V,E],"
+            f" got {describe(input)} and {describe(linear_weight)}"
         )
     check_shape(_OP, "linear_weight", linear_weight, (linear_weight.shape[0], input.shape[-1]), "[V,E]")
     check_tensor(_OP, "target", target)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -87,8 +88,9 @@ def ffn_bwd(
 ) -> tuple[Tensor, ...]:
     """Gradients of the seven tensors from ``input`` to ``bias_gate``; empty where ``needs`` says no."""
 
-    def forward(*tensors: Tensor) -> tuple[Tensor]:
-        return (ffn(*tensors, rng, activation, dropout_p),)
+    def forward(*tensors: Any) -> tuple[Tensor]:
+        x, w1, b1, w2, b2, wg, bg = tensors
+        return (ffn(x, w1, b1, w2, b2, wg, bg, rng, activation, dropout_p),)
 
     tensors = (input, weight1, bias1, weight2, bias2, weight_gate, bias_gate)
     grads = vjp(forward, tensors, (grad_output,))

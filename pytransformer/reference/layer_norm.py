@@ -107,8 +107,12 @@ def layer_norm_bwd(
     grad_stream = grad_sum
     grad_weight = grad_bias = grad_input_bias = grad_input = None
     if grad_output is not None:
-        inputs = (stream, weight)
-        from_output, grad_weight = vjp(lambda z, w: (normalize(z, w, None, eps, rms)[0],), inputs, (grad_output,))
+
+        def forward(z: Tensor, w: Tensor | None) -> tuple[Tensor]:
+            return (normalize(z, w, None, eps, rms)[0],)
+
+        from_output, grad_weight = vjp(forward, (stream, weight), (grad_output,))
+        assert from_output is not None
         grad_stream = from_output if grad_stream is None else grad_stream + from_output
         if needs_bias:
             grad_bias = grad_output.sum(rows)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 try:
-    from pytransformer import _cpu
+    import pytransformer._cpu as _cpu
 except ImportError as error:
     _import_error: str | None = str(error)
 else:
     _import_error = None
-
-_UNSIGNED_64 = 2**64 - 1
 
 
 def unavailable() -> str | None:
@@ -38,11 +34,3 @@ def set_isa(name: str) -> None:
 def isa_status() -> dict[str, bool]:
     """Every instruction set that was built, best last: does this CPU run it?"""
     return _cpu.isa_status()
-
-
-def philox_key(rng: Tensor | None) -> tuple[int, int]:
-    """Seed and offset as the unsigned integers that the kernels take."""
-    if rng is None:
-        return 0, 0
-    seed, offset = rng.tolist()
-    return seed & _UNSIGNED_64, offset & _UNSIGNED_64

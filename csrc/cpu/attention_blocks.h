@@ -1,0 +1,417 @@
+// What the attention kernels are made of: packing, the tiled product, and which keys a query sees.
+//
+// Every product of attention is a small dense matrix times a packed one. multiply_tile runs one
+// micro-tile (tile.h) of up to tile_rows x tile_vecs vectors; callers loop over tiles with the packed
+// panel outermost, so that a panel of some 16 KB is read from L2 once and from L1 for all further rows.
+// A panel is `panel` columns wide, the last one only as many vectors as it needs.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <utility>
+
+#include "attention.h"
+#include "parallel.h"
+#include "tile.h"
+#include "vec_math.h"
+
+namespace pytransformer::PYTRANSFORMER_ISA {
+namespace {
+
+constexpr int lanes = Vec::lanes;
+constexpr int64_t panel = lanes * tile_vecs;
+constexpr int64_t key_chunk = 64;  // keys are packed, and flagged, in chunks of this many
+static_assert(key_chunk % panel == 0, "chunks consist of whole panels");
+
+constexpr float negative_infinity = -std::numeric_limits<float>::infinity();
+
+inline int64_t least(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+inline int64_t most(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
+inline int64_t clamp(int64_t x, int64_t low, int64_t high) {
+  return most(low, least(x, high));
+}
+inline int64_t round_down(int64_t a, int64_t b) {
+  return a / b * b;
+}
+
+// Uninitialised memory, aligned to cache lines. Allocated outside of parallel regions only: it may throw.
+template <class X>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) {
+    if (count <= 0) return;
+    data_ = static_cast<X*>(std::aligned_alloc(64, size_t(round_up(count * int64_t(sizeof(X)), 64))));
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  X* data() const { return data_; }
+
+ private:
+  X* data_ = nullptr;
+};
+
+// Parts of one scratch allocation, each beginning on a cache line. The first pass, with no memory
+// behind it, adds up the size; the second hands out the parts.
+class Carver {
+ public:
+  explicit Carver(char* base = nullptr) : base_(base) {}
+  template <class X>
+  void take(X*& part, int64_t count) {
+    part = base_ == nullptr ? nullptr : reinterpret_cast<X*>(base_ + used_);
+    used_ += round_up(count * int64_t(sizeof(X)), 64);
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+// ---- One row (b, h, r) of a tensor
+
+template <class T>
+T* row_of(const TensorView& x, int64_t b, int64_t h, int64_t r) {
+  return x.ptr<T>() + b * x.stride[0] + h * x.stride[1] + r * x.stride[2];
+}
+
+// The first `count` lanes, count in (0, lanes] or beyond; the others are 0.
+template <class T>
+Vec load_some(const T* p, int64_t count) {
+  return count >= lanes ? Vec::load(p) : Vec::load(p, int(count));
+}
+template <class T>
+void store_some(T* p, Vec v, int64_t count) {
+  if (count >= lanes) {
+    v.store(p);
+  } else {
+    v.store(p, int(count));
+  }
+}
+
+// ---- Products
+
+template <class Op, int Rows, int Vecs>
+void tile(const Op* a, int64_t row_stride, int64_t depth_stride, const Op* b, int64_t b_stride, int64_t steps, float* c,
+          int64_t c_stride, bool accumulate) {
+  Vec acc[Rows][Vecs];
+  clear(acc);
+  multiply_add<Rows, Vecs>(a, row_stride, depth_stride, b, b_stride, steps, acc);
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < Vecs; ++j) {
+      float* p = c + i * c_stride + j * lanes;
+      (accumulate ? acc[i][j] + Vec::load(p) : acc[i][j]).store(p);
+    }
+  }
+}
+
+template <class Op>
+using Tile = void (*)(const Op*, int64_t, int64_t, const Op*, int64_t, int64_t, float*, int64_t, bool);
+
+template <class Op, int... I>
+Tile<Op> tile_by_index(int index, std::integer_sequence<int, I...>) {
+  static constexpr Tile<Op> tiles[] = {tile<Op, I / tile_vecs + 1, I % tile_vecs + 1>...};
+  return tiles[index];
+}
+
+// The left operand: element (row, k), or pair of k, at data[row * row_stride + k * depth_stride].
+template <class Op>
+struct Left {
+  const Op* data;
+  int64_t row_stride, depth_stride;
+};
+
+// c[rows][columns] (+)= a[rows][depth] * one panel b; rows <= tile_rows.
+template <class Op>
+void multiply_tile(Left<Op> a, int64_t rows, const Op* b, int64_t b_stride, int64_t columns, int64_t depth, float* c,
+                   int64_t c_stride, bool accumulate) {
+  const int index = int((rows - 1) * tile_vecs + ceil_div(columns, lanes) - 1);
+  const Tile<Op> run = tile_by_index<Op>(index, std::make_integer_sequence<int, tile_rows * tile_vecs>());
+  run(a.data, a.row_stride, a.depth_stride, b, b_stride, ceil_div(depth, depth_step<Op>), c, c_stride, accumulate);
+}
+
+// c[rows][columns] += a[rows][depth] * the panels b that pack_rows wrote for `packed_depth` rows, from
+// row `first` of them.
+template <class Op>
+void multiply_rows(Left<Op> a, int64_t rows, const Op* b, int64_t packed_depth, int64_t first, int64_t columns,
+                   int64_t depth, float* c, int64_t c_stride) {
+  for (int64_t begin = 0; begin < columns; begin += panel) {
+    const int64_t width = least(panel, round_up(columns - begin, lanes));
+    const Op* source = b + begin * round_up(packed_depth, depth_step<Op>) + first * width;
+    for (int64_t r = 0; r < rows; r += tile_rows) {
+      multiply_tile<Op>({a.data + r * a.row_stride, a.row_stride, a.depth_stride}, least(tile_rows, rows - r), source,
+                        width * depth_step<Op>, width, depth, c + r * c_stride + begin, c_stride, true);
+    }
+  }
+}
+
+// The same product, skipping the elements of a that are 0: what they would multiply may be NaN or
+// infinite behind a mask. Slow, for operands known to hold such values. b is the unpacked tensor.
+template <class T, class Op>
+void multiply_rows_nonzero(Left<Op> a, int64_t rows, const T* b, int64_t b_stride, int64_t columns, int64_t depth,
+                           float* c, int64_t c_stride) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t k = 0; k < depth; ++k) {
+      const int64_t pair = k / depth_step<Op>, half = k % depth_step<Op>;
+      const float x = to_float(a.data[r * a.row_stride + pair * a.depth_stride + half]);
+      if (x == 0) continue;
+      for (int64_t j = 0; j < columns; j += lanes) {
+        float* out = c + r * c_stride + j;
+        fma(Vec::set1(x), load_some(b + k * b_stride + j, columns - j), Vec::load(out)).store(out);
+      }
+    }
+  }
+}
+
+// ---- Packing. `keep`, where not null, says of each row whether it is used; the others become 0.
+
+inline bool kept(const uint8_t* keep, int64_t row) {
+  return keep == nullptr || keep[row] != 0;
+}
+
+// `lanes` operands, or pairs of them, from up to `count` elements; the others are 0.
+inline Vec load_operands(const float* p, int64_t count, float*) {
+  return load_some(p, count);
+}
+inline Vec load_operands(const bfloat16* p, int64_t count, float*) {
+  return load_some(p, count);
+}
+inline Vec load_operands(const bfloat16* p, int64_t count, bfloat16*) {
+  float pairs[lanes] = {};
+  std::memcpy(pairs, p, size_t(least(count, 2 * lanes)) * sizeof *p);
+  return Vec::load(pairs);
+}
+
+// Rows become columns: packed[depth][rows of source], for products that sum over the features.
+template <class Op, class T>
+void pack_columns(const T* source, int64_t stride, int64_t rows, int64_t depth, const uint8_t* keep, Op* packed) {
+  constexpr int64_t step = depth_step<Op>;
+  const int64_t steps = ceil_div(depth, step);
+  for (int64_t r = 0; r < rows; r += lanes) {
+    const int64_t first = round_down(r, panel), width = least(panel, round_up(rows - first, lanes));
+    float* out = reinterpret_cast<float*>(packed + first * steps * step) + (r - first);
+    for (int64_t k = 0; k < steps; k += lanes) {
+      Vec square[lanes];
+      for (int i = 0; i < lanes; ++i) {
+        const bool used = r + i < rows && kept(keep, r + i);
+        square[i] =
+            used ? load_operands(source + (r + i) * stride + k * step, depth - k * step, static_cast<Op*>(nullptr))
+                 : Vec::zero();
+      }
+      transpose(square);
+      for (int64_t i = 0; i < least(lanes, steps - k); ++i) square[i].store(out + (k + i) * width);
+    }
+  }
+}
+
+// Rows stay rows: packed[rows of source][columns], for products that sum over the rows. `first` is
+// where in `total` rows these begin. True if a kept row holds a NaN or an infinity.
+template <class T>
+bool pack_rows(const T* source, int64_t stride, int64_t first, int64_t rows, int64_t total, int64_t columns,
+               const uint8_t* keep, float* packed) {
+  Vec check = Vec::zero();  // 0 * x is NaN for those, and 0 for all others
+  for (int64_t c = 0; c < columns; c += panel) {
+    const int64_t width = least(panel, round_up(columns - c, lanes));
+    float* out = packed + c * total + first * width;
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t j = 0; j < width; j += lanes) {
+        const Vec x = kept(keep, r) ? load_some(source + r * stride + c + j, columns - c - j) : Vec::zero();
+        check = fma(x, Vec::zero(), check);
+        x.store(out + r * width + j);
+      }
+    }
+  }
+  return !(check.sum() == 0);
+}
+
+#ifdef PYTRANSFORMER_BF16_DOT
+// In pairs of rows; `first` is even.
+inline bool pack_rows(const bfloat16* source, int64_t stride, int64_t first, int64_t rows, int64_t total,
+                      int64_t columns, const uint8_t* keep, bfloat16* packed) {
+  Vec check = Vec::zero();
+  for (int64_t c = 0; c < columns; c += panel) {
+    const int64_t width = least(panel, round_up(columns - c, lanes));
+    bfloat16* out = packed + c * round_up(total, 2) + first * width;
+    for (int64_t r = 0; r < rows; r += 2) {
+      for (int64_t j = 0; j < width; j += lanes) {
+        alignas(32) uint16_t half[2][lanes] = {};
+        for (int i = 0; i < 2; ++i) {
+          if (r + i >= rows || !kept(keep, r + i)) continue;
+          const bfloat16* row = source + (r + i) * stride + c + j;
+          check = fma(load_some(row, columns - c - j), Vec::zero(), check);
+          std::memcpy(half[i], row, size_t(least(lanes, columns - c - j)) * sizeof *row);
+        }
+        uint32_t pairs[lanes];
+        for (int i = 0; i < lanes; ++i) pairs[i] = half[0][i] | uint32_t(half[1][i]) << 16;
+        std::memcpy(out + r * width + 2 * j, pairs, sizeof pairs);
+      }
+    }
+  }
+  return !(check.sum() == 0);
+}
+#endif
+
+// The left operand: rows of `stride_out` elements, zero beyond `columns`.
+template <class Op, class T>
+void copy_rows(const T* source, int64_t stride, int64_t rows, int64_t columns, const uint8_t* keep, Op* out,
+               int64_t stride_out) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t j = 0; j < stride_out; j += lanes) {
+      const bool used = j < columns && kept(keep, r);
+      (used ? load_some(source + r * stride + j, columns - j) : Vec::zero()).store(out + r * stride_out + j);
+    }
+  }
+}
+
+// ---- Probabilities
+
+// 2^x, and exactly 0 for what a mask turned to -inf. Cut off where results leave the normal range:
+// arithmetic on denormals is a hundred times slower.
+template <class T>
+inline __attribute__((always_inline)) Vec power_of_two(Vec x) {
+  constexpr int degree = sizeof(T) == 2 ? 3 : 5;
+  const Vec smallest = Vec::set1(-126.0f);
+  return select(x < smallest, Vec::zero(), exp2<degree>(max(smallest, x)));
+}
+
+// ---- Visibility
+
+// The keys that some query of a batch may see: `keep` of [begin, end), all of them where it is null.
+// Everything else of key and value counts as 0 from the packing on.
+struct Keys {
+  int64_t begin = 0, end = 0;
+  const uint8_t* keep = nullptr;  // indexed from key 0
+};
+
+// Scores beyond scale * query * key: what the mask and bias tensors add, in units of log2.
+class Addends {
+ public:
+  Addends(const AttentionProblem& a, bool mask_in_keys) : bias_(a.bias) {
+    if (!mask_in_keys) mask_ = a.mask;
+  }
+  bool any() const { return mask_ || bias_; }
+  // True if all queries of a head share one row.
+  bool shared() const { return (!mask_ || mask_.stride[2] == 0) && (!bias_ || bias_.stride[2] == 0); }
+
+  // out[i * out_stride + j] for i < outer, j < inner, where (i, j) are (query, key) or, if `turned`,
+  // (key, query): the bias, or 0, and -inf where masked. `keep` is indexed from the first key.
+  void fill(int64_t b, int64_t h, int64_t query, int64_t key, bool turned, int64_t outer, int64_t inner,
+            const uint8_t* keep, float* out, int64_t out_stride) const {
+    for (int64_t i = 0; i < outer; ++i) {
+      float* row = out + i * out_stride;
+      if (!bias_) {
+        for (int64_t j = 0; j < inner; ++j) row[j] = 0;
+      } else if (bias_.dtype == DType::float32) {
+        add_bias<float>(b, h, query, key, turned, i, inner, row);
+      } else {
+        add_bias<bfloat16>(b, h, query, key, turned, i, inner, row);
+      }
+      if (mask_) {
+        int64_t step;
+        const uint8_t* m = start<const uint8_t>(mask_, b, h, query, key, turned, i, step);
+        if (step == 1) {
+          for (int64_t j = 0; j < inner; ++j) row[j] = m[j] ? row[j] : negative_infinity;
+        } else {
+          for (int64_t j = 0; j < inner; ++j) row[j] = m[j * step] ? row[j] : negative_infinity;
+        }
+      }
+      if (keep != nullptr && turned) {
+        if (!keep[i])
+          for (int64_t j = 0; j < inner; ++j) row[j] = negative_infinity;
+      } else if (keep != nullptr) {
+        for (int64_t j = 0; j < inner; ++j) row[j] = keep[j] ? row[j] : negative_infinity;
+      }
+    }
+  }
+
+ private:
+  template <class X>
+  static X* start(const TensorView& x, int64_t b, int64_t h, int64_t query, int64_t key, bool turned, int64_t i,
+                  int64_t& step) {
+    step = x.stride[turned ? 2 : 3];
+    return row_of<X>(x, b, h, query) + key * x.stride[3] + i * x.stride[turned ? 3 : 2];
+  }
+  template <class X>
+  void add_bias(int64_t b, int64_t h, int64_t query, int64_t key, bool turned, int64_t i, int64_t inner,
+                float* row) const {
+    int64_t step;
+    const X* source = start<const X>(bias_, b, h, query, key, turned, i, step);
+    if (step == 1) {
+      for (int64_t j = 0; j < inner; ++j) row[j] = to_float(source[j]) * log2_e;
+    } else {
+      for (int64_t j = 0; j < inner; ++j) row[j] = to_float(source[j * step]) * log2_e;
+    }
+  }
+
+  TensorView mask_, bias_;
+};
+
+// Who sees whom, resolved once a call. A mask that is the same for all heads and queries of a batch
+// (key padding) is merged with key_lengths into Keys and costs nothing per score where it has no holes.
+class Visibility {
+ public:
+  explicit Visibility(const AttentionProblem& a)
+      : mask_in_keys_(bool(a.mask) && broadcast(a.mask, 1) && broadcast(a.mask, 2)),
+        addends_(a, mask_in_keys_),
+        batches_(a.query.shape[0]),
+        keys_(batches_),
+        keep_(mask_in_keys_ ? batches_ * a.key.shape[2] : 0) {
+    const int64_t length = a.key.shape[2], reach = length + a.query.shape[2];
+    lower_ = clamp(a.band_lower, -reach, reach);
+    upper_ = clamp(a.band_upper, -reach, reach);
+    for (int64_t b = 0; b < batches_; ++b) {
+      Keys& keys = keys_.data()[b];
+      keys = Keys{};
+      keys.end = a.key_lengths ? clamp(a.key_lengths.ptr<int64_t>()[b], 0, length) : length;
+      if (mask_in_keys_) apply_mask(a.mask, b, length, keys);
+    }
+  }
+
+  const Keys& keys(int64_t b) const { return keys_.data()[b]; }
+  const Addends& addends() const { return addends_; }
+
+  // The keys [lower, upper) that the band and Keys leave to query t; both grow with t.
+  int64_t lower(const Keys& keys, int64_t t) const { return clamp(t + lower_, keys.begin, keys.end); }
+  int64_t upper(const Keys& keys, int64_t t) const { return clamp(t + upper_ + 1, keys.begin, keys.end); }
+  // The queries [first, last) of [0, length) whose band includes key s.
+  int64_t first_query(int64_t s, int64_t length) const { return clamp(s - upper_, 0, length); }
+  int64_t last_query(int64_t s, int64_t length) const { return clamp(s - lower_ + 1, 0, length); }
+
+ private:
+  static bool broadcast(const TensorView& x, int dim) { return x.stride[dim] == 0 || x.shape[dim] == 1; }
+
+  void apply_mask(const TensorView& mask, int64_t b, int64_t length, Keys& keys) {
+    uint8_t* keep = keep_.data() + b * length;
+    const uint8_t* m = row_of<const uint8_t>(mask, b, 0, 0);
+    int64_t first = keys.end, last = 0, count = 0;
+    for (int64_t s = 0; s < keys.end; ++s) {
+      keep[s] = m[s * mask.stride[3]] != 0;
+      if (!keep[s]) continue;
+      first = least(first, s);
+      last = s + 1;
+      ++count;
+    }
+    keys.begin = count > 0 ? first : 0;
+    keys.end = last;
+    if (count < last - keys.begin) keys.keep = keep;
+  }
+
+  bool mask_in_keys_;
+  Addends addends_;
+  int64_t batches_;
+  Buffer<Keys> keys_;
+  Buffer<uint8_t> keep_;
+  int64_t lower_ = 0, upper_ = 0;
+};
+
+}  // namespace
+}  // namespace pytransformer::PYTRANSFORMER_ISA

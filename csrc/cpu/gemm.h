@@ -1,0 +1,482 @@
+// Matrix product: C[M,N] = A[M,K] B[K,N], float32 accumulation, any layout of A and B.
+//
+// Both operands are packed first, in parallel: A into tiles of tile_rows rows, B into panels as wide as
+// a tile, each cut along k into blocks of block_depth. Packing is what makes the one inner loop serve
+// every transposition: it is where a matrix is read by rows or by columns, where bfloat16 becomes an
+// operand of the tile, and where ragged edges are padded with zeros. What is used by several products
+// (the weights, by all tokens) is packed once for all of them.
+//
+// C is cut into blocks of block_rows x block_columns, and a thread that takes one computes all of it:
+//
+//     for a block of depth k:                          A[rows, k]: 264 KB as float32, stays in L2
+//       for each panel of B[k, columns]:               64 KB, read again for every tile, from L2
+//         for each tile of A[rows, k]:                 6 KB, from L1
+//           sums += A B in registers (tile.h)
+//     epilogue(row, column, count, values) for every row of the block
+//
+// While a tile is computed, its share of the next panel and of the next block of A is prefetched into
+// L2: shared caches of servers are slow, and without this a quarter of the time goes to waiting for
+// them. Where there are too few blocks for the threads they are made narrower, then lower.
+//
+// The sum over k is formed in float32, block by block: first within a block of depth, then over blocks.
+// It does not depend on which thread computes it, nor on how many there are, so equal inputs give equal
+// bits. The epilogue sees the finished sums, once, while they are in L2: it adds biases, applies
+// activations and rounds to the storage type.
+#pragma once
+
+#include <new>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include "parallel.h"
+#include "simd.h"
+#include "tile.h"
+
+namespace pytransformer::PYTRANSFORMER_ISA {
+
+constexpr int64_t block_rows = 264;     // divisible by tile_rows: 4 and 6
+constexpr int64_t block_columns = 256;  // divisible by tile_width
+constexpr int64_t block_depth = 256;
+constexpr int64_t tile_width = tile_vecs * Vec::lanes;
+static_assert(block_rows % tile_rows == 0 && block_columns % tile_width == 0 && block_depth % 2 == 0);
+static_assert(tile_rows <= Vec::lanes, "packing by columns moves a row of a tile as one vector");
+
+// body(index, count) for every vector of [0, size); count < lanes only at its end.
+template <class Body>
+inline __attribute__((always_inline)) void for_vectors(int64_t size, const Body& body) {
+  int64_t i = 0;
+  for (; i + Vec::lanes <= size; i += Vec::lanes) body(i, Vec::lanes);
+  if (i < size) body(i, int(size - i));
+}
+
+template <class T>
+inline __attribute__((always_inline)) Vec load(const T* p, int count) {
+  return count == Vec::lanes ? Vec::load(p) : Vec::load(p, count);
+}
+
+template <class T>
+inline __attribute__((always_inline)) void store(T* p, Vec v, int count) {
+  if (count == Vec::lanes) {
+    v.store(p);
+  } else {
+    v.store(p, count);
+  }
+}
+
+// Memory that calls of one thread take, return and find again. Fresh pages from the system cost more
+// than the arithmetic done on them (a fault for each 4 KB, which it also clears), so a few buffers are
+// kept, up to `most_kept` bytes; those of 2 MB and more are asked for in huge pages.
+class BufferPool {
+ public:
+  struct Buffer {
+    void* data = nullptr;
+    size_t bytes = 0;
+  };
+
+  static BufferPool& of_this_thread() {
+    static thread_local BufferPool pool;
+    return pool;
+  }
+  ~BufferPool() {
+    for (Buffer& b : kept_) release(b);
+  }
+
+  // The smallest kept buffer that is large enough, though not far too large, or a new one.
+  Buffer take(size_t bytes) {
+    Buffer* best = nullptr;
+    for (Buffer& b : kept_) {
+      if (b.data && b.bytes >= bytes && b.bytes / 4 <= bytes && (!best || b.bytes < best->bytes)) best = &b;
+    }
+    if (!best) return allocate(bytes);
+    const Buffer found = *best;
+    *best = {};
+    total_ -= found.bytes;
+    return found;
+  }
+
+  // In place of others, in turn, where there is no room for it.
+  void give_back(Buffer buffer) {
+    if (buffer.bytes > most_kept) return release(buffer);
+    for (int tried = 0; tried < slots && (kept_[next_].data || total_ + buffer.bytes > most_kept); ++tried) {
+      if (total_ + buffer.bytes > most_kept || full()) {
+        total_ -= kept_[next_].bytes;
+        release(kept_[next_]);
+        if (total_ + buffer.bytes <= most_kept) break;
+      }
+      next_ = (next_ + 1) % slots;
+    }
+    kept_[next_] = buffer;
+    total_ += buffer.bytes;
+    next_ = (next_ + 1) % slots;
+  }
+
+ private:
+  static constexpr int slots = 12;
+  static constexpr size_t most_kept = size_t(128) << 20, huge_page = size_t(2) << 20;
+  static constexpr std::align_val_t small_alignment{64}, huge_alignment{huge_page};
+
+  bool full() const {
+    for (const Buffer& b : kept_) {
+      if (!b.data) return false;
+    }
+    return true;
+  }
+
+  static Buffer allocate(size_t bytes) {
+    if (bytes < huge_page) return {::operator new(bytes, small_alignment), bytes};
+    bytes = (bytes + huge_page - 1) / huge_page * huge_page;
+    void* data = ::operator new(bytes, huge_alignment);
+#ifdef __linux__
+    madvise(data, bytes, MADV_HUGEPAGE);
+#endif
+    return {data, bytes};
+  }
+
+  static void release(Buffer& b) {
+    if (b.data) ::operator delete(b.data, b.bytes < huge_page ? small_alignment : huge_alignment);
+    b = {};
+  }
+
+  Buffer kept_[slots];
+  size_t total_ = 0;
+  int next_ = 0;
+};
+
+// Uninitialised memory on a cache line's boundary, for the duration of a call.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t size) : buffer_(BufferPool::of_this_thread().take(size_t(size) * sizeof(T))) {}
+  ~Scratch() { BufferPool::of_this_thread().give_back(buffer_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* get() const { return static_cast<T*>(buffer_.data); }
+
+ private:
+  BufferPool::Buffer buffer_;
+};
+
+// A matrix as an operand of a product. For A, `outer` counts the rows of the product, for B its columns;
+// `pack` copies `count` of them from `outer` on, for `depth` values of k, padded to a depth_step.
+template <class Operand>
+struct Factor {
+  const void* data;
+  int64_t stride;    // of the rows in memory, in elements
+  int tile;          // the extent of a tile along `outer`
+  bool depth_major;  // how pack lays out a tile of A: [depth][tile_rows], or rows of depth
+  void (*pack)(const Factor& from, int64_t outer, int64_t count, int64_t k, int64_t depth, Operand* to);
+};
+
+// A whose rows lie along k in memory: [count][depth], the same layout.
+template <class T, class Operand>
+void pack_left_rows(const Factor<Operand>& from, int64_t outer, int64_t count, int64_t k, int64_t depth, Operand* to) {
+  const int64_t padded = round_up(depth, depth_step<Operand>);
+  for (int64_t i = 0; i < count; ++i) {
+    const T* source = static_cast<const T*>(from.data) + (outer + i) * from.stride + k;
+    Operand* row = to + i * padded;
+    if constexpr (sizeof(T) == sizeof(Operand)) {
+      __builtin_memcpy(row, source, size_t(depth) * sizeof(T));
+    } else {
+      for_vectors(depth, [&](int64_t c, int n) { store(row + c, load(source + c, n), n); });
+    }
+    if (padded > depth) row[depth] = from_float<Operand>(0.0f);
+  }
+}
+
+// `n` elements of one k, or in the paired form of two, side by side. `more` says that k + 1 exists.
+template <class T, class Operand>
+inline __attribute__((always_inline)) void pack_step(const T* source, int64_t stride, bool more, int n, Operand* to) {
+  if constexpr (depth_step<Operand> == 1) {
+    store(to, load(source, n), n);
+  } else {
+    for (int i = 0; i < n; ++i) {
+      to[2 * i] = source[i];
+      to[2 * i + 1] = more ? source[stride + i] : bfloat16{0};
+    }
+  }
+}
+
+// A whose columns lie along k: tiles of [depth][tile_rows]. A few k at a time for all tiles, so that
+// the rows in memory are read along their length.
+template <class T, class Operand>
+void pack_left_columns(const Factor<Operand>& from, int64_t outer, int64_t count, int64_t k, int64_t depth,
+                       Operand* to) {
+  constexpr int step = depth_step<Operand>;
+  constexpr int64_t together = 8;
+  const T* source = static_cast<const T*>(from.data) + k * from.stride + outer;
+  const int64_t padded = round_up(depth, step);
+  for (int64_t start = 0; start < depth; start += together) {
+    const int64_t end = start + together < depth ? start + together : depth;
+    for (int64_t i = 0; i < count; i += tile_rows) {
+      const int n = count - i < tile_rows ? int(count - i) : tile_rows;
+      Operand* tile = to + i * padded;
+      for (int64_t d = start; d < end; d += step) {
+        const T* element = source + d * from.stride + i;
+        if (n == tile_rows) {
+          pack_step(element, from.stride, d + 1 < depth, tile_rows, tile + d * tile_rows);
+        } else {
+          pack_step(element, from.stride, d + 1 < depth, n, tile + d * tile_rows);
+        }
+      }
+    }
+  }
+}
+
+// B whose rows lie along its columns, [K][N] in memory: panels of [depth][tile_width].
+template <class T, class Operand>
+void pack_right_rows(const Factor<Operand>& from, int64_t outer, int64_t count, int64_t k, int64_t depth, Operand* to) {
+  constexpr int step = depth_step<Operand>;
+  const int64_t padded = round_up(depth, step);
+  for (int64_t d = 0; d < depth; d += step) {
+    const T* source = static_cast<const T*>(from.data) + (k + d) * from.stride + outer;
+    for (int64_t j = 0; j < count; j += Vec::lanes) {
+      Operand* place = to + j / tile_width * tile_width * padded + d * tile_width + j % tile_width * step;
+      if (count - j >= Vec::lanes) {
+        pack_step(source + j, from.stride, d + 1 < depth, Vec::lanes, place);
+      } else {
+        pack_step(source + j, from.stride, d + 1 < depth, int(count - j), place);
+      }
+    }
+  }
+}
+
+// One square of B^T: `columns` rows in memory, `units` operands or pairs of operands along each.
+template <class T>
+inline __attribute__((always_inline)) void pack_square(const T* source, int64_t stride, int columns, int units,
+                                                       float* to) {
+  Vec square[Vec::lanes];
+  if (columns == Vec::lanes && units == Vec::lanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < Vec::lanes; ++i) square[i] = Vec::load(source + i * stride);
+  } else {
+    for (int i = 0; i < Vec::lanes; ++i) square[i] = i < columns ? load(source + i * stride, units) : Vec::zero();
+  }
+  transpose(square);
+  for (int i = 0; i < units; ++i) square[i].store(to + i * tile_width);
+}
+
+// B whose rows lie along k, [N][K] in memory (the weight of a linear layer): panels of [depth][tile_width].
+// A pair of bfloat16 is moved as one float.
+template <class T, class Operand>
+void pack_right_columns(const Factor<Operand>& from, int64_t outer, int64_t count, int64_t k, int64_t depth,
+                        Operand* to) {
+  constexpr int step = depth_step<Operand>;
+  const int64_t padded = round_up(depth, step);
+  for (int64_t j = 0; j < count; j += Vec::lanes) {
+    const int columns = count - j < Vec::lanes ? int(count - j) : Vec::lanes;
+    const T* source = static_cast<const T*>(from.data) + (outer + j) * from.stride + k;
+    Operand* place = to + j / tile_width * tile_width * padded + j % tile_width * step;
+    for_vectors(depth / step, [&](int64_t unit, int n) {
+      if constexpr (step == 1) {
+        pack_square(source + unit, from.stride, columns, n, place + unit * tile_width);
+      } else {
+        // A distance of `stride` bfloat16 need not be whole floats: pairs are gathered row by row.
+        float square[Vec::lanes * Vec::lanes];
+        for (int i = 0; i < columns; ++i) {
+          __builtin_memcpy(square + i * Vec::lanes, source + i * from.stride + 2 * unit, size_t(n) * sizeof(float));
+        }
+        pack_square(square, Vec::lanes, columns, n, reinterpret_cast<float*>(place + 2 * unit * tile_width));
+      }
+    });
+    if (padded > depth) {
+      for (int i = 0; i < Vec::lanes; ++i) {
+        Operand* pair = place + (depth - 1) * tile_width + 2 * i;
+        pair[0] = i < columns ? from_float<Operand>(to_float(source[i * from.stride + depth - 1])) : Operand{};
+        pair[1] = Operand{};
+      }
+    }
+  }
+}
+
+// The four ways a row-major matrix takes part in a product. `data` is the matrix as it lies in memory.
+template <class Operand, class T>
+Factor<Operand> left(const T* data, int64_t stride) {  // A = data
+  return {data, stride, tile_rows, false, pack_left_rows<T, Operand>};
+}
+template <class Operand, class T>
+Factor<Operand> left_transposed(const T* data, int64_t stride) {  // A = data^T
+  return {data, stride, tile_rows, true, pack_left_columns<T, Operand>};
+}
+template <class Operand, class T>
+Factor<Operand> right(const T* data, int64_t stride) {  // B = data
+  return {data, stride, int(tile_width), false, pack_right_rows<T, Operand>};
+}
+template <class Operand, class T>
+Factor<Operand> right_transposed(const T* data, int64_t stride) {  // B = data^T
+  return {data, stride, int(tile_width), false, pack_right_columns<T, Operand>};
+}
+
+// A packed operand: [K in blocks of block_depth][outer in tiles][what a tile needs of the block].
+template <class Operand>
+class Packed {
+ public:
+  Packed(const Factor<Operand>& from, int64_t outer, int64_t K)
+      : outer_(round_up(outer, from.tile)),
+        K_(K),
+        depth_major_(from.depth_major),
+        data_(outer_ * round_up(K, depth_step<Operand>)) {
+    constexpr int64_t share = 192;  // of outer, for one task; divisible by every tile
+    static_assert(share % tile_rows == 0 && share % tile_width == 0);
+    const int64_t shares = ceil_div(outer, share);
+    parallel_tasks(shares * ceil_div(K, block_depth), [&](int64_t task) {
+      const int64_t first = task % shares * share, k = task / shares * block_depth;
+      const int64_t count = outer - first < share ? outer - first : share;
+      from.pack(from, first, count, k, depth(k), data_.get() + offset(first, k));
+    });
+  }
+
+  int64_t K() const { return K_; }
+  bool depth_major() const { return depth_major_; }
+  // The extent of the block of depth that begins at k: as it is, and as it is padded.
+  int64_t depth(int64_t k) const { return K_ - k < block_depth ? K_ - k : block_depth; }
+  int64_t padded(int64_t k) const { return round_up(depth(k), depth_step<Operand>); }
+  // Where the tile lies that begins at `first`.
+  const Operand* at(int64_t first, int64_t k) const { return data_.get() + offset(first, k); }
+
+ private:
+  int64_t offset(int64_t first, int64_t k) const { return outer_ * k + first * padded(k); }
+
+  int64_t outer_, K_;
+  bool depth_major_;
+  Scratch<Operand> data_;
+};
+
+// One tile: c[Rows][Vecs] (+)= A B, with `row_stride` and `depth_stride` of A as in tile.h.
+template <class Operand, int Rows, int Vecs>
+__attribute__((noinline)) void tile_product(const Operand* a, int64_t row_stride, int64_t depth_stride,
+                                            const Operand* b, int64_t steps, float* c, bool add) {
+  Vec acc[Rows][Vecs];
+  clear(acc);
+  multiply_add(a, row_stride, depth_stride, b, tile_width * depth_step<Operand>, steps, acc);
+  for (int i = 0; i < Rows; ++i) {
+    for (int j = 0; j < Vecs; ++j) {
+      float* place = c + i * block_columns + j * Vec::lanes;
+      (add ? acc[i][j] + Vec::load(place) : acc[i][j]).store(place);
+    }
+  }
+}
+
+// The instance of tile_product for a tile of rows x vecs.
+template <class Operand, int Rows = tile_rows, int Vecs = tile_vecs>
+inline auto tile_product_for(int rows, int vecs) {
+  if constexpr (Vecs > 1) {
+    if (vecs < Vecs) return tile_product_for<Operand, Rows, Vecs - 1>(rows, vecs);
+  }
+  if constexpr (Rows > 1) {
+    if (rows < Rows) return tile_product_for<Operand, Rows - 1, Vecs>(rows, vecs);
+  }
+  return &tile_product<Operand, Rows, Vecs>;
+}
+
+// How C is cut into blocks.
+struct BlockGrid {
+  int64_t rows, columns;  // of a block
+  int64_t blocks_down, blocks_across;
+
+  BlockGrid(int64_t M, int64_t N, int64_t K, int threads) {
+    blocks_down = ceil_div(M, block_rows);
+    blocks_across = ceil_div(N, block_columns);
+    const bool worth_sharing = double(M) * double(N) * double(K) > 1e6;
+    if (worth_sharing) {
+      // Narrower blocks until the threads finish together, or nearly so.
+      const int64_t panels = ceil_div(N, tile_width), tiles = ceil_div(M, tile_rows);
+      while (idle(threads) && blocks_across < panels) ++blocks_across;
+      while (idle(threads) && blocks_down < tiles && blocks_down * blocks_across < 8 * threads) ++blocks_down;
+    }
+    rows = round_up(ceil_div(M, blocks_down), tile_rows);
+    columns = round_up(ceil_div(N, blocks_across), tile_width);
+    blocks_down = ceil_div(M, rows);
+    blocks_across = ceil_div(N, columns);
+  }
+
+ private:
+  // Whether more than an eighth of the threads' time would go to waiting for the last block.
+  bool idle(int threads) const {
+    const int64_t blocks = blocks_down * blocks_across, rounds = ceil_div(blocks, threads);
+    return 8 * (rounds * threads - blocks) > rounds * threads;
+  }
+};
+
+// Brings `share` of `shares` equal parts of [from, from + bytes) into L2.
+inline void prefetch_share(const void* from, int64_t bytes, int64_t share, int64_t shares) {
+  constexpr int64_t line = 64;
+  const int64_t lines = ceil_div(bytes, line);
+  const char* p = static_cast<const char*>(from);
+  for (int64_t i = lines * share / shares; i < lines * (share + 1) / shares; ++i)
+    __builtin_prefetch(p + i * line, 0, 2);
+}
+
+// A block of C: where it lies in the product.
+struct Block {
+  int64_t row, column, rows, columns;
+};
+
+// sums (+)= A B over the block of depth that begins at k. A tile runs over at most `run` of it before it
+// adds to the sums.
+template <class Operand>
+void multiply_block(const Packed<Operand>& left, const Packed<Operand>& right, const Block& block, int64_t k,
+                    int64_t run, float* sums) {
+  constexpr int step = depth_step<Operand>;
+  const int64_t padded = left.padded(k), next_k = k + block_depth;
+  const int64_t row_stride = left.depth_major() ? step : padded;
+  const int64_t depth_stride = left.depth_major() ? tile_rows * step : step;
+  const int64_t tiles = ceil_div(block.rows, tile_rows), panels = ceil_div(block.columns, tile_width);
+  const int64_t panel_bytes = tile_width * padded * int64_t(sizeof(Operand));
+  const bool last_k = next_k >= left.K();
+  const Operand* next_left = last_k ? nullptr : left.at(block.row, next_k);
+  const int64_t next_left_bytes = last_k ? 0 : tiles * tile_rows * left.padded(next_k) * int64_t(sizeof(Operand));
+
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    const int64_t j = panel * tile_width;
+    const int vecs = block.columns - j < tile_width ? int(ceil_div(block.columns - j, Vec::lanes)) : tile_vecs;
+    const auto whole = tile_product_for<Operand>(tile_rows, vecs);
+    const Operand* b = right.at(block.column + j, k);
+    const Operand* next_b = panel + 1 < panels ? b + tile_width * padded
+                            : last_k           ? nullptr
+                                               : right.at(block.column, next_k);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t i = tile * tile_rows;
+      if (next_b) prefetch_share(next_b, panel_bytes, tile, tiles);
+      if (next_left) prefetch_share(next_left, next_left_bytes, panel * tiles + tile, panels * tiles);
+      const auto product = block.rows - i < tile_rows ? tile_product_for<Operand>(int(block.rows - i), vecs) : whole;
+      const Operand* a = left.at(block.row + i, k);
+      int64_t d = 0;
+      do {
+        const int64_t now = padded - d < run ? padded - d : run;
+        product(a + d / step * depth_stride, row_stride, depth_stride, b + d * tile_width, now / step,
+                sums + i * block_columns + j, k + d > 0);
+        d += now;
+      } while (d < padded);
+    }
+  }
+}
+
+// epilogue(row, column, count, values): the sums of C[row, column .. column + count), float32, which it
+// may overwrite. count <= block_columns. It is called once for every element, from several threads.
+template <class Operand, class Epilogue>
+void gemm(int64_t M, int64_t N, const Packed<Operand>& left, const Packed<Operand>& right, const Epilogue& epilogue) {
+  if (M <= 0 || N <= 0) return;
+  const int threads = max_threads();
+  const BlockGrid grid(M, N, left.K(), threads);
+  // Of a few rows, other libraries take dot products, whose many partial sums are more accurate than
+  // one long one. Packing takes most of the time there, so short runs are to be had for nothing.
+  const int64_t run = M <= 16 ? 32 : block_depth;
+  const Scratch<float> memory(threads * block_rows * block_columns);
+
+  parallel_tasks(grid.blocks_down * grid.blocks_across, [&](int64_t task) {
+    float* sums = memory.get() + thread_index() * block_rows * block_columns;
+    const int64_t row = task % grid.blocks_down * grid.rows, column = task / grid.blocks_down * grid.columns;
+    const Block block{row, column, M - row < grid.rows ? M - row : grid.rows,
+                      N - column < grid.columns ? N - column : grid.columns};
+    int64_t k = 0;
+    do {  // once even for K = 0, to clear the sums
+      multiply_block(left, right, block, k, run, sums);
+      k += block_depth;
+    } while (k < left.K());
+    for (int64_t i = 0; i < block.rows; ++i) epilogue(row + i, column, block.columns, sums + i * block_columns);
+  });
+}
+
+}  // namespace pytransformer::PYTRANSFORMER_ISA

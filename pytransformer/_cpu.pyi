@@ -1,0 +1,100 @@
+"""The compiled module of CPU kernels: csrc/bindings. Outputs are allocated by the caller."""
+
+from torch import Tensor
+
+def isa() -> str: ...
+def set_isa(name: str) -> None: ...
+def isa_status() -> dict[str, bool]: ...
+def attention_fwd(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    band_lower: int | None,
+    band_upper: int | None,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+) -> None: ...
+def attention_bwd(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    band_lower: int | None,
+    band_upper: int | None,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_query: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+    grad_bias: Tensor | None,
+) -> None: ...
+def layer_norm_fwd(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    input_bias: Tensor | None,
+    seed: int,
+    offset: int,
+    dropout_p: float,
+    eps: float,
+    rms: bool,
+    output: Tensor,
+    sum: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+) -> None: ...
+def layer_norm_bwd(
+    grad_output: Tensor,
+    grad_sum: Tensor | None,
+    sum: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    seed: int,
+    offset: int,
+    dropout_p: float,
+    rms: bool,
+    grad_residual: Tensor,
+    grad_input: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    grad_input_bias: Tensor | None,
+) -> None: ...
+def ffn_fwd(
+    input: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    activation: str,
+    seed: int,
+    offset: int,
+    dropout_p: float,
+    output: Tensor,
+    hidden: Tensor | None,
+) -> None: ...
+def ffn_bwd(
+    grad_output: Tensor,
+    input: Tensor,
+    weight1: Tensor,
+    weight2: Tensor,
+    hidden: Tensor,
+    activation: str,
+    seed: int,
+    offset: int,
+    dropout_p: float,
+    grad_input: Tensor | None,
+    grad_weight1: Tensor | None,
+    grad_bias1: Tensor | None,
+    grad_weight2: Tensor | None,
+    grad_bias2: Tensor | None,
+) -> None: ...

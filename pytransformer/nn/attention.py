@@ -1,0 +1,149 @@
+"""MultiheadAttention: torch's module on the fused attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pytransformer import ops
+from pytransformer.masks import Mask, dense
+from pytransformer.nn._masks import combine
+from pytransformer.reference.attention import visible_keys
+
+
+class MultiheadAttention(torch.nn.MultiheadAttention):
+    """``out = concat(head_1, ..., head_H) Wo^T + bo``, ``head_h = softmax(q_h k_h^T / sqrt(D)) v_h``.
+
+    Constructor, parameters, initial weights and ``state_dict`` are those of ``torch.nn.MultiheadAttention``.
+
+    Args:
+        embed_dim: E, the size of the query and of the output. num_heads: H, a divisor of E.
+        dropout: probability of dropping an attention weight, in training mode.
+        bias: give the projections biases. add_bias_kv: append a learned key and value to every sequence.
+        add_zero_attn: append a key and value of zeros. kdim, vdim: sizes of key and value, E where None.
+        batch_first: inputs and outputs are [B,L,E] instead of [L,B,E].
+        device, dtype: of the parameters.
+
+    Source: Vaswani et al., "Attention Is All You Need", 2017, sec. 3.2.2.
+    """
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | Mask | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attends from ``query`` to ``key`` and ``value``.
+
+        Args:
+            query: [L,B,E], [B,L,E] with ``batch_first``, or [L,E] unbatched; floating point.
+            key: [S,B,kdim], [B,S,kdim] or [S,kdim]. value: the same with vdim.
+            key_padding_mask: [B,S], or [S] unbatched: bool (True = masked out) or floating point (added).
+            need_weights: also return the attention weights. They cost memory and keep the call, when it is
+                differentiated, off the compiled kernels; pass False unless they are used.
+            attn_mask: [L,S] or [B*H,L,S], bool (True = masked out) or floating point (added; differentiable);
+                or a ``pytransformer.masks.Mask`` (True = attend), which torch does not know.
+            average_attn_weights: average the weights over the heads.
+            is_causal: in addition to ``attn_mask``, which must be given, no query sees a key after its position.
+
+        Returns:
+            ``(out, weights)``: ``out`` in the query's layout; ``weights`` [B,L,S] averaged or [B,H,L,S], after
+            dropout, without B when unbatched, None unless asked for. S counts the keys that ``add_bias_kv`` and
+            ``add_zero_attn`` append.
+
+        Numerics:
+            As ``ops.attention``: a query whose keys are all masked out gets ``bo`` and weights of 0, never NaN.
+
+        Raises:
+            TypeError, ValueError: an argument's type, dtype or shape is wrong.
+            RuntimeError: ``is_causal`` without ``attn_mask``.
+        """
+        batched = self._check(query, key, value)
+        packed = query is key and key is value
+        if not batched:
+            axis = 0 if self.batch_first else 1
+            query, key, value = (x.unsqueeze(axis) for x in (query, key, value))
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        q, k, v = self._project(query, key, value, packed)
+        mask, added = combine(attn_mask, key_padding_mask, is_causal, (*q.shape[:3], k.shape[2]))
+        if self.bias_k is not None or self.add_zero_attn:
+            k, v, mask, added = self._append_keys(q, k, v, mask, added)
+        dropout_p = self.dropout if self.training else 0.0
+        found = ops.attention(q, k, v, mask, dropout_p, bias=added, return_weights=need_weights)
+        out, weights = found if need_weights else (found, None)
+        out = self.out_proj(self._join_heads(out))
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(1)
+        if not batched:
+            out = out.squeeze(0 if self.batch_first else 1)
+            weights = None if weights is None else weights[0]
+        return out, weights
+
+    def _check(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Shapes as wanted? True if batched."""
+        name, axis = type(self).__name__, 0 if self.batch_first else 1
+        for what, x, size in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
+            if x.is_nested:
+                raise TypeError(f"{name}: {what} is a nested tensor, which is not supported; pass a padded one")
+            if x.dim() != query.dim() or x.dim() not in (2, 3) or x.shape[-1] != size:
+                layout = "[B,L,E]" if self.batch_first else "[L,B,E]"
+                raise ValueError(
+                    f"{name}: {what} must be {layout} or [L,E] with size {size} last, got {list(x.shape)}"
+                    f" (query is {list(query.shape)})"
+                )
+        batched = query.dim() == 3
+        if key.shape[:-1] != value.shape[:-1] or (batched and key.shape[axis] != query.shape[axis]):
+            raise ValueError(
+                f"{name}: batch and length must agree, got query {list(query.shape)}, key {list(key.shape)} and"
+                f" value {list(value.shape)} with batch_first={self.batch_first}"
+            )
+        return batched
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor, packed: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each [B,H,length,D]: views of the projections, nothing is copied."""
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        if packed and weight is not None:
+            q, k, v = F.linear(query, weight, bias).chunk(3, -1)
+            return self._split_heads(q), self._split_heads(k), self._split_heads(v)
+        if weight is not None:
+            weights: Any = weight.chunk(3)
+        else:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        biases: Any = (None, None, None) if bias is None else bias.chunk(3)
+        q, k, v = (F.linear(*args) for args in zip((query, key, value), weights, biases, strict=True))
+        return self._split_heads(q), self._split_heads(k), self._split_heads(v)
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        heads = x.view(*x.shape[:-1], self.num_heads, self.head_dim)
+        return heads.transpose(1, 2) if self.batch_first else heads.permute(1, 2, 0, 3)
+
+    def _join_heads(self, x: Tensor) -> Tensor:
+        heads_last = x.transpose(1, 2) if self.batch_first else x.permute(2, 0, 1, 3)
+        return heads_last.reshape(*heads_last.shape[:2], self.embed_dim)
+
+    def _append_keys(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, added: Tensor | None
+    ) -> tuple[Tensor, Tensor, Mask, Tensor | None]:
+        """The learned key and the key of zeros, seen by every query whatever the mask."""
+        mask = mask.aligned("top_left")
+        visible = visible_keys(q, k, mask.keep, mask.key_lengths, *mask.band(q.shape[2], k.shape[2]))
+        before = k.shape[2]
+        if self.bias_k is not None and self.bias_v is not None:
+            shape = (1, self.num_heads, 1, self.head_dim)
+            k, v = (
+                torch.cat([x, extra.view(shape).to(x.dtype).expand(x.shape[0], -1, -1, -1)], 2)
+                for x, extra in ((k, self.bias_k), (v, self.bias_v))
+            )
+        if self.add_zero_attn:
+            k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
+        count = k.shape[2] - before
+        mask = Mask() if visible is None else dense(F.pad(visible, (0, count), value=True))
+        return k, v, mask, None if added is None else F.pad(added, (0, count))

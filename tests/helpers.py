@@ -1,0 +1,106 @@
+"""What the op tests share: one judged call, repeated calls, and tables of bad input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import compare
+import pytest
+import torch
+from torch import Tensor
+
+from pytransformer import backends, ops
+
+Tensors = Mapping[str, "Tensor | None"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def skip_unless_served(backend: str, op: str) -> None:
+    if not backends.has_op(backend, op):
+        pytest.skip(f"backend {backend!r} has no {op} kernel yet")
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape).to(dtype)
+
+
+def floating(tensors: Tensors) -> list[str]:
+    return [name for name, x in tensors.items() if x is not None and x.is_floating_point()]
+
+
+def run(op: str, tensors: Tensors, options: Mapping[str, Any], backend: str) -> dict[str, Tensor]:
+    """Outputs of ``ops.<op>`` and the gradient ``d<name>`` of each floating tensor."""
+    function = getattr(ops, op)
+    return compare.results(lambda **xs: function(**xs, **options, backend=backend), tensors, floating(tensors))
+
+
+def check(
+    op: str,
+    tensors: Tensors,
+    options: Mapping[str, Any],
+    backend: str,
+    *,
+    harmless: Tensors | None = None,
+    magnitudes: Mapping[str, float] | None = None,
+) -> dict[str, Tensor]:
+    """Judges outputs and gradients of one call, and returns them; every failing one is in the message.
+
+    ``harmless`` is what oracle and plain PyTorch get where ``tensors`` hide NaN behind a mask.
+    """
+    known = harmless or tensors
+    wide = {n: x.double() if x is not None and x.is_floating_point() else x for n, x in known.items()}
+    actual = run(op, tensors, options, backend)
+    expected = run(op, wide, options, "reference")
+    plain = compare.results(lambda **xs: getattr(compare.plain, op)(**xs, **options), known, floating(known))
+    found = [
+        compare.compare(f"{op} {n}", actual[n], expected[n], plain[n], magnitude=(magnitudes or {}).get(n, 0.0))
+        for n in expected
+    ]
+    failed = [str(c) for c in found if not c.ok]
+    assert not failed, "\n" + "\n".join(failed)
+    for name, x in tensors.items():
+        if f"d{name}" in actual:
+            assert actual[f"d{name}"].dtype == x.dtype, f"d{name} must have the dtype of {name}"
+    return actual
+
+
+def assert_repeats(op: str, tensors: Tensors, options: Mapping[str, Any], backend: str, times: int = 4) -> None:
+    """The same bits, forward and backward, run after run."""
+    first = run(op, tensors, options, backend)
+    for _ in range(times):
+        for name, x in run(op, tensors, options, backend).items():
+            different = int((x != first[name]).sum())
+            assert torch.equal(x, first[name]), f"{op} {name}: {different} of {x.numel()} elements differ between runs"
+
+
+def assert_wanted_gradients_only(op: str, tensors: Tensors, options: Mapping[str, Any], backend: str) -> None:
+    """One tensor requires a gradient at a time: it gets the one it gets with all of them, and no other gets any."""
+    everything = run(op, tensors, options, backend)
+    for wanted in floating(tensors):
+        found = compare.results(
+            lambda **xs: getattr(ops, op)(**xs, **options, backend=backend), tensors, [wanted]
+        )  # fmt: skip
+        torch.testing.assert_close(found[f"d{wanted}"], everything[f"d{wanted}"], msg=lambda m, n=wanted: f"d{n}: {m}")
+
+
+def gradcheck(op: str, tensors: Tensors, options: Mapping[str, Any], *, twice: bool = True) -> None:
+    """The reference of ``op`` in float64 against finite differences."""
+    names = floating(tensors)
+    leaves = [tensors[name].detach().double().requires_grad_() for name in names]
+
+    def function(*xs: Tensor) -> Any:
+        given = {**tensors, **dict(zip(names, xs, strict=True))}
+        return getattr(ops, op)(**given, **options, backend="reference")
+
+    assert torch.autograd.gradcheck(function, leaves)
+    if twice:
+        assert torch.autograd.gradgradcheck(function, leaves)
+
+
+def assert_rejects(op: Callable[..., Any], arguments: Mapping[str, Any], error: type, message: str) -> None:
+    with pytest.raises(error) as caught:
+        op(**arguments)
+    text = str(caught.value)
+    assert text.startswith(f"{op.__name__}: "), text
+    assert message in text, text
