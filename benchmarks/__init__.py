@@ -34,7 +34,7 @@ def suite(name: str) -> list:
 
 def command(args: argparse.Namespace) -> int:
     """Runs ``pytransformer bench``; returns the exit code."""
-    actions = {"run": _run, "list": _list, "compare": _compare, "markdown": _markdown}
+    actions = {"run": _run_suite, "list": _list_cases, "compare": _compare_runs, "markdown": _print_markdown}
     try:
         return actions[args.action](args)
     except ValueError as error:
@@ -42,7 +42,7 @@ def command(args: argparse.Namespace) -> int:
         return 2
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run_suite(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("rich") is None:
         print("pytransformer bench needs rich: pip install pytransformer[bench]", file=sys.stderr)
         return 2
@@ -64,7 +64,7 @@ def _run(args: argparse.Namespace) -> int:
     return 1 if any("pytransformer" in row["wrong"] for row in results["rows"]) else 0
 
 
-def _list(args: argparse.Namespace) -> int:
+def _list_cases(args: argparse.Namespace) -> int:
     for name in ("default", "ops", "models", *OPS):
         print(f"{name}: {len(suite(name))} cases")
     for case in suite("ops") + suite("models"):
@@ -72,7 +72,7 @@ def _list(args: argparse.Namespace) -> int:
     return 0
 
 
-def _compare(args: argparse.Namespace) -> int:
+def _compare_runs(args: argparse.Namespace) -> int:
     from pytransformer.benchmarks._compare import print_comparison
     from pytransformer.benchmarks._run import load
 
@@ -80,7 +80,7 @@ def _compare(args: argparse.Namespace) -> int:
     return 0
 
 
-def _markdown(args: argparse.Namespace) -> int:
+def _print_markdown(args: argparse.Namespace) -> int:
     from pytransformer.benchmarks._run import load
     from pytransformer.benchmarks.markdown import markdown
 

@@ -21,7 +21,7 @@ OURS, PEER = "pytransformer", "torch"
 Outputs = Mapping[str, Tensor]
 
 
-class Absent(Exception):
+class AbsentError(Exception):
     """A case or provider cannot run here; the message says why."""
 
 

