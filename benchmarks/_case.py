@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pytransformer import _plain, ops
-from pytransformer._tolerance import compare
+from pytransformer._tolerance import Comparison, compare
 
 OURS, PEER = "pytransformer", "torch"
 
@@ -31,13 +31,13 @@ class Problem:
 
     Attributes:
         providers: what is timed, by name; each call returns its outputs as (a tuple of) tensors or None.
-        check: why the outputs of a call are wrong, or None; what comes out of ``providers`` goes in.
+        check: how wrong the outputs of a call are, as ``Comparison``s; what comes out of ``providers`` goes in.
         absent: providers that cannot run here, and why.
         operations, bytes: the case's, where only its tensors tell them.
     """
 
     providers: dict[str, Callable[[], Any]]
-    check: Callable[[Any], str | None]
+    check: Callable[[Any], list[Comparison]]
     absent: dict[str, str] = field(default_factory=dict)
     operations: float | None = None
     bytes: float | None = None
@@ -134,16 +134,12 @@ class OpProblem:
 
     def _problem(self, providers: dict[str, Callable[[], Any]], names: list[str]) -> Problem:
         expected, plain = self._oracle(names)
-        labels = names or ["output"]
+        labels = [f"d{name}" for name in names] or ["output"]
 
-        def check(outputs: Any) -> str | None:
+        def check(outputs: Any) -> list[Comparison]:
             found = outputs if isinstance(outputs, tuple) else (outputs,)
-            for label, actual, wanted, measure in zip(labels, found, expected, plain, strict=True):
-                part = actual[: self.count] if self.sampled else actual
-                verdict = compare(f"d{label}" if names else label, part, wanted, measure)
-                if not verdict.ok:
-                    return str(verdict)
-            return None
+            parts = [x[: self.count] for x in found] if self.sampled else found
+            return [compare(*each) for each in zip(labels, parts, expected, plain, strict=True)]
 
         return Problem(providers, check)
 

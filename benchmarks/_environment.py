@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,23 +63,17 @@ def peaks(quick: bool = False) -> dict[str, Any]:
     peak, and ``_table`` raises it where a row of this library goes beyond. Bytes are counted both ways. Rows
     that fit in a cache are held against copies of their own size, not against the memory.
     """
-    repeats = 3 if quick else 8
+    seconds = 0.1 if quick else 0.4
     rates = {}
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         a, b = torch.ones(GEMM_SIZE, GEMM_SIZE, dtype=dtype), torch.ones(GEMM_SIZE, GEMM_SIZE, dtype=dtype)
-        rates[name] = 2 * GEMM_SIZE**3 / _best(lambda a=a, b=b: torch.mm(a, b), repeats)
+        rates[name] = 2 * GEMM_SIZE**3 / _best(partial(torch.mm, a, b), seconds)
     rates["bfloat16"] = max(rates.values())
     copies = {}
     for size in COPY_MEBIBYTES:
         source = torch.ones(size * 2**20 // 8)
         target = torch.empty_like(source)
-        calls = max(1, 64 // size)
-
-        def copy(source: torch.Tensor = source, target: torch.Tensor = target, calls: int = calls) -> None:
-            for _ in range(calls):
-                target.copy_(source)
-
-        copies[str(size * 2**20)] = calls * size * 2**20 / _best(copy, repeats)
+        copies[str(size * 2**20)] = size * 2**20 / _best(partial(target.copy_, source), seconds)
     return {"operations": rates, "operations_source": f"torch.mm {GEMM_SIZE}^3", "copy": copies}
 
 
@@ -88,11 +83,13 @@ def copy_rate(copies: dict[str, float], moved: float) -> float:
     return copies[nearest]
 
 
-def _best(run: Callable[[], Any], repeats: int) -> float:
+def _best(run: Callable[[], Any], seconds: float) -> float:
+    """The shortest of the runs that fit in ``seconds``, three at least."""
     run()
-    seconds = []
-    for _ in range(repeats):
+    found: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(found) < 3 or time.perf_counter() < end:
         start = time.perf_counter()
         run()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+        found.append(time.perf_counter() - start)
+    return min(found)

@@ -48,17 +48,17 @@ def floor_seconds(row: dict[str, Any], limits: dict[str, Any]) -> float:
 
 
 def raised_peaks(results: dict[str, Any]) -> dict[str, Any]:
-    """The measured peaks, raised where an ffn row of this library goes beyond them; names the source."""
+    """The measured peaks, raised where a row of this library goes beyond them; names the source."""
     limits: dict[str, Any] = dict(results["peaks"])
     limits["operations"] = dict(limits["operations"])
     limits["sources"] = dict.fromkeys(limits["operations"], limits["operations_source"])
     for row in results["rows"]:
-        if row["op"] != "ffn" or OURS not in row["samples"]:
+        if OURS not in row["samples"]:
             continue
         rate = row["operations"] / median(row["samples"][OURS]["wall"])
         if rate > limits["operations"].get(row["dtype"], 0.0):
             limits["operations"][row["dtype"]] = rate
-            limits["sources"][row["dtype"]] = f"this library's {row['name']}"
+            limits["sources"][row["dtype"]] = f"reached by {row['name']}"
     return limits
 
 

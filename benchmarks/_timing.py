@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 SAMPLE_SECONDS = 0.004
-LEAST_ROUNDS, MOST_ROUNDS = 7, 200
+LEAST_ROUNDS, MOST_ROUNDS = 6, 200
 RESAMPLES = 2000
 NO_DIFFERENCE = 0.05  # two runs whose ratio surely lies within 5% of 1 do not differ
 LEAST_DIFFERENCE = 0.03  # a difference below 3% between two runs is not called one
@@ -66,8 +66,7 @@ def measure(providers: Mapping[str, Callable[[], Any]], seconds: float, seed: in
 
 
 def _calls(run: Callable[[], Any]) -> int:
-    """How many calls fill one sample; the first calls warm up."""
-    run()
+    """How many calls fill one sample; the provider has run before, when it was checked."""
     start = time.perf_counter()
     run()
     return max(1, round(SAMPLE_SECONDS / max(time.perf_counter() - start, 1e-7)))

@@ -27,7 +27,7 @@ def case(direction: str, dtype: torch.dtype, N: int, E: int, V: int) -> Case:
         direction=direction,
         dtype=dtype_name(dtype),
         shape=f"{N}x{E}, V={V}",
-        operations=2 * N * E * V * (1 if forward else 3),  # the backward computes the logits again
+        operations=2 * N * E * V * (1 if forward else 2),
         bytes=once * (1 if forward else 2),
         build=partial(build, direction, dtype, N, E, V),
     )

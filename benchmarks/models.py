@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pytransformer._tolerance import compare
+from pytransformer._tolerance import Comparison, compare
 from pytransformer.benchmarks._case import OURS, PEER, AbsentError, Case, Problem
 
 HEADS, EPS = 12, 1e-12  # of all-MiniLM-L6-v2; its other sizes are those of its weights
@@ -69,9 +69,8 @@ def build(texts: list[str]) -> Problem:
     with torch.no_grad():
         expected, measure = plain_bert(wide, tokens)[seen], peer()[seen]
 
-    def check(output: Tensor) -> str | None:
-        verdict = compare("last hidden state", output[seen], expected, measure)
-        return None if verdict.ok else str(verdict)
+    def check(output: Tensor) -> list[Comparison]:
+        return [compare("last hidden state", output[seen], expected, measure)]
 
     return Problem({OURS: ours, PEER: peer}, check, operations=operations(weights, seen), bytes=moved(weights, seen))
 
