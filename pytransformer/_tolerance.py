@@ -13,8 +13,9 @@ is off by at most eps/2 |x|, and by 0.21 eps |x| in the RMS over a uniform posit
 
 The additive terms serve the calls where plain is exact or lucky. The maximum of one run is a lucky number too:
 where plain is given in several spellings (``parity`` gives eager code and the reference run in the dtype), the
-worst of them counts. Nothing here is ever widened to let a kernel pass. NaN and infinities must stand exactly where the oracle has them. Where plain itself is not finite (a row
-that sees no key), it sets no bound and the additive term alone holds.
+worst of them counts. Nothing here is ever widened to let a kernel pass. NaN and infinities must stand exactly
+where the oracle has them. Where plain itself is not finite (a row that sees no key), it sets no bound and the
+additive term alone holds.
 """
 
 from __future__ import annotations

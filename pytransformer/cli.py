@@ -80,9 +80,10 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from pytransformer.benchmarks import command
+    import importlib
 
-    return command(args)
+    code: int = importlib.import_module("pytransformer.benchmarks").command(args)
+    return code
 
 
 if __name__ == "__main__":
