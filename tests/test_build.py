@@ -100,7 +100,8 @@ x, w = torch.randn(4096, 512), torch.ones(512)
 q = torch.randn(2, 4, 64, 32)
 
 def work(queue=None):
-    found = [float(y.double().sum()) for y in (ops.layer_norm(x, w), ops.attention(q, q, q))]
+    # A few elements: torch's own parallel loops do hang in a forked child.
+    found = [y.flatten()[:9].tolist() for y in (ops.layer_norm(x, w), ops.attention(q, q, q))]
     return found if queue is None else queue.put(found)
 
 wanted = work()

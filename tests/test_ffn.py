@@ -114,7 +114,7 @@ def test_only_the_wanted_gradients(backend_isa):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("extreme", [1e3, 1e30, -1e30])
+@pytest.mark.parametrize("extreme", [1e3, 1e10, -1e10])
 def test_extreme_hidden(backend_isa, activation, extreme):
     x = torch.full((3, 4), extreme, requires_grad=True)
     weight = torch.eye(4)

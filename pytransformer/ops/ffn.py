@@ -114,6 +114,8 @@ def ffn(
     check_probability("ffn", "dropout_p", dropout_p)
     if not autocast_off(input.device.type):
         tensors = cast_to(torch.get_autocast_dtype(input.device.type), *tensors)
+    if 0 in (input.numel(), weight1.numel(), weight2.numel()):
+        backend = "reference"  # nothing to compute, and no kernel takes matrices of no rows or columns
     rng = random_state("ffn", seed, dropout_p, input.device)
     args = (*tensors, rng, activation, float(dropout_p), needs_grad(*tensors))
     name = select("ffn", input.device.type, backend, args, obstacle(tensors))
@@ -136,8 +138,9 @@ def _check(
     if input.dim() == 0:
         raise ValueError("ffn: input must be [..., E], got a scalar")
     for name, weight in (("weight1", weight1), ("weight2", weight2), ("weight_gate", weight_gate)):
-        if weight is not None:
+        if weight is not None or name != "weight_gate":
             check_like("ffn", name, weight, "input", input)
+            assert weight is not None
             if weight.dim() != 2:
                 raise ValueError(f"ffn: {name} must be a matrix in nn.Linear's layout, got {describe(weight)}")
     features = weight1.shape[0]

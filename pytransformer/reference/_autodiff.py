@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -18,8 +19,11 @@ def vjp(
     Differentiable itself where gradients are enabled, which is how the fused ops serve a double
     backward. Each input gets an alias of its own, so that one tensor passed twice keeps two gradients.
     """
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    inside_kernel = excluded.has(torch._C.DispatchKey.AutogradFunctionality)
+    create_graph = torch.is_grad_enabled() and not inside_kernel
+    create_graph = create_graph and any(x is not None and x.requires_grad for x in (*inputs, *grad_outputs))
+    with torch.enable_grad(), _recording():
         aliases = [
             None if x is None else (x.view_as(x) if create_graph and x.requires_grad else _leaf(x)) for x in inputs
         ]
@@ -35,6 +39,17 @@ def vjp(
         )
     found = iter(grads)
     return [next(found) if x is not None and x.requires_grad else None for x in aliases]
+
+
+def _recording() -> AbstractContextManager[object]:
+    """Lets autograd see the operations of the block, which inside a library op's kernel it does not."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    guard: AbstractContextManager[object] = torch._C._ForceDispatchKeyGuard(
+        torch._C._dispatch_tls_local_include_set(), excluded
+    )
+    return guard
 
 
 def _leaf(x: Tensor) -> Tensor:
