@@ -7,6 +7,7 @@ unlike in ``reference``. Its error against the float64 oracle is the measure of 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from pytransformer import reference
 from pytransformer.masks import Mask, padding, window
 from pytransformer.ops._checks import random_state
-from pytransformer.reference.attention import visible_keys
+from pytransformer.reference.attention import attention_scores, attention_weights, visible_keys
 from pytransformer.reference.ffn import ACTIVATIONS
 
 
@@ -55,6 +56,76 @@ def attention(
     if visible is not None:
         weights = weights.masked_fill(~visible.any(-1, keepdim=True), 0)
     return _dropout("attention", weights, dropout_p, seed) @ v
+
+
+class _SavedLse(torch.autograd.Function):
+    """Attention whose backward starts from the float32 lse and the output, as every fused backward does.
+
+    Source: Dao et al., "FlashAttention", 2022, algorithm 4. Rounding lse multiplies the weights of a row by one
+    common factor, which no other spelling of the backward shows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+        visible, scale = rest
+        scores = attention_scores(query, key, visible, bias, scale, 0.0)
+        lse = torch.logsumexp(scores, -1)
+        weights = attention_weights(scores, lse)
+        groups = query.shape[1] // key.shape[1]
+        out = (weights @ value.repeat_interleave(groups, dim=1).to(weights.dtype)).to(query.dtype)
+        ctx.save_for_backward(query, key, value, bias, visible, out, lse)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, bias, visible, out, lse = ctx.saved_tensors
+        groups = query.shape[1] // key.shape[1]
+        weights = attention_weights(attention_scores(query, key, visible, bias, ctx.scale, 0.0), lse)
+        wide = weights.dtype
+        q, k, v, dout = (
+            x.to(wide) for x in (query, key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), grad_out)
+        )
+        delta = (dout * out.to(wide)).sum(-1, keepdim=True)
+        dscores = weights * (dout @ v.mT - delta)
+        B, G = key.shape[:2]
+        dkey = (dscores.mT @ q * ctx.scale).view(B, G, groups, *key.shape[2:]).sum(2).to(key.dtype)
+        dvalue = (weights.mT @ dout).view(B, G, groups, *value.shape[2:]).sum(2).to(value.dtype)
+        dbias = None if bias is None else dscores.sum_to_size(bias.shape).to(bias.dtype)
+        return (dscores @ k * ctx.scale).to(query.dtype), dkey, dvalue, dbias, None, None
+
+
+def attention_saving_lse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | Mask | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    bias: Tensor | None = None,
+    window: Any = None,
+    key_lengths: Tensor | None = None,
+    causal_align: str = "top_left",
+) -> Tensor:
+    """``attention`` with the backward of every fused kernel, in plain PyTorch; see ``_SavedLse``."""
+    if isinstance(attn_mask, Tensor) and attn_mask.is_floating_point():
+        bias = attn_mask if bias is None else attn_mask + bias
+        attn_mask = None
+    visible = _visible(query, key, attn_mask, is_causal, window, key_lengths, causal_align)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    if bias is not None:
+        bias = bias[(None,) * (4 - bias.dim())]
+    out: Tensor = _SavedLse.apply(query, key, value, bias, visible, scale)  # type: ignore[no-untyped-call]
+    return out
+
+
+def spellings(op: str, options: Mapping[str, Any]) -> tuple[Callable[..., Any], ...]:
+    """The ways of writing ``op`` in plain PyTorch whose errors are the measure of a kernel's."""
+    if op == "attention" and not options.keys() & {"dropout_p", "softcap", "seed", "return_lse", "return_weights"}:
+        return attention, attention_saving_lse
+    return (globals()[op],)
 
 
 def layer_norm(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from itertools import product
 from typing import Any
 
 import compare
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pytransformer import backends, ops
+from pytransformer._parity import alike
 
 Tensors = Mapping[str, "Tensor | None"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -56,7 +56,7 @@ def check(
     found = _against_plain(op, known, options, actual, magnitudes or {})
     failed = [c for c in found.values() if not c.ok]
     if failed and all(c.mismatch is None for c in failed):
-        more = [_against_plain(op, alike, options, None, magnitudes or {}) for alike in _of_the_same_kind(known)]
+        more = [_against_plain(op, alike, options, None, magnitudes or {}) for alike in alike(known)]
         failed = [
             c
             for c in failed
@@ -76,25 +76,18 @@ def _against_plain(
     """``actual``, or plain PyTorch itself, against the float64 oracle."""
     wide = {n: x.double() if x is not None and x.is_floating_point() else x for n, x in tensors.items()}
     expected = run(op, wide, options, "reference")
-    function = getattr(compare.plain, op)
-    plain = compare.results(lambda **xs: function(**xs, **options), tensors, floating(tensors))
-    found = actual or plain
+    spellings = [
+        compare.results(lambda f=f, **xs: f(**xs, **options), tensors, floating(tensors))
+        for f in compare.plain.spellings(op, options)
+    ]
+    found = actual or spellings[0]
     assert found.keys() == expected.keys()
     return {
-        f"{op} {n}": compare.compare(f"{op} {n}", found[n], expected[n], plain[n], magnitude=sizes.get(n, 0.0))
+        f"{op} {n}": compare.compare(
+            f"{op} {n}", found[n], expected[n], [plain[n] for plain in spellings], magnitude=sizes.get(n, 0.0)
+        )
         for n in expected
     }
-
-
-def _of_the_same_kind(tensors: Tensors) -> list[dict[str, Tensor | None]]:
-    """Other inputs of the same distribution: the floating tensors rolled in a dimension, the first negated too."""
-    first, *_ = names = floating(tensors)
-    alike = []
-    for dim, shift, sign in product((-1, -2, 0), (1, 3, 8), (1, -1)):
-        changed = {n: x.roll(shift, max(dim, -x.dim())) for n in names if (x := tensors[n]) is not None}
-        changed[first] = sign * changed[first]
-        alike.append({**tensors, **changed})
-    return alike
 
 
 def assert_repeats(op: str, tensors: Tensors, options: Mapping[str, Any], backend: str, times: int = 4) -> None:

@@ -46,7 +46,7 @@ struct Block {
   Op *query_columns, *grad_columns;  // pack_columns of query and grad_out
   Op *query_rows, *grad_rows;        // pack_rows of the same
   uint8_t* live;                     // [query_block] whether a query sees any key
-  float *lse, *delta;                // [query_block], lse in units of log2
+  float *lse, *lse_low, *delta;      // [query_block]; lse in units of log2, and what its rounding lost
   float* grad_query;                 // [query_block][depth_stride]
   float *scores, *addends;           // [key_block][query_block]
   float* grad_weights;               // [tile_rows][query_block]
@@ -146,6 +146,7 @@ class Backward {
     carver.take(s.grad_rows, query_block * columns_stride_);
     carver.take(s.live, query_block);
     carver.take(s.lse, query_block);
+    carver.take(s.lse_low, query_block);
     carver.take(s.delta, query_block);
     carver.take(s.grad_query, query_block * depth_stride_);
     carver.take(s.scores, key_block * query_block);
@@ -208,7 +209,10 @@ class Backward {
     const float* lse = a_.lse.template ptr<float>() + (b * heads_ + h) * queries_ + t;
     for (int64_t r = 0; r < query_block; ++r) {
       s.live[r] = r < rows && lse[r] != negative_infinity;
-      s.lse[r] = s.live[r] ? lse[r] * log2_e : -negative_infinity;
+      // Half an ulp of lse would scale all weights of the row: the conversion keeps what it rounds away.
+      const double exact = s.live[r] ? double(lse[r]) * 1.4426950408889634 : -double(negative_infinity);
+      s.lse[r] = float(exact);
+      s.lse_low[r] = s.live[r] ? float(exact - double(s.lse[r])) : 0.0f;
       s.delta[r] = s.live[r] ? row_product(b, h, t + r) : 0.0f;
     }
     const T* query = row_of<const T>(a_.query, b, h, t);
@@ -289,7 +293,8 @@ class Backward {
                         Op* weights, Op* grad_scores, float* exact) {
     const Vec factor = Vec::set1(scale), zero = Vec::zero();
     for (int64_t j = 0; j < rows; j += lanes) {
-      const Vec p = power_of_two<T>(fma(Vec::load(scores + j), factor, zero - Vec::load(s.lse + j)));
+      const Vec exponent = fma(Vec::load(scores + j), factor, zero - Vec::load(s.lse + j));
+      const Vec p = power_of_two<T>(exponent - Vec::load(s.lse_low + j));
       const Vec d = p * (Vec::load(grad_weights + j) - Vec::load(s.delta + j));
       const Vec ds = select(p == zero, zero, d);
       p.store(weights + j);
