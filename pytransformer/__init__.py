@@ -6,12 +6,12 @@ print(pytransformer.explain(model, batch))   # which kernel ran, and why not the
 
 import warnings
 
-from pytransformer import backends, masks, ops
+from pytransformer import backends, masks, nn, ops
 from pytransformer.backends import BackendError, unavailable, use_backend
 from pytransformer.explain import explain
 
 __version__ = "0.1.0"
-__all__ = ["BackendError", "backends", "explain", "masks", "ops", "use_backend"]
+__all__ = ["BackendError", "backends", "explain", "masks", "nn", "ops", "use_backend"]
 
 if (_reason := unavailable("cpu")) is not None:
     warnings.warn(

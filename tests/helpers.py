@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import product
 from typing import Any
 
 import compare
@@ -46,23 +47,54 @@ def check(
 ) -> dict[str, Tensor]:
     """Judges outputs and gradients of one call, and returns them; every failing one is in the message.
 
-    ``harmless`` is what oracle and plain PyTorch get where ``tensors`` hide NaN behind a mask.
+    ``harmless`` is what oracle and plain PyTorch get where ``tensors`` hide NaN behind a mask. The largest error
+    of plain PyTorch over some hundred elements is a matter of luck: where it decides, plain is measured on a few
+    more inputs of the same kind.
     """
     known = harmless or tensors
-    wide = {n: x.double() if x is not None and x.is_floating_point() else x for n, x in known.items()}
     actual = run(op, tensors, options, backend)
-    expected = run(op, wide, options, "reference")
-    plain = compare.results(lambda **xs: getattr(compare.plain, op)(**xs, **options), known, floating(known))
-    found = [
-        compare.compare(f"{op} {n}", actual[n], expected[n], plain[n], magnitude=(magnitudes or {}).get(n, 0.0))
-        for n in expected
-    ]
-    failed = [str(c) for c in found if not c.ok]
-    assert not failed, "\n" + "\n".join(failed)
+    found = _against_plain(op, known, options, actual, magnitudes or {})
+    failed = [c for c in found.values() if not c.ok]
+    if failed and all(c.mismatch is None for c in failed):
+        more = [_against_plain(op, alike, options, None, magnitudes or {}) for alike in _of_the_same_kind(known)]
+        failed = [
+            c
+            for c in failed
+            if c.max_error > max(m[c.name].max_allowed for m in more)
+            or c.rms_error > max(m[c.name].rms_allowed for m in more)
+        ]
+    assert not failed, "\n" + "\n".join(map(str, failed))
     for name, x in tensors.items():
         if f"d{name}" in actual:
             assert actual[f"d{name}"].dtype == x.dtype, f"d{name} must have the dtype of {name}"
     return actual
+
+
+def _against_plain(
+    op: str, tensors: Tensors, options: Mapping[str, Any], actual: Mapping[str, Tensor] | None, sizes: Any
+) -> dict[str, compare.Comparison]:
+    """``actual``, or plain PyTorch itself, against the float64 oracle."""
+    wide = {n: x.double() if x is not None and x.is_floating_point() else x for n, x in tensors.items()}
+    expected = run(op, wide, options, "reference")
+    function = getattr(compare.plain, op)
+    plain = compare.results(lambda **xs: function(**xs, **options), tensors, floating(tensors))
+    found = actual or plain
+    assert found.keys() == expected.keys()
+    return {
+        f"{op} {n}": compare.compare(f"{op} {n}", found[n], expected[n], plain[n], magnitude=sizes.get(n, 0.0))
+        for n in expected
+    }
+
+
+def _of_the_same_kind(tensors: Tensors) -> list[dict[str, Tensor | None]]:
+    """Other inputs of the same distribution: the floating tensors rolled in a dimension, the first negated too."""
+    first, *_ = names = floating(tensors)
+    alike = []
+    for dim, shift, sign in product((-1, -2, 0), (1, 3, 8), (1, -1)):
+        changed = {n: x.roll(shift, max(dim, -x.dim())) for n in names if (x := tensors[n]) is not None}
+        changed[first] = sign * changed[first]
+        alike.append({**tensors, **changed})
+    return alike
 
 
 def assert_repeats(op: str, tensors: Tensors, options: Mapping[str, Any], backend: str, times: int = 4) -> None:

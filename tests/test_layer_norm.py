@@ -106,7 +106,7 @@ def test_views(backend_isa, dtype):
     check("layer_norm", tensors, ALL, backend_isa)
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.999, 1.0])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 1.0])
 def test_dropout_is_the_references(backend_isa, p):
     x, residual = torch.ones(37, 45), torch.zeros(37, 45)
     for seed in (0, 7, -3, 2**63 + 11):

@@ -2,14 +2,13 @@
 //
 // The online softmax of FlashAttention: a block of queries walks over the keys, block by block, with a
 // running maximum m and sum l a query; where a block raises m, what was accumulated is scaled down by
-// 2^(old - new). Scores live in units of log2, so that scale * log2(e) is one multiplier inside the
-// exponent's fused multiply-add.
+// 2^(old - new). The scale and log2(e) are one multiplier inside the exponential.
 //
 // Memory. Keys and values are packed once a head, keys transposed so that keys lie in lanes: then the
 // scores of a micro-tile are rows of P as the second product wants them, and maximum, exponential and
-// sum are vertical operations. A block of queries (72 on AVX) times a block of 256 keys gives a score
+// sum are vertical operations. A block of queries (36 on AVX) times a block of 512 keys gives a score
 // block of 72 KB that stays in L2. Inside it the packed panel is the outer loop: 64 keys x 64 features
-// are 16 KB, fetched from L2 once and then served to twelve micro-tiles from L1. (The other order, each
+// are 16 KB, fetched from L2 once and then served to six micro-tiles from L1. (The other order, each
 // micro-tile streaming over all keys, asks L2 for 21 bytes a cycle on a core with two FMA ports.)
 //
 // Masks. Band, key_lengths and key-padding masks become a range of keys a query; a micro-tile computes
@@ -31,8 +30,11 @@
 namespace pytransformer::PYTRANSFORMER_ISA {
 namespace {
 
-constexpr int64_t query_block = 12 * tile_rows;
-constexpr int64_t key_block = 4 * key_chunk;
+constexpr int64_t query_block = 6 * tile_rows;
+constexpr int64_t key_block = 8 * key_chunk;
+// Rows of a score block lie an odd number of cache lines apart. At a power of two they would share a
+// quarter of the sets of L1 and evict the packed panel from there.
+constexpr int64_t score_stride = key_block + lanes;
 
 // One key/value head, packed.
 template <class Op>
@@ -46,10 +48,10 @@ struct PackedHead {
 template <class Op>
 struct QueryBlock {
   Op* query;      // [query_block][depth_stride]
-  float* scores;  // [query_block][key_block]
+  float* scores;  // [query_block][score_stride]
   Op* weights;    // the same shape, and for float the same memory
   float* out;     // [query_block][out_stride], not yet divided by the sum
-  float* top;     // the running maximum, in units of log2
+  float* top;     // the running maximum score
   float* sum;
   float* addends;  // [key_block]
 };
@@ -116,11 +118,11 @@ class Forward {
     QueryBlock<Op> s;
     Carver carver(base);
     carver.take(s.query, query_block * depth_stride_);
-    carver.take(s.scores, query_block * key_block);
+    carver.take(s.scores, query_block * score_stride);
     if constexpr (in_place) {
       s.weights = s.scores;
     } else {
-      carver.take(s.weights, query_block * key_block);
+      carver.take(s.weights, query_block * score_stride);
     }
     carver.take(s.out, query_block * out_stride_);
     carver.take(s.top, query_block);
@@ -194,8 +196,8 @@ class Forward {
         const auto [begin, end] = range(keys, t + r, tile);
         if (begin >= end || p >= end || p + panel <= begin) continue;
         multiply_tile<Op>({s.query + r * depth_stride_, depth_stride_, depth_step<Op>}, tile, key,
-                          width * depth_step<Op>, least(width, end - p), depth_, s.scores + r * key_block + (p - n),
-                          key_block, false);
+                          width * depth_step<Op>, least(width, end - p), depth_, s.scores + r * score_stride + (p - n),
+                          score_stride, false);
       }
     }
   }
@@ -209,22 +211,22 @@ class Forward {
     end = least(end - n, count);
     if (begin >= end) return;
     const Addends& addends = visibility_.addends();
-    const bool holes = keys.keep != nullptr || scale_first_;
+    const bool adds = has_addends(b);
     for (int64_t i = r; i < r + tile; ++i) {
-      if (holes) {
+      if (adds) {
         if (i == r || !addends.shared()) {
           addends.fill(b, h, t + i, n + begin, false, 1, end - begin,
                        keys.keep != nullptr ? keys.keep + n + begin : nullptr, s.addends, 0);
         }
-        apply_addends(s.scores + i * key_block + begin, s.addends, end - begin);
+        apply_addends(s.scores + i * score_stride + begin, s.addends, end - begin);
       }
       // Beyond the keys of this row, up to whole vectors: -inf.
       const int64_t low = clamp(visibility_.lower(keys, t + i) - n, begin, round_up(end, lanes));
       const int64_t high = clamp(visibility_.upper(keys, t + i) - n, low, end);
-      float* row = s.scores + i * key_block;
+      float* row = s.scores + i * score_stride;
       for (int64_t j = begin; j < low; ++j) row[j] = negative_infinity;
       for (int64_t j = high; j < round_up(end, lanes); ++j) row[j] = negative_infinity;
-      weigh(row, begin, end, holes ? 1.0f : a_.scale * log2_e, i, s);
+      weigh(row, begin, end, adds ? 1.0f : a_.scale * log2_e, i, s);
     }
   }
 
@@ -245,21 +247,33 @@ class Forward {
       other = max(other, Vec::load(row + j + lanes));
     }
     if (j < end) most_here = max(most_here, Vec::load(row + j));
-    const float here = max(most_here, other).max() * scale, before = s.top[i];
+    const float here = max(most_here, other).max(), before = s.top[i];
     const float top = here > before ? here : before;
     const float base = top == negative_infinity ? 0.0f : top;
-    if (top != before && before != negative_infinity) rescale(i, std::exp2(before - base), s);
+    if (top != before && before != negative_infinity) rescale(i, std::exp2((before - base) * scale), s);
     s.top[i] = top;
 
-    const Vec factor = Vec::set1(scale), offset = Vec::set1(-base);
-    Vec sum = Vec::zero();
-    for (j = begin; j < end; j += lanes) {
-      const Vec weight = power_of_two<T>(fma(Vec::load(row + j), factor, offset));
-      sum = sum + weight;
-      weight.store(s.weights + i * key_block + j);
+    // The difference first: its rounding then matters least where the weight is largest.
+    const Vec factor = Vec::set1(scale), maximum = Vec::set1(base);
+    Vec sum = Vec::zero(), other_sum = Vec::zero();
+    Op* weights = s.weights + i * score_stride;
+    for (j = begin; j + lanes < end; j += 2 * lanes) {
+      const Vec first = power_of_two<T>((Vec::load(row + j) - maximum) * factor);
+      const Vec second = power_of_two<T>((Vec::load(row + j + lanes) - maximum) * factor);
+      sum = sum + first;
+      other_sum = other_sum + second;
+      first.store(weights + j);
+      second.store(weights + j + lanes);
     }
-    s.sum[i] += sum.sum();
+    if (j < end) {
+      const Vec last = power_of_two<T>((Vec::load(row + j) - maximum) * factor);
+      sum = sum + last;
+      last.store(weights + j);
+    }
+    s.sum[i] += (sum + other_sum).sum();
   }
+
+  bool has_addends(int64_t b) const { return visibility_.keys(b).keep != nullptr || scale_first_; }
 
   void rescale(int64_t i, float factor, const QueryBlock<Op>& s) const {
     float* out = s.out + i * out_stride_;
@@ -279,7 +293,7 @@ class Forward {
         const auto [begin, end] = range(keys, t + r, tile);
         const int64_t first = round_down(most(begin, from), lanes), last = least(end, to);
         if (begin >= end || first >= last) continue;
-        const Left<Op> weights = {s.weights + r * key_block + (first - n), key_block, depth_step<Op>};
+        const Left<Op> weights = {s.weights + r * score_stride + (first - n), score_stride, depth_step<Op>};
         float* out = s.out + r * out_stride_ + c;
         if (flagged) {
           multiply_rows_nonzero(weights, tile, row_of<const T>(a_.value, b, h / group_, first), a_.value.stride[2],
@@ -293,6 +307,8 @@ class Forward {
   }
 
   void store(int64_t b, int64_t h, int64_t t, int64_t rows, const QueryBlock<Op>& s) const {
+    // Scores are as the product left them, or with bias or mask in units of log2.
+    const double unit = has_addends(b) ? 0.6931471805599453 : double(a_.scale);
     float* lse = a_.lse.template ptr<float>() + (b * heads_ + h) * queries_ + t;
     for (int64_t r = 0; r < rows; ++r) {
       const float sum = s.sum[r];
@@ -301,7 +317,7 @@ class Forward {
       for (int64_t c = 0; c < columns_; c += lanes) {
         store_some(out + c, Vec::load(s.out + r * out_stride_ + c) * inverse, columns_ - c);
       }
-      lse[r] = sum == 0 ? negative_infinity : float(double(s.top[r]) * 0.6931471805599453 + std::log(double(sum)));
+      lse[r] = sum == 0 ? negative_infinity : float(double(s.top[r]) * unit + std::log(double(sum)));
     }
   }
 

@@ -278,9 +278,8 @@ void copy_rows(const T* source, int64_t stride, int64_t rows, int64_t columns, c
 // arithmetic on denormals is a hundred times slower.
 template <class T>
 inline __attribute__((always_inline)) Vec power_of_two(Vec x) {
-  constexpr int degree = sizeof(T) == 2 ? 3 : 5;
-  const Vec smallest = Vec::set1(-126.0f);
-  return select(x < smallest, Vec::zero(), exp2<degree>(max(smallest, x)));
+  constexpr int degree = sizeof(T) == 2 ? 3 : 6;
+  return select(x < Vec::set1(-126.0f), Vec::zero(), exp2_normal<degree>(x));
 }
 
 // ---- Visibility

@@ -178,13 +178,13 @@ void forward(const FfnForward& a) {
   const Bias bias1(a.bias1), bias2(a.bias2);
   const HiddenDropout dropout(a, F);
   const Chunks chunks(N, F, 1);
-  const Scratch<Operand> activated(chunks.rows * F);
 
   const Packed<Operand> weight1(right_transposed<Operand>(a.weight1.ptr<const T>(), E), F, E);
   const Packed<Operand> weight2(right_transposed<Operand>(a.weight2.ptr<const T>(), F), O, F);
 
   for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
     const int64_t begin = chunks.begin(chunk), rows = chunks.size(chunk, N);
+    const Packed<Operand> activated(rows, F);
     {
       const Packed<Operand> input(left<Operand>(a.input.ptr<const T>() + begin * E, E), rows, E);
       gemm(rows, F, input, weight1, [&](int64_t row, int64_t column, int64_t count, float* values) {
@@ -192,11 +192,10 @@ void forward(const FfnForward& a) {
         if (a.hidden) copy_row(values, count, a.hidden.ptr<T>() + (begin + row) * F + column);
         activate(a.activation, values, count);
         dropout.apply(begin + row, column, count, values);
-        copy_row(values, count, activated.get() + row * F + column);
+        activated.store_row(row, column, count, values);
       });
     }
-    const Packed<Operand> input(left<Operand>(activated.get(), F), rows, F);
-    gemm(rows, O, input, weight2, [&](int64_t row, int64_t column, int64_t count, float* values) {
+    gemm(rows, O, activated, weight2, [&](int64_t row, int64_t column, int64_t count, float* values) {
       bias2.add_to(values, column, count);
       copy_row(values, count, a.output.ptr<T>() + (begin + row) * O + column);
     });

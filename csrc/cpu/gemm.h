@@ -40,6 +40,7 @@ constexpr int64_t block_rows = 264;     // divisible by tile_rows: 4 and 6
 constexpr int64_t block_columns = 256;  // divisible by tile_width
 constexpr int64_t block_depth = 256;
 constexpr int64_t tile_width = tile_vecs * Vec::lanes;
+constexpr int64_t pack_share = 192;  // rows or columns packed by one task; divisible by tile_rows and tile_width
 static_assert(block_rows % tile_rows == 0 && block_columns % tile_width == 0 && block_depth % 2 == 0);
 static_assert(tile_rows <= Vec::lanes, "packing by columns moves a row of a tile as one vector");
 
@@ -169,6 +170,14 @@ struct Factor {
   void (*pack)(const Factor& from, int64_t outer, int64_t count, int64_t k, int64_t depth, Operand* to);
 };
 
+// Asks for the next rows of a matrix while one is packed: they lie a page or more apart, where the
+// hardware does not look ahead. Asking beyond the end of the matrix does no harm.
+template <class T>
+inline void prefetch_row(const T* row, int64_t count) {
+  const char* p = reinterpret_cast<const char*>(row);
+  for (int64_t i = 0; i < count * int64_t(sizeof(T)); i += 64) __builtin_prefetch(p + i);
+}
+
 // A whose rows lie along k in memory: [count][depth], the same layout.
 template <class T, class Operand>
 void pack_left_rows(const Factor<Operand>& from, int64_t outer, int64_t count, int64_t k, int64_t depth, Operand* to) {
@@ -176,6 +185,7 @@ void pack_left_rows(const Factor<Operand>& from, int64_t outer, int64_t count, i
   for (int64_t i = 0; i < count; ++i) {
     const T* source = static_cast<const T*>(from.data) + (outer + i) * from.stride + k;
     Operand* row = to + i * padded;
+    prefetch_row(source + 4 * from.stride, depth);
     if constexpr (sizeof(T) == sizeof(Operand)) {
       __builtin_memcpy(row, source, size_t(depth) * sizeof(T));
     } else {
@@ -198,26 +208,34 @@ inline __attribute__((always_inline)) void pack_step(const T* source, int64_t st
   }
 }
 
-// A whose columns lie along k: tiles of [depth][tile_rows]. A few k at a time for all tiles, so that
-// the rows in memory are read along their length.
+// A whose columns lie along k: tiles of [depth][tile_rows]. Sixteen rows in memory at a time go through
+// a buffer: often they are a multiple of 4 KB apart, where they would push each other out of L1 before
+// all tiles have had their part of a line.
 template <class T, class Operand>
 void pack_left_columns(const Factor<Operand>& from, int64_t outer, int64_t count, int64_t k, int64_t depth,
                        Operand* to) {
   constexpr int step = depth_step<Operand>;
-  constexpr int64_t together = 8;
+  constexpr int64_t together = 16;
   const T* source = static_cast<const T*>(from.data) + k * from.stride + outer;
   const int64_t padded = round_up(depth, step);
+  T buffer[together * pack_share];
   for (int64_t start = 0; start < depth; start += together) {
-    const int64_t end = start + together < depth ? start + together : depth;
+    const int64_t now = depth - start < together ? depth - start : together;
+    for (int64_t d = 0; d < now; ++d) {
+      const T* row = source + (start + d) * from.stride;
+      prefetch_row(row + 4 * from.stride, count);
+      __builtin_memcpy(buffer + d * pack_share, row, size_t(count) * sizeof(T));
+    }
     for (int64_t i = 0; i < count; i += tile_rows) {
       const int n = count - i < tile_rows ? int(count - i) : tile_rows;
-      Operand* tile = to + i * padded;
-      for (int64_t d = start; d < end; d += step) {
-        const T* element = source + d * from.stride + i;
+      Operand* tile = to + i * padded + start * tile_rows;
+      prefetch_row(tile + 4 * tile_rows * padded, now * tile_rows);  // the place of a tile to come
+      for (int64_t d = 0; d < now; d += step) {
+        const T* element = buffer + d * pack_share + i;
         if (n == tile_rows) {
-          pack_step(element, from.stride, d + 1 < depth, tile_rows, tile + d * tile_rows);
+          pack_step(element, pack_share, d + 1 < now, tile_rows, tile + d * tile_rows);
         } else {
-          pack_step(element, from.stride, d + 1 < depth, n, tile + d * tile_rows);
+          pack_step(element, pack_share, d + 1 < now, n, tile + d * tile_rows);
         }
       }
     }
@@ -231,6 +249,7 @@ void pack_right_rows(const Factor<Operand>& from, int64_t outer, int64_t count, 
   const int64_t padded = round_up(depth, step);
   for (int64_t d = 0; d < depth; d += step) {
     const T* source = static_cast<const T*>(from.data) + (k + d) * from.stride + outer;
+    for (int i = 0; i < step; ++i) prefetch_row(source + (8 + i) * from.stride, count);
     for (int64_t j = 0; j < count; j += Vec::lanes) {
       Operand* place = to + j / tile_width * tile_width * padded + d * tile_width + j % tile_width * step;
       if (count - j >= Vec::lanes) {
@@ -269,6 +288,7 @@ void pack_right_columns(const Factor<Operand>& from, int64_t outer, int64_t coun
     const T* source = static_cast<const T*>(from.data) + (outer + j) * from.stride + k;
     Operand* place = to + j / tile_width * tile_width * padded + j % tile_width * step;
     for_vectors(depth / step, [&](int64_t unit, int n) {
+      for (int i = 0; i < Vec::lanes; ++i) __builtin_prefetch(source + (Vec::lanes + i) * from.stride + unit * step);
       if constexpr (step == 1) {
         pack_square(source + unit, from.stride, columns, n, place + unit * tile_width);
       } else {
@@ -317,14 +337,32 @@ class Packed {
         K_(K),
         depth_major_(from.depth_major),
         data_(outer_ * round_up(K, depth_step<Operand>)) {
-    constexpr int64_t share = 192;  // of outer, for one task; divisible by every tile
-    static_assert(share % tile_rows == 0 && share % tile_width == 0);
-    const int64_t shares = ceil_div(outer, share);
+    static_assert(pack_share % tile_rows == 0 && pack_share % tile_width == 0);
+    const int64_t shares = ceil_div(outer, pack_share);
     parallel_tasks(shares * ceil_div(K, block_depth), [&](int64_t task) {
-      const int64_t first = task % shares * share, k = task / shares * block_depth;
-      const int64_t count = outer - first < share ? outer - first : share;
+      const int64_t first = task % shares * pack_share, k = task / shares * block_depth;
+      const int64_t count = outer - first < pack_share ? outer - first : pack_share;
       from.pack(from, first, count, k, depth(k), data_.get() + offset(first, k));
     });
+  }
+
+  // A left operand yet to be written, by store_row.
+  Packed(int64_t rows, int64_t K)
+      : outer_(round_up(rows, tile_rows)),
+        K_(K),
+        depth_major_(false),
+        data_(outer_ * round_up(K, depth_step<Operand>)) {}
+
+  // Writes elements [k, k + count) of a row, as pack_left_rows would.
+  void store_row(int64_t row, int64_t k, int64_t count, const float* values) const {
+    while (count > 0) {
+      const int64_t start = k / block_depth * block_depth, room = start + depth(start) - k;
+      const int64_t now = count < room ? count : room;
+      Operand* to = data_.get() + outer_ * start + row * padded(start) + (k - start);
+      for_vectors(now, [&](int64_t c, int n) { store(to + c, load(values + c, n), n); });
+      if (now == room && padded(start) > depth(start)) to[now] = from_float<Operand>(0.0f);
+      k += now, values += now, count -= now;
+    }
   }
 
   int64_t K() const { return K_; }

@@ -209,7 +209,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         batch_axis = 0 if first.batch_first else 1
         L = src.shape[1 - batch_axis if batched else 0]
         mergeable = all(_takes_masks(layer) for layer in self.layers)
-        if _is_square(mask, L) and not torch.compiler.is_compiling() and is_causal_mask(mask):
+        if _is_constant_square(mask, L) and not torch.compiler.is_compiling() and is_causal_mask(mask):
             is_causal = True
             mask = masks.causal() if mergeable else mask
         if not mergeable or _is_additive(mask) or _is_additive(key_padding_mask):
@@ -222,8 +222,8 @@ class TransformerEncoder(nn.TransformerEncoder):
         return combine(mask, key_padding_mask, is_causal, shape)[0], None, False
 
 
-def _is_square(mask: Any, length: int) -> bool:
-    return isinstance(mask, Tensor) and tuple(mask.shape) == (length, length)
+def _is_constant_square(mask: Any, length: int) -> bool:
+    return isinstance(mask, Tensor) and tuple(mask.shape) == (length, length) and not mask.requires_grad
 
 
 def _is_additive(mask: Any) -> bool:

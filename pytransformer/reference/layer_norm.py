@@ -116,6 +116,9 @@ def layer_norm_bwd(
         grad_stream = from_output if grad_stream is None else grad_stream + from_output
         if needs_bias:
             grad_bias = grad_output.sum(rows)
+    else:  # weight and bias do not reach the sum: their gradients are zeros, not absent
+        columns = stream.new_zeros(stream.shape[-1], dtype=_wide(stream.dtype))
+        grad_weight, grad_bias = columns, columns.clone() if needs_bias else None
     if grad_stream is None:
         grad_stream = torch.zeros_like(stream)
     if dropout_p > 0:

@@ -1,0 +1,279 @@
+"""BERT: a trainable encoder on the fused ops, and its weights in Hugging Face's names.
+
+The layers are ``nn.TransformerEncoderLayer`` in their post-norm form, which is BERT's layer: a packed query, key
+and value projection, attention that skips padding, two fused dropout + residual + norm steps and an exact-gelu
+feed-forward.
+
+Source: Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers", 2019, sec. 3.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pytransformer import masks, ops
+from pytransformer.models import _hf
+from pytransformer.nn import LayerNorm, TransformerEncoderLayer
+
+_ACTIVATIONS = {
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "silu": "silu",
+    "swish": "silu",
+}
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """The sizes of a BERT, under the names of Hugging Face's config.json.
+
+    Raises:
+        ValueError: a size is not a positive integer, a probability lies outside [0, 1], the heads do not divide
+            the hidden size, or the activation is unknown.
+    """
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"BertConfig: {field.name} must be a positive integer, got {value!r}")
+            if field.type == "float" and (not isinstance(value, (int, float)) or not 0 <= value <= 1):
+                raise ValueError(f"BertConfig: {field.name} must be a number in [0, 1], got {value!r}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"BertConfig: num_attention_heads must divide hidden_size, got {self.num_attention_heads} and"
+                f" {self.hidden_size}"
+            )
+        if self.hidden_act not in _ACTIVATIONS:
+            known = ", ".join(map(repr, _ACTIVATIONS))
+            raise ValueError(f"BertConfig: hidden_act must be one of {known}; got {self.hidden_act!r}")
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> BertConfig:
+        """The fields of a config.json; what does not change the computation is left aside.
+
+        Raises:
+            ValueError: the model is of another type, or of a form of BERT that this class is not.
+        """
+        for name, wanted in (
+            ("model_type", "bert"),
+            ("position_embedding_type", "absolute"),
+            ("is_decoder", False),
+            ("add_cross_attention", False),
+        ):
+            if config.get(name, wanted) not in (wanted, None):
+                raise ValueError(f"BertConfig: {name} must be {wanted!r}, got {config[name]!r}")
+        return cls(**{f.name: config[f.name] for f in fields(cls) if f.name in config})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config.json of this model."""
+        return {"model_type": "bert", "architectures": ["BertModel"], **asdict(self)}
+
+
+class BertOutput(NamedTuple):
+    """What a ``Bert`` returns.
+
+    Attributes:
+        last_hidden_state: [B,T,E].
+        pooler_output: [B,E], or None without a pooler.
+        hidden_states: the embeddings and each layer's output, [B,T,E] each, if asked for.
+    """
+
+    last_hidden_state: Tensor
+    pooler_output: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+class BertEmbeddings(nn.Module):
+    """``dropout(LN(word[input_ids] + position[0..T) + token_type[token_type_ids]))``."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        E = config.hidden_size
+        self.word_embeddings = nn.Embedding(config.vocab_size, E)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, E)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, E)
+        self.norm = LayerNorm(E, config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        positions = self.position_embeddings.weight[: input_ids.shape[1]]
+        types: Tensor | None = self.token_type_embeddings.weight
+        if token_type_ids is None:  # every token is of type 0: a row to add to [T,E] and not to [B,T,E]
+            positions, types = positions + self.token_type_embeddings.weight[0], None
+        x = ops.embedding(
+            input_ids, self.word_embeddings.weight, positions, segments=token_type_ids, segment_weight=types
+        )
+        out: Tensor = self.dropout(self.norm(x))
+        return out
+
+
+class Bert(nn.Module):
+    """BERT's encoder, with its pooler.
+
+    Args:
+        config: the sizes.
+        add_pooling_layer: have ``pooler_output = tanh(W last_hidden_state[:, 0] + b)``.
+
+    Weights start as N(0, ``initializer_range``^2), biases as 0. Dropout follows the config in training mode.
+    """
+
+    def __init__(self, config: BertConfig, add_pooling_layer: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = BertEmbeddings(config)
+        self.layers = nn.ModuleList(_layer(config) for _ in range(config.num_hidden_layers))
+        self.pooler = nn.Linear(config.hidden_size, config.hidden_size) if add_pooling_layer else None
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=config.initializer_range)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for layer in self.layers:
+            nn.init.normal_(layer.self_attn.in_proj_weight, std=config.initializer_range)  # type: ignore[union-attr,arg-type]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        output_hidden_states: bool = False,
+    ) -> BertOutput:
+        """Encodes a batch of token sequences.
+
+        Args:
+            input_ids: int32 or int64 [B,T], T at most ``max_position_embeddings``.
+            attention_mask: [B,T], bool or numbers, true or nonzero for a real token; padding may stand anywhere.
+                A position counts from the start of the row, padding included, as in ``transformers``.
+            token_type_ids: int32 or int64 [B,T]; all 0 where None.
+            output_hidden_states: also return every layer's input and the last one's output.
+
+        Returns:
+            A ``BertOutput``.
+
+        Raises:
+            TypeError, ValueError: an argument's dtype or shape is wrong, or T exceeds the position table.
+            IndexError: an id lies outside its table (on CPU, in eager mode).
+        """
+        self._check(input_ids, attention_mask, token_type_ids)
+        mask = None if attention_mask is None else masks.padding(attention_mask.bool())
+        x = self.embeddings(input_ids, token_type_ids)
+        states = [x]
+        for layer in self.layers:
+            x = layer(x, src_mask=mask)
+            states.append(x)
+        pooled = None if self.pooler is None else torch.tanh(self.pooler(x[:, 0]))
+        return BertOutput(x, pooled, tuple(states) if output_hidden_states else None)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        add_pooling_layer: bool | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Bert:
+        """Reads a Hugging Face directory: config.json and model.safetensors. Needs ``safetensors`` alone.
+
+        Args:
+            path: the directory.
+            add_pooling_layer: None has a pooler exactly where the file has its weights.
+            dtype, device: of the parameters.
+
+        Returns:
+            The model, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: the directory lacks one of the two files.
+            ValueError: a file cannot be read, or the weights do not fit the config; every missing, surplus and
+                misshapen key is named. Heads over BERT and position_ids are left aside.
+            ImportError: ``safetensors`` is not installed.
+        """
+        config_dict, weights = _hf.read_directory(path)
+        config = BertConfig.from_dict(config_dict)
+        weights = _hf.canonical(weights)
+        has_pooler = any(name.startswith("pooler.") for name in weights)
+        pooler = has_pooler if add_pooling_layer is None else add_pooling_layer
+        if not pooler:
+            weights = {name: x for name, x in weights.items() if not name.startswith("pooler.")}
+        with torch.device("meta"):
+            model = cls(config, pooler)
+        state = _hf.to_own(weights, model.state_dict(), os.fspath(path))
+        state = {name: x.to(device, dtype) for name, x in state.items()}
+        model.load_state_dict(state, assign=True)
+        return model.eval()
+
+    def to_hf_state_dict(self) -> dict[str, Tensor]:
+        """The weights under the names of ``transformers.BertModel``: copies, contiguous, detached."""
+        return _hf.from_own(self.state_dict())
+
+    def _check(self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None) -> None:
+        config = self.config
+        for name, ids in (("input_ids", input_ids), ("token_type_ids", token_type_ids)):
+            if ids is not None and ids.dtype not in (torch.int32, torch.int64):
+                raise TypeError(f"Bert: {name} must be int32 or int64 [B,T], got {ids.dtype} {list(ids.shape)}")
+        if input_ids.dim() != 2 or input_ids.shape[1] < 1:
+            raise ValueError(f"Bert: input_ids must be [B,T] with T at least 1, got {list(input_ids.shape)}")
+        if input_ids.shape[1] > config.max_position_embeddings:
+            raise ValueError(
+                f"Bert: input_ids has {input_ids.shape[1]} tokens a row, and max_position_embeddings is"
+                f" {config.max_position_embeddings}"
+            )
+        for name, x in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
+            if x is not None and x.shape != input_ids.shape:
+                raise ValueError(
+                    f"Bert: {name} must have input_ids' shape {list(input_ids.shape)}, got {list(x.shape)}"
+                )
+        if torch.compiler.is_compiling():
+            return
+        _check_range("input_ids", input_ids, "vocab_size", config.vocab_size)
+        if token_type_ids is not None:
+            _check_range("token_type_ids", token_type_ids, "type_vocab_size", config.type_vocab_size)
+
+
+def _layer(config: BertConfig) -> TransformerEncoderLayer:
+    """BERT drops out both branches and the attention weights, but not the hidden of the feed-forward."""
+    layer = TransformerEncoderLayer(
+        config.hidden_size,
+        config.num_attention_heads,
+        config.intermediate_size,
+        dropout=config.hidden_dropout_prob,
+        activation=_ACTIVATIONS[config.hidden_act],
+        layer_norm_eps=config.layer_norm_eps,
+        batch_first=True,
+    )
+    layer.self_attn.dropout = config.attention_probs_dropout_prob
+    layer.dropout.p = 0.0
+    return layer
+
+
+def _check_range(name: str, ids: Tensor, table: str, size: int) -> None:
+    """On CPU only: anywhere else looking at the ids would stall the device."""
+    if ids.device.type != "cpu" or ids.numel() == 0:
+        return
+    low, high = (int(x) for x in torch.aminmax(ids))
+    if low < 0 or high >= size:
+        value = low if low < 0 else high
+        row, column = (ids == value).nonzero()[0].tolist()
+        raise IndexError(f"Bert: {name} must lie in [0, {table} = {size}), got {value} at [{row}, {column}]")

@@ -1,0 +1,140 @@
+"""linear_cross_entropy over all backends."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import DTYPES, assert_rejects, assert_repeats, check, gradcheck, randn, skip_unless_served
+
+from pytransformer import ops
+
+OPTIONS = {
+    "plain": {},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+    "smoothing": {"label_smoothing": 0.1},
+    "z_loss": {"z_loss": 1e-2},
+    "softcap": {"softcap": 5.0},
+    "ignore": {"ignore_index": 2},
+    "everything": {"label_smoothing": 0.2, "z_loss": 1e-2, "softcap": 5.0, "ignore_index": 0, "reduction": "sum"},
+}
+
+
+@pytest.fixture
+def backend(backend_isa):
+    skip_unless_served(backend_isa, "linear_cross_entropy")
+    return backend_isa
+
+
+def make(lead=(4, 17), E=33, V=65, dtype=torch.float32, bias=True):
+    target = torch.randint(0, V, lead)
+    target.flatten()[::5] = -100
+    return {
+        "input": randn(*lead, E, dtype=dtype),
+        "linear_weight": (torch.randn(V, E) / E**0.5).to(dtype),
+        "linear_bias": randn(V, dtype=dtype) if bias else None,
+        "target": target,
+    }
+
+
+def for_ignore_index(tensors, options):
+    if "ignore_index" in options:
+        tensors["target"] = tensors["target"].masked_fill(tensors["target"] == -100, options["ignore_index"])
+    return tensors
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_against_the_oracle(backend, options, bias, dtype):
+    check("linear_cross_entropy", for_ignore_index(make(dtype=dtype, bias=bias), options), options, backend)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_equals_torch(options):
+    """The definition, against F.cross_entropy and the z-loss written out."""
+    tensors = for_ignore_index(make(dtype=torch.float64), options)
+    x, weight, bias, target = tensors.values()
+    rest = dict(options)
+    z_loss, softcap = rest.pop("z_loss", 0.0), rest.pop("softcap", None)
+    logits = F.linear(x, weight, bias).flatten(0, 1)
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    wanted = F.cross_entropy(logits, target.flatten(), **rest)
+    counted = target.flatten() != options.get("ignore_index", -100)
+    z = z_loss * logits.logsumexp(-1).square() * counted
+    reduction = options.get("reduction", "mean")
+    wanted = wanted + {"none": z, "sum": z.sum(), "mean": z.sum() / counted.sum()}[reduction]
+    actual = ops.linear_cross_entropy(**tensors, **options, backend="reference")
+    torch.testing.assert_close(actual, wanted.reshape(actual.shape))
+
+
+@pytest.mark.parametrize("lead", [(1,), (), (0,), (2, 0), (127,), (2, 3, 5)], ids=str)
+def test_shapes(backend, lead):
+    tensors = make((5,))
+    tensors["input"], tensors["target"] = randn(*lead, 33), torch.randint(0, 65, lead)
+    loss = ops.linear_cross_entropy(**tensors, reduction="none", backend=backend)
+    assert loss.shape == lead
+    assert loss.dtype == torch.float32
+
+
+def test_the_mean_of_no_target_is_nan(backend):
+    tensors = make()
+    tensors["target"].fill_(-100)
+    assert ops.linear_cross_entropy(**tensors, backend=backend).isnan()
+    assert ops.linear_cross_entropy(**tensors, reduction="sum", backend=backend) == 0
+
+
+def test_ignored_rows_have_no_gradient(backend):
+    tensors = make()
+    x = tensors["input"].requires_grad_()
+    ops.linear_cross_entropy(**tensors, z_loss=0.1, label_smoothing=0.1, backend=backend).backward()
+    ignored = tensors["target"] == -100
+    assert not x.grad[ignored].any()
+    assert x.grad[~ignored].any(-1).all()
+
+
+def test_repeated_runs_are_bitwise_equal(backend):
+    assert_repeats("linear_cross_entropy", make(), OPTIONS["smoothing"], backend)
+
+
+@pytest.mark.parametrize("wrong", [65, -1, 2**40])
+def test_a_target_outside_the_vocabulary(wrong):
+    tensors = make()
+    tensors["target"][0, 1] = wrong
+    with pytest.raises(IndexError):
+        ops.linear_cross_entropy(**tensors)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_gradcheck_of_the_reference(options):
+    tensors = for_ignore_index(make((5,), 3, 4), options)
+    gradcheck("linear_cross_entropy", tensors, options)
+
+
+GOOD = {"input": torch.ones(2, 3, 8), "linear_weight": torch.ones(11, 8), "target": torch.ones(2, 3).long()}
+BAD = [
+    ({"input": None}, TypeError, "input must be a tensor, got NoneType None"),
+    ({"input": torch.ones(2, 3, 8).int()}, TypeError, "input must be a floating-point tensor, got int32 [2, 3, 8]"),
+    ({"linear_weight": torch.ones(11, 7)}, ValueError, "linear_weight must be [V,E] = [11, 8], got float32 [11, 7]"),
+    ({"linear_weight": torch.ones(8)}, ValueError, "linear_weight [V,E], got float32 [2, 3, 8] on cpu and float32 [8]"),
+    ({"linear_weight": torch.ones(11, 8).double()}, TypeError, "linear_weight must have input's dtype torch.float32"),
+    ({"linear_weight": torch.ones(11, 8, device="meta")}, ValueError, "linear_weight must be on input's device cpu"),
+    ({"target": [1]}, TypeError, "target must be a tensor, got list [1]"),
+    ({"target": torch.ones(2, 3)}, TypeError, "target must hold class indices, got float32 [2, 3]"),
+    ({"target": torch.ones(2, 3).bool()}, TypeError, "target must hold class indices, got bool [2, 3]"),
+    ({"target": torch.ones(3).long()}, ValueError, "target must be [2, 3], got int64 [3]"),
+    ({"target": torch.ones(2, 3, device="meta").long()}, ValueError, "target must be on input's device cpu, got int64"),
+    ({"linear_bias": torch.ones(8)}, ValueError, "linear_bias must be [11], got float32 [8]"),
+    ({"linear_bias": torch.ones(11).bfloat16()}, TypeError, "linear_bias must have input's dtype torch.float32"),
+    ({"reduction": "max"}, ValueError, "reduction must be one of 'mean', 'sum', 'none'; got 'max'"),
+    ({"label_smoothing": 1.1}, ValueError, "label_smoothing must be a probability in [0, 1], got 1.1"),
+    ({"z_loss": -0.1}, ValueError, "z_loss must not be negative, got -0.1"),
+    ({"z_loss": float("nan")}, ValueError, "z_loss must be a finite number, got nan"),
+    ({"softcap": -1.0}, ValueError, "softcap must not be negative, got -1.0"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD, ids=[m[:48] for *_, m in BAD])
+def test_bad_input(change, error, message):
+    assert_rejects(ops.linear_cross_entropy, {**GOOD, **change}, error, message)
