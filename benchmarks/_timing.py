@@ -18,7 +18,7 @@ import torch
 
 SAMPLE_SECONDS = 0.004
 LEAST_ROUNDS, MOST_ROUNDS = 6, 200
-RESAMPLES = 2000
+RESAMPLES = 1000
 NO_DIFFERENCE = 0.05  # two runs whose ratio surely lies within 5% of 1 do not differ
 LEAST_DIFFERENCE = 0.03  # a difference below 3% between two runs is not called one
 

@@ -52,13 +52,13 @@ def verdict(before: dict, after: dict) -> str:
 
 
 def test_a_planted_slowdown_is_found():
-    assert all(verdict(result(1.0, seed), result(1.15, seed + 50)) == "slower" for seed in range(20))
-    assert all(verdict(result(1.15, seed), result(1.0, seed + 50)) == "faster" for seed in range(20))
+    assert all(verdict(result(1.0, seed), result(1.15, seed + 50)) == "slower" for seed in range(8))
+    assert all(verdict(result(1.15, seed), result(1.0, seed + 50)) == "faster" for seed in range(8))
 
 
 def test_the_same_code_shows_no_difference():
-    found = [verdict(result(1.0, seed), result(1.0, seed + 50)) for seed in range(40)]
-    assert sum(v in ("no difference", "cannot tell") for v in found) >= 38
+    found = [verdict(result(1.0, seed), result(1.0, seed + 50)) for seed in range(20)]
+    assert sum(v in ("no difference", "cannot tell") for v in found) >= 19
 
 
 def test_a_slower_machine_is_no_slower_kernel():
@@ -68,10 +68,10 @@ def test_a_slower_machine_is_no_slower_kernel():
 
 def test_the_interval_holds_the_true_ratio():
     held = 0
-    for seed in range(100):
+    for seed in range(50):
         ratio = _timing.paired_ratio(samples(2.0, seed), samples(1.0, seed + 500))
         held += ratio.low <= 2.0 <= ratio.high
-    assert held >= 85
+    assert held >= 43
 
 
 def test_target_verdicts():
