@@ -1,4 +1,9 @@
-"""The modules of pytransformer.nn against torch.nn's: outputs, gradients, weights and conventions."""
+"""The modules of pytransformer.nn against torch.nn's: outputs, gradients, weights and conventions.
+
+The numerics of the kernels are judged in the tests of the ops, by compare.py. Here two float32 spellings of a
+whole module are compared, and what may go wrong is a mask, a scale, a layout or a missing term: errors of the
+size of the result, far above the one tolerance of ``assert_close``.
+"""
 
 import copy
 import math
