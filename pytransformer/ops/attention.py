@@ -144,6 +144,8 @@ def attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = cast_to(dtype, query, key, value)  # type: ignore[assignment]
 
+    if 0 in (query.numel(), key.numel(), value.numel()):
+        backend = "reference"  # nothing to compute, and no kernel takes a grid of no blocks
     rng = random_state("attention", seed, dropout_p, query.device)
     keep = None if mask.keep is None else mask.keep.expand(full)
     added = None if added is None else _four_dimensional(added)
