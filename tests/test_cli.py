@@ -16,9 +16,7 @@ from pytransformer.benchmarks import _run as runner
 from pytransformer.benchmarks import command, suite
 from pytransformer.benchmarks import layer_norm as layer_norm_benchmark
 
-WITHOUT_RICH = (
-    "import sys; sys.modules['rich'] = None; from pytransformer.cli import main; sys.exit(main(['info']))"
-)
+WITHOUT_RICH = "import sys; sys.modules['rich'] = None; from pytransformer.cli import main; sys.exit(main(['info']))"
 needs_cpu = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason="the CPU kernels are not built")
 
 

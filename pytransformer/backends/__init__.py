@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -35,6 +35,7 @@ PACKAGES = {
     "cpu": "pytransformer.backends.cpu",
     "reference": "pytransformer.reference",
 }
+_F = TypeVar("_F")
 OPS = ("attention", "layer_norm", "ffn", "linear_cross_entropy", "embedding")
 
 
@@ -138,17 +139,23 @@ def why_not(name: str, op: str, device_type: str, args: tuple[Any, ...], obstacl
     return result
 
 
+def _constant_when_traced(function: _F) -> _F:
+    """``torch.compiler.assume_constant_result``, without its import of the whole compiler."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 # A traced call takes what the next two functions return as constants: what is installed does not change.
 # (The mark must be the outermost decorator, so the caches stand on functions of their own.)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_constant_when_traced
 def unavailable(name: str) -> str | None:
     """Why backend ``name`` does not work on this machine at all, or None."""
     return _unavailable(name)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@_constant_when_traced
 def has_op(name: str, op: str) -> bool:
     """Does backend ``name`` have kernels for ``op``? Loads its module if so."""
     return implementation(name, op) is not None
