@@ -98,11 +98,11 @@ def alike(tensors: Mapping[str, Tensor | None]) -> Iterator[dict[str, Tensor | N
 
 
 def _looser(c: Comparison, other: Comparison) -> Comparison:
-    bounds = {
-        "max_allowed": max(c.max_allowed, other.max_allowed),
-        "rms_allowed": max(c.rms_allowed, other.rms_allowed),
-    }
-    return replace(c, **bounds)
+    return replace(
+        c,
+        max_allowed=max(c.max_allowed, other.max_allowed),
+        rms_allowed=max(c.rms_allowed, other.rms_allowed),
+    )
 
 
 def parity(
