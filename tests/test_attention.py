@@ -373,7 +373,9 @@ def test_drop_in_for_sdpa(options, dtype):
     q, k, v = qkv(2, 4, heads, 17, 23, 16, 16, dtype=dtype).values()
     kinds = {"bool": dense(2, 1, 17, 23), "float": randn(17, 23, dtype=dtype), "row": dense(2, 1, 1, 23)}
     options = {n: kinds.get(x, x) if n == "attn_mask" else x for n, x in options.items()}
-    torch.testing.assert_close(ops.attention(q, k, v, **options), F.scaled_dot_product_attention(q, k, v, **options))
+    wanted = F.scaled_dot_product_attention(q, k, v, **options)
+    bound = {"rtol": 2e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(ops.attention(q, k, v, **options), wanted, **bound)
 
 
 @pytest.mark.parametrize("lead", [(), (3,), (2, 3, 2)], ids=str)

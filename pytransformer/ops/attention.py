@@ -134,7 +134,7 @@ def attention(
 
     Source: Vaswani et al., "Attention Is All You Need", 2017, eq. 1.
     """
-    lead = query.shape[:-3] if isinstance(query, Tensor) else ()
+    lead = query.shape[:-2] if isinstance(query, Tensor) else ()
     query, key, value, attn_mask, bias = _as_batches(query, key, value, attn_mask, bias)
     _check_inputs(query, key, value, enable_gqa)
     _check_options(dropout_p, scale, softcap, causal_align)
@@ -290,9 +290,7 @@ def _returned(out: Tensor, lse: Tensor | None, weights: Tensor | None, lead: Any
     """The outputs that were asked for, with the query's own leading dimensions."""
 
     def shaped(x: Tensor) -> Tensor:
-        if len(lead) == 1:
-            return x
-        return x.reshape(*lead, *x.shape[1:]) if len(lead) > 1 else x[0]
+        return x if len(lead) == 2 else x.reshape(*lead, *x.shape[2:])
 
     found = [shaped(x) for x in (out, lse, weights) if x is not None]
     return found[0] if len(found) == 1 else tuple(found)
