@@ -234,7 +234,7 @@ class Forward {
     const Vec scale = Vec::set1(a_.scale * log2_e), masked = Vec::set1(negative_infinity);
     for (int64_t j = 0; j < count; j += lanes) {
       const Vec add = Vec::load(addends + j);
-      select(add == masked, masked, fma(Vec::load(row + j), scale, add)).store(row + j);
+      select(add == masked, masked, fused(Vec::load(row + j), scale, add)).store(row + j);
     }
   }
 

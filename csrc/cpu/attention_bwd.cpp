@@ -278,7 +278,7 @@ class Backward {
       const Vec scale = Vec::set1(a_.scale * log2_e), masked = Vec::set1(negative_infinity);
       for (int64_t j = 0; j < vectors; j += lanes) {
         const Vec add = Vec::load(addends + j);
-        select(add == masked, masked, fma(Vec::load(scores + j), scale, add)).store(scores + j);
+        select(add == masked, masked, fused(Vec::load(scores + j), scale, add)).store(scores + j);
       }
     }
     int64_t low = clamp(visibility_.first_query(s, queries_) - t, 0, rows);
@@ -293,7 +293,7 @@ class Backward {
                         Op* weights, Op* grad_scores, float* exact) {
     const Vec factor = Vec::set1(scale), zero = Vec::zero();
     for (int64_t j = 0; j < rows; j += lanes) {
-      const Vec exponent = fma(Vec::load(scores + j), factor, zero - Vec::load(s.lse + j));
+      const Vec exponent = fused(Vec::load(scores + j), factor, zero - Vec::load(s.lse + j));
       const Vec p = power_of_two<T>(exponent - Vec::load(s.lse_low + j));
       const Vec d = p * (Vec::load(grad_weights + j) - Vec::load(s.delta + j));
       const Vec ds = select(p == zero, zero, d);

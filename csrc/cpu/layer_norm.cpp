@@ -114,15 +114,20 @@ float add_row(const T* x, const T* residual, const float* input_bias, const floa
   return total.sum() / float(columns);
 }
 
-inline float mean_square(const float* row, float mean, int64_t columns) {
-  Vec squares = Vec::zero();
+// The variance of a row around its mean. `mean` comes in as a float32 sum left it, off by some ulps of a
+// large common offset; the sum of the differences is small and says how far: `mean` leaves corrected.
+inline float variance(const float* row, bool rms, int64_t columns, float& mean) {
+  Vec squares = Vec::zero(), differences = Vec::zero();
   const Vec centre = Vec::set1(mean);
   for_vectors(columns, [&](int64_t c, auto n) {
     Vec d = load(row + c, n) - centre;
     if constexpr (n.partial) d = select(Mask::first(n.count), d, Vec::zero());
+    differences = differences + d;
     squares = fma(d, d, squares);
   });
-  return squares.sum() / float(columns);
+  const float correction = rms ? 0.0f : differences.sum() / float(columns);
+  mean += correction;
+  return squares.sum() / float(columns) - correction * correction;
 }
 
 template <class T>
@@ -152,8 +157,8 @@ void forward(const LayerNormForward& a) {
           a.dropout_p > 0 ? dropout.multipliers(uint64_t(r * columns), columns, row + columns) : nullptr;
       const float average =
           add_row<T>(row_of(a.input), row_of(a.residual), input_bias.data(), keep, columns, row_of(a.sum), row);
-      const float mean = a.rms ? 0.0f : average;
-      const float rstd = 1.0f / std::sqrt(mean_square(row, mean, columns) + a.eps);
+      float mean = a.rms ? 0.0f : average;
+      const float rstd = 1.0f / std::sqrt(variance(row, a.rms, columns, mean) + a.eps);
       normalise_row<T>(row, mean, rstd, weight.data(), bias.data(), columns, row_of(a.output));
       if (a.mean) a.mean.ptr<float>()[r] = mean;
       if (a.rstd) a.rstd.ptr<float>()[r] = rstd;
@@ -165,6 +170,16 @@ void forward(const LayerNormForward& a) {
 struct ColumnSums {
   float *weight, *bias, *input_bias;
 };
+
+// A running float32 sum over thousands of rows loses digits: rows are summed in groups, groups in turn.
+constexpr int64_t group_rows = 32;
+
+inline void add_and_clear(float* total, float* group, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    total[i] += group[i];
+    group[i] = 0;
+  }
+}
 
 template <class T>
 void backward_row(const LayerNormBackward& a, int64_t r, int64_t columns, const float* weight, const float* keep,
@@ -216,15 +231,17 @@ void backward(const LayerNormBackward& a) {
   const int threads = threads_for(rows, columns);
   const int64_t stride = 3 * columns;
   std::unique_ptr<float[]> partial(new float[threads * stride]());
+  std::unique_ptr<float[]> groups(new float[threads * stride]());
 
   parallel_ranges(rows, threads, [&](int64_t begin, int64_t end, int part) {
-    float* base = partial.get() + part * stride;
+    float *total = partial.get() + part * stride, *base = groups.get() + part * stride;
     const ColumnSums sums{base, base + columns, base + 2 * columns};
     std::unique_ptr<float[]> multipliers(new float[multiplier_room(columns)]);
     for (int64_t r = begin; r < end; ++r) {
       const float* keep =
           a.dropout_p > 0 ? dropout.multipliers(uint64_t(r * columns), columns, multipliers.get()) : nullptr;
       backward_row<T>(a, r, columns, weight.data(), keep, sums);
+      if ((r + 1 - begin) % group_rows == 0 || r + 1 == end) add_and_clear(total, base, stride);
     }
   });
 

@@ -82,6 +82,9 @@ struct Vec {
 inline Vec fma(Vec a, Vec b, Vec c) {
   return {_mm512_fmadd_ps(a.v, b.v, c.v)};
 }  // a * b + c
+inline Vec fused(Vec a, Vec b, Vec c) {  // the same, where its single rounding matters
+  return fma(a, b, c);
+}
 inline Vec fnma(Vec a, Vec b, Vec c) {
   return {_mm512_fnmadd_ps(a.v, b.v, c.v)};
 }  // c - a * b

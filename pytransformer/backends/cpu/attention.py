@@ -86,7 +86,9 @@ def attention_bwd(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_query, grad_key, grad_value = (torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value))
-    grad_bias = torch.zeros(bias.shape if needs_bias and bias is not None else (0,))
+    # Summed over broadcast dimensions by torch, pairwise: a running sum in the kernel would lose digits.
+    per_head = (*query.shape[:3], bias.shape[-1]) if needs_bias and bias is not None else (0,)
+    grad_bias = torch.zeros(per_head)
     _cpu.attention_bwd(
         _unit_stride(query),
         _unit_stride(key),
@@ -105,7 +107,9 @@ def attention_bwd(
         grad_value,
         _expanded(grad_bias, query, key) if needs_bias else None,
     )
-    return grad_query, grad_key, grad_value, grad_bias if bias is None else grad_bias.to(bias.dtype)
+    if needs_bias and bias is not None:
+        grad_bias = grad_bias.sum_to_size(bias.shape).to(bias.dtype)
+    return grad_query, grad_key, grad_value, grad_bias
 
 
 def _unit_stride(x: Tensor) -> Tensor:
