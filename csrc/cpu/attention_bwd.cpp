@@ -210,7 +210,7 @@ class Backward {
     for (int64_t r = 0; r < query_block; ++r) {
       s.live[r] = r < rows && lse[r] != negative_infinity;
       // Half an ulp of lse would scale all weights of the row: the conversion keeps what it rounds away.
-      const double exact = s.live[r] ? double(lse[r]) * 1.4426950408889634 : -double(negative_infinity);
+      const double exact = s.live[r] ? double(lse[r]) * 1.4426950408889634 : double(-negative_infinity);
       s.lse[r] = float(exact);
       s.lse_low[r] = s.live[r] ? float(exact - double(s.lse[r])) : 0.0f;
       s.delta[r] = s.live[r] ? row_product(b, h, t + r) : 0.0f;

@@ -4,7 +4,8 @@
 // of relative error 7.5e-5 (degree 3), 7.5e-8 (degree 5) or 1.9e-9 (degree 6). Degree 3 is a hundredth of a
 // bfloat16 ulp (2^-9), enough where the result is rounded to bfloat16 anyway. Degree 5 is off by half a
 // float32 ulp, always the same way at a given f; degree 6 only by its rounding.
-// Valid for x <= 127; -inf and everything below -127 give 0, NaN gives NaN.
+// Valid for x <= 127; -inf and everything below -127 give 0 or 2^-127 (a denormal, by instruction set), NaN
+// gives NaN. Where many arguments lie so low, clamp first: arithmetic on denormals is slow.
 #pragma once
 
 #include "simd.h"

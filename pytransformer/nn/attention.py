@@ -11,7 +11,7 @@ from torch import Tensor
 from pytransformer import ops
 from pytransformer.masks import Mask, dense
 from pytransformer.nn._masks import combine
-from pytransformer.ops._attention_visibility import visible_keys
+from pytransformer.ops.attention import visible_keys
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):

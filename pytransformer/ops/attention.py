@@ -28,6 +28,8 @@ from pytransformer.ops._checks import (
 from pytransformer.ops._op import FusedOp, needs_grad, obstacle
 from pytransformer.reference.attention import attention_scores, attention_weights, visible_keys
 
+__all__ = ["attention", "visible_keys"]  # the second for nn, which does not reach below ops
+
 _LETTERS = "[B,H,T,S]"
 
 
