@@ -7,15 +7,20 @@ hold. docs/differences.md lists where the behaviour differs from torch's, and wh
 """
 
 from pytransformer.nn.attention import MultiheadAttention
+from pytransformer.nn.decoder import TransformerDecoder, TransformerDecoderLayer
+from pytransformer.nn.encoder import TransformerEncoder, TransformerEncoderLayer
 from pytransformer.nn.ffn import FeedForward
 from pytransformer.nn.layer_norm import LayerNorm, RMSNorm
-from pytransformer.nn.transformer import TransformerEncoder, TransformerEncoderLayer
+from pytransformer.nn.transformer import Transformer
 
 __all__ = [
     "FeedForward",
     "LayerNorm",
     "MultiheadAttention",
     "RMSNorm",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
     "TransformerEncoder",
     "TransformerEncoderLayer",
 ]
