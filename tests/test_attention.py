@@ -183,6 +183,27 @@ def test_several_tiles(backend_isa):
     check("attention", {n: x.bfloat16() for n, x in tensors.items()}, {"enable_gqa": True}, backend_isa)
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("extra", [{"dropout_p": 0.3}, {"softcap": 2.0}, {"dropout_p": 0.1, "softcap": 3.0}], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "mask"),
+    [("ragged", "none"), ("ragged", "everything"), ("longer_keys", "causal_bottom_right"), ("gqa", "bias_per_head")],
+)
+def test_dropout_and_softcap(backend_isa, shape, mask, extra, dtype):
+    tensors, options = case(shape, mask, dtype)
+    check("attention", tensors, options | extra | {"seed": 11}, backend_isa)
+
+
+def test_dropout_over_several_tiles(backend_isa):
+    tensors = qkv(1, 2, 1, 130, 700, 16, 16)
+    check("attention", tensors, {"dropout_p": 0.2, "seed": 3, "enable_gqa": True, "window": (300, 40)}, backend_isa)
+
+
+def test_everything_dropped(backend_isa):
+    found = run("attention", qkv(1, 2, 2, 65, 70, 16, 16), {"dropout_p": 1.0}, backend_isa)
+    assert not any(x.any() for x in found.values())
+
+
 def test_float32_bias_with_bfloat16_inputs(backend_isa):
     tensors = qkv(*SHAPES["gqa"], dtype=torch.bfloat16) | {"bias": randn(6, 65, 65)}
     check("attention", tensors, {"enable_gqa": True}, backend_isa)

@@ -50,7 +50,8 @@ void check_lse(const TensorView& lse, const TensorView& query) {
 
 AttentionProblem problem(const TensorView& query, const TensorView& key, const TensorView& value,
                          const TensorView& mask, const TensorView& bias, const TensorView& key_lengths,
-                         std::optional<int64_t> band_lower, std::optional<int64_t> band_upper, float scale) {
+                         std::optional<int64_t> band_lower, std::optional<int64_t> band_upper, float scale,
+                         float softcap, uint64_t seed, uint64_t offset, float dropout_p) {
   AttentionProblem a{query,
                      key,
                      value,
@@ -59,46 +60,49 @@ AttentionProblem problem(const TensorView& query, const TensorView& key, const T
                      key_lengths,
                      band_lower.value_or(unbounded_lower),
                      band_upper.value_or(unbounded_upper),
-                     scale};
+                     scale,
+                     softcap,
+                     dropout_p,
+                     seed,
+                     offset};
   check_problem(a);
   return a;
 }
 
 void forward(const TensorView& query, const TensorView& key, const TensorView& value, const TensorView& mask,
              const TensorView& bias, const TensorView& key_lengths, std::optional<int64_t> band_lower,
-             std::optional<int64_t> band_upper, float scale, const TensorView& out, const TensorView& lse) {
-  const AttentionForward a{problem(query, key, value, mask, bias, key_lengths, band_lower, band_upper, scale), out,
-                           lse};
-  check_heads(out, query, query.shape[0], query.shape[1], query.shape[2], value.shape[3], "out");
-  check_lse(lse, query);
+             std::optional<int64_t> band_upper, float scale, float softcap, uint64_t seed, uint64_t offset,
+             float dropout_p, const TensorView& out, const TensorView& lse) {
+  const AttentionProblem a = problem(query, key, value, mask, bias, key_lengths, band_lower, band_upper, scale, softcap,
+                                     seed, offset, dropout_p);
+  const TensorView& q = a.query;
+  check_heads(out, q, q.shape[0], q.shape[1], q.shape[2], a.value.shape[3], "out");
+  check_lse(lse, q);
   py::gil_scoped_release released;
-  kernels().attention_fwd(a);
+  kernels().attention_fwd({a, out, lse});
 }
 
 void backward(const TensorView& query, const TensorView& key, const TensorView& value, const TensorView& mask,
               const TensorView& bias, const TensorView& key_lengths, std::optional<int64_t> band_lower,
-              std::optional<int64_t> band_upper, float scale, const TensorView& out, const TensorView& lse,
-              const TensorView& grad_out, const TensorView& grad_query, const TensorView& grad_key,
-              const TensorView& grad_value, const TensorView& grad_bias) {
-  const AttentionBackward a{problem(query, key, value, mask, bias, key_lengths, band_lower, band_upper, scale),
-                            out,
-                            lse,
-                            grad_out,
-                            grad_query,
-                            grad_key,
-                            grad_value,
-                            grad_bias};
-  const int64_t B = query.shape[0], H = query.shape[1], T = query.shape[2], G = key.shape[1], S = key.shape[2];
-  check_heads(out, query, B, H, T, value.shape[3], "out");
-  check_heads(grad_out, query, B, H, T, value.shape[3], "grad_out");
-  check_heads(grad_query, query, B, H, T, query.shape[3], "grad_query");
-  check_heads(grad_key, query, B, G, S, query.shape[3], "grad_key");
-  check_heads(grad_value, query, B, G, S, value.shape[3], "grad_value");
-  check_lse(lse, query);
-  PYTRANSFORMER_CHECK(!grad_bias || (bias && grad_bias.dtype == DType::float32 && grad_bias.ndim == 4),
-                      "attention: grad_bias must be float32 and expanded to [B,H,T,S]");
+              std::optional<int64_t> band_upper, float scale, float softcap, uint64_t seed, uint64_t offset,
+              float dropout_p, const TensorView& out, const TensorView& lse, const TensorView& grad_out,
+              const TensorView& grad_query, const TensorView& grad_key, const TensorView& grad_value,
+              const TensorView& grad_bias) {
+  const AttentionProblem a = problem(query, key, value, mask, bias, key_lengths, band_lower, band_upper, scale, softcap,
+                                     seed, offset, dropout_p);
+  const TensorView &q = a.query, &k = a.key, &v = a.value;
+  const int64_t B = q.shape[0], H = q.shape[1], T = q.shape[2], G = k.shape[1], S = k.shape[2];
+  check_heads(out, q, B, H, T, v.shape[3], "out");
+  check_heads(grad_out, q, B, H, T, v.shape[3], "grad_out");
+  check_heads(grad_query, q, B, H, T, q.shape[3], "grad_query");
+  check_heads(grad_key, q, B, G, S, q.shape[3], "grad_key");
+  check_heads(grad_value, q, B, G, S, v.shape[3], "grad_value");
+  check_lse(lse, q);
+  PYTRANSFORMER_CHECK(!grad_bias || (a.bias && grad_bias.dtype == DType::float32 && grad_bias.ndim == 4 &&
+                                     grad_bias.contiguous() && grad_bias.numel() == B * H * T * S),
+                      "attention: grad_bias must be contiguous float32 [B,H,T,S]");
   py::gil_scoped_release released;
-  kernels().attention_bwd(a);
+  kernels().attention_bwd({a, out, lse, grad_out, grad_query, grad_key, grad_value, grad_bias});
 }
 
 }  // namespace

@@ -10,6 +10,8 @@
 // block of 72 KB that stays in L2. Inside it the packed panel is the outer loop: 64 keys x 64 features
 // are 16 KB, fetched from L2 once and then served to six micro-tiles from L1. (The other order, each
 // micro-tile streaming over all keys, asks L2 for 21 bytes a cycle on a core with two FMA ports.)
+// The scores are read once more: their maximum is taken from the registers of the tile, masks are
+// applied while a tile is in L1, and the exponential is taken just before a tile multiplies the values.
 //
 // Masks. Band, key_lengths and key-padding masks become a range of keys a query; a micro-tile computes
 // only vectors inside the range of its rows, so time follows the visible area. Other masks and biases
@@ -17,6 +19,9 @@
 // the masked key holds is irrelevant. The value product would still form 0 * NaN where one query of a
 // tile sees a key that another does not: packing flags chunks that hold a NaN or an infinity, and
 // flagged chunks are multiplied element by element, skipping zero probabilities.
+//
+// Dropout zeroes weights after they are summed. Its bits are drawn a row of a block at a time, 64 keys
+// a word.
 //
 // Parallelism. With many heads a task is one key/value head with all its query heads, and its packed
 // operands never leave the core's L2. With few, all heads are packed first, and a task is one block of
@@ -26,6 +31,7 @@
 #include <cmath>
 
 #include "attention_blocks.h"
+#include "philox.h"
 
 namespace pytransformer::PYTRANSFORMER_ISA {
 namespace {
@@ -35,6 +41,7 @@ constexpr int64_t key_block = 8 * key_chunk;
 // Rows of a score block lie an odd number of cache lines apart. At a power of two they would share a
 // quarter of the sets of L1 and evict the packed panel from there.
 constexpr int64_t score_stride = key_block + lanes;
+constexpr int64_t kept_words = key_block / 64;
 
 // One key/value head, packed.
 template <class Op>
@@ -47,67 +54,62 @@ struct PackedHead {
 // One thread's state of a block of queries.
 template <class Op>
 struct QueryBlock {
-  Op* query;      // [query_block][depth_stride]
-  float* scores;  // [query_block][score_stride]
-  Op* weights;    // the same shape, and for float the same memory
-  float* out;     // [query_block][out_stride], not yet divided by the sum
-  float* top;     // the running maximum score
-  float* sum;
-  float* addends;  // [key_block]
+  Op* query;       // [query_block][depth_stride]
+  float* scores;   // [query_block][score_stride]
+  Op* weights;     // the same shape, and for float the same memory
+  float* out;      // [query_block][columns_stride], not yet divided by the sum
+  float* maxima;   // [query_block][lanes], over one block of keys
+  float* sums;     // [query_block][lanes], of all weights so far
+  float* top;      // [query_block], the highest score so far
+  float* addends;  // [tile_rows][panel]
+  uint64_t* kept;  // [query_block][kept_words], what dropout leaves
 };
 
 template <class T>
-class Forward {
+class Forward : Dimensions {
   using Op = operand_t<T>;
   static constexpr bool in_place = sizeof(Op) == sizeof(float);
 
  public:
   explicit Forward(const AttentionForward& a)
-      : a_(a),
+      : Dimensions(a),
+        a_(a),
         visibility_(a),
-        batches_(a.query.shape[0]),
-        heads_(a.query.shape[1]),
-        kv_heads_(a.key.shape[1]),
-        queries_(a.query.shape[2]),
-        keys_(a.key.shape[2]),
-        depth_(a.query.shape[3]),
-        columns_(a.value.shape[3]),
-        group_(heads_ / kv_heads_),
-        depth_stride_(round_up(depth_, lanes)),
-        out_stride_(round_up(columns_, lanes)),
+        score_map_(a),
+        dropout_(Dropout::make(a.dropout_p, {a.seed, a.offset})),
         // The factor is left to the exponent only where it keeps the order of the scores.
-        scale_first_(visibility_.addends().any() || !(a.scale > 0)) {}
+        scale_first_(visibility_.addends().any() || a.softcap > 0 || !(a.scale > 0)) {}
 
   void run() {
-    const int64_t threads = max_threads(), kv_tasks = batches_ * kv_heads_;
+    const int64_t threads = max_threads(), kv_tasks = batches * kv_heads;
     const bool by_head = kv_tasks >= 4 * threads || (threads == 1);
     const int64_t packed_heads = by_head ? threads : kv_tasks;
     const Buffer<char> block_memory(threads * carve_block(nullptr).second);
     const Buffer<char> head_memory(packed_heads * carve_head(nullptr).second);
     const auto block = [&](int64_t i) { return carve_block(at(block_memory, i, carve_block(nullptr).second)).first; };
     const auto head = [&](int64_t i) { return carve_head(at(head_memory, i, carve_head(nullptr).second)).first; };
-    const int64_t blocks = ceil_div(queries_, query_block);
+    const int64_t blocks = ceil_div(query_count, query_block);
 
     if (by_head) {
       parallel_tasks(kv_tasks, [&](int64_t task) {
-        const int64_t b = task / kv_heads_, g = task % kv_heads_;
+        const int64_t b = task / kv_heads, g = task % kv_heads;
         const PackedHead<Op> packed = head(thread_index());
         const QueryBlock<Op> scratch = block(thread_index());
-        pack(b, g, 0, keys_, packed);
-        for (int64_t h = g * group_; h < (g + 1) * group_; ++h)
+        pack(b, g, 0, key_count, packed);
+        for (int64_t h = g * group; h < (g + 1) * group; ++h)
           for (int64_t i = 0; i < blocks; ++i) query_rows(b, h, i * query_block, packed, scratch);
       });
       return;
     }
-    const int64_t key_blocks = ceil_div(keys_, key_block);
+    const int64_t key_blocks = ceil_div(key_count, key_block);
     parallel_tasks(kv_tasks * key_blocks, [&](int64_t task) {
       const int64_t i = task / key_blocks, first = task % key_blocks * key_block;
-      pack(i / kv_heads_, i % kv_heads_, first, least(keys_, first + key_block), head(i));
+      pack(i / kv_heads, i % kv_heads, first, least(key_count, first + key_block), head(i));
     });
-    parallel_tasks(batches_ * heads_ * blocks, [&](int64_t task) {
-      const int64_t i = blocks - 1 - task / (batches_ * heads_), bh = task % (batches_ * heads_);
-      const int64_t b = bh / heads_, h = bh % heads_;
-      query_rows(b, h, i * query_block, head(b * kv_heads_ + h / group_), block(thread_index()));
+    parallel_tasks(batches * heads * blocks, [&](int64_t task) {
+      const int64_t i = blocks - 1 - task / (batches * heads), bh = task % (batches * heads);
+      const int64_t b = bh / heads, h = bh % heads;
+      query_rows(b, h, i * query_block, head(b * kv_heads + h / group), block(thread_index()));
     });
   }
 
@@ -117,26 +119,28 @@ class Forward {
   std::pair<QueryBlock<Op>, int64_t> carve_block(char* base) const {
     QueryBlock<Op> s;
     Carver carver(base);
-    carver.take(s.query, query_block * depth_stride_);
+    carver.take(s.query, query_block * depth_stride);
     carver.take(s.scores, query_block * score_stride);
     if constexpr (in_place) {
       s.weights = s.scores;
     } else {
       carver.take(s.weights, query_block * score_stride);
     }
-    carver.take(s.out, query_block * out_stride_);
+    carver.take(s.out, query_block * columns_stride);
+    carver.take(s.maxima, query_block * lanes);
+    carver.take(s.sums, query_block * lanes);
     carver.take(s.top, query_block);
-    carver.take(s.sum, query_block);
-    carver.take(s.addends, key_block);
+    carver.take(s.addends, tile_rows * panel);
+    carver.take(s.kept, query_block * kept_words);
     return {s, carver.used()};
   }
 
   std::pair<PackedHead<Op>, int64_t> carve_head(char* base) const {
     PackedHead<Op> p;
     Carver carver(base);
-    carver.take(p.key, round_up(keys_, lanes) * round_up(depth_, depth_step<Op>));
-    carver.take(p.value, round_up(keys_, depth_step<Op>) * out_stride_);
-    carver.take(p.flagged, ceil_div(keys_, key_chunk));
+    carver.take(p.key, round_up(key_count, lanes) * round_up(depth, depth_step<Op>));
+    carver.take(p.value, round_up(key_count, depth_step<Op>) * columns_stride);
+    carver.take(p.flagged, ceil_div(key_count, key_chunk));
     return {p, carver.used()};
   }
 
@@ -148,10 +152,10 @@ class Forward {
     for (int64_t s = from; s < to; s += key_chunk) {
       const int64_t rows = least(key_chunk, to - s);
       const uint8_t* keep = keys.keep != nullptr ? keys.keep + s : nullptr;
-      pack_columns(row_of<const T>(a_.key, b, g, s), a_.key.stride[2], rows, depth_, keep,
-                   packed.key + s * round_up(depth_, depth_step<Op>));
-      packed.flagged[s / key_chunk] = pack_rows(row_of<const T>(a_.value, b, g, s), a_.value.stride[2], s, rows, keys_,
-                                                columns_, keep, packed.value);
+      pack_columns(row_of<const T>(a_.key, b, g, s), a_.key.stride[2], rows, depth, keep,
+                   packed.key + s * round_up(depth, depth_step<Op>));
+      packed.flagged[s / key_chunk] = pack_rows(row_of<const T>(a_.value, b, g, s), a_.value.stride[2], s, rows,
+                                                key_count, columns, keep, packed.value);
     }
   }
 
@@ -164,167 +168,171 @@ class Forward {
   // A block of queries, from t on, of query head (b, h).
   void query_rows(int64_t b, int64_t h, int64_t t, const PackedHead<Op>& packed, const QueryBlock<Op>& s) const {
     const Keys& keys = visibility_.keys(b);
-    const int64_t rows = least(query_block, queries_ - t);
-    copy_rows(row_of<const T>(a_.query, b, h, t), a_.query.stride[2], rows, depth_, nullptr, s.query, depth_stride_);
-    for (int64_t i = 0; i < rows * out_stride_; ++i) s.out[i] = 0;
-    for (int64_t r = 0; r < rows; ++r) {
-      s.top[r] = negative_infinity;
-      s.sum[r] = 0;
-    }
-    const auto [begin, end] = range(keys, t, rows);
+    const Rows rows{b, h, t, least(query_block, query_count - t)};
+    copy_rows(row_of<const T>(a_.query, b, h, t), a_.query.stride[2], rows.count, depth, nullptr, s.query,
+              depth_stride);
+    for (int64_t i = 0; i < rows.count * columns_stride; ++i) s.out[i] = 0;
+    for (int64_t i = 0; i < rows.count * lanes; ++i) s.sums[i] = 0;
+    for (int64_t i = 0; i < rows.count; ++i) s.top[i] = negative_infinity;
+    const auto [begin, end] = range(keys, t, rows.count);
     for (int64_t n = round_down(begin, key_chunk); begin < end && n < end; n += key_block) {
-      const int64_t count = least(key_block, end - n);
-      const int64_t seen = most(n, keys.begin);
-      if (keys.keep != nullptr && std::memchr(keys.keep + seen, 1, size_t(n + count - seen)) == nullptr) continue;
-      score(keys, t, rows, n, count, packed, s);
-      for (int64_t r = 0; r < rows; r += tile_rows) normalise(b, h, t, r, least(tile_rows, rows - r), n, count, s);
-      for (int64_t c = 0; c < count; c += key_chunk) {
-        add_values(b, h, t, rows, n, n + c, least(n + c + key_chunk, n + count), packed, s);
+      const int64_t count = least(key_block, end - n), seen = most(n, keys.begin);
+      const uint8_t* keep = keys.keep;
+      if (keep != nullptr && std::memchr(keep + seen, 1, size_t(n + count - seen)) == nullptr) continue;
+      if (a_.dropout_p > 0) draw(rows, n, count, s);
+      score(rows, n, count, packed, s);
+      for (int64_t i = 0; i < rows.count; ++i) raise_top(b, i, s);
+      for (int64_t c = n; c < n + count; c += key_chunk) {
+        add_values(rows, n, c, least(c + key_chunk, n + count), packed, s);
       }
     }
-    store(b, h, t, rows, s);
+    store(rows, s);
   }
 
-  // scores = query key^T for keys [n, n + count), in the vectors that some row of a tile sees.
-  void score(const Keys& keys, int64_t t, int64_t rows, int64_t n, int64_t count, const PackedHead<Op>& packed,
-             const QueryBlock<Op>& s) const {
+  // Dropout's bits for keys [n, n + count), from the first that a row sees to the last.
+  void draw(const Rows& rows, int64_t n, int64_t count, const QueryBlock<Op>& s) const {
+    for (int64_t i = 0; i < rows.count; ++i) {
+      const auto [begin, end] = range(visibility_.keys(rows.b), rows.t + i, 1);
+      const int64_t first = round_down(most(begin - n, 0), 64), last = least(end - n, count);
+      if (first >= last) continue;
+      dropout_.keep_bits(score_index(rows.b, rows.h, rows.t + i) + uint64_t(n + first), last - first,
+                         s.kept + i * kept_words + first / 64);
+    }
+  }
+
+  // scores = query key^T for keys [n, n + count), in the vectors that some row of a tile sees, and the
+  // maxima of the visible ones.
+  void score(const Rows& rows, int64_t n, int64_t count, const PackedHead<Op>& packed, const QueryBlock<Op>& s) const {
+    const Keys& keys = visibility_.keys(rows.b);
+    const bool maps = has_addends(rows.b);
+    for (int64_t i = 0; i < rows.count * lanes; ++i) s.maxima[i] = negative_infinity;
     for (int64_t p = n; p < n + count; p += panel) {
-      const Op* key = packed.key + p * round_up(depth_, depth_step<Op>);
-      const int64_t width = least(panel, round_up(keys.end - p, lanes));
-      for (int64_t r = 0; r < rows; r += tile_rows) {
-        const int64_t tile = least(tile_rows, rows - r);
-        const auto [begin, end] = range(keys, t + r, tile);
-        if (begin >= end || p >= end || p + panel <= begin) continue;
-        multiply_tile<Op>({s.query + r * depth_stride_, depth_stride_, depth_step<Op>}, tile, key,
-                          width * depth_step<Op>, least(width, end - p), depth_, s.scores + r * score_stride + (p - n),
-                          score_stride, false);
+      const Op* key = packed.key + p * round_up(depth, depth_step<Op>);
+      const int64_t key_stride = least(panel, round_up(keys.end - p, lanes)) * depth_step<Op>;
+      for (int64_t r = 0; r < rows.count; r += tile_rows) {
+        const int64_t tile = least(tile_rows, rows.count - r), t = rows.t + r;
+        const auto [begin, end] = range(keys, t, tile);
+        const int64_t first = most(p, round_down(begin, lanes)), last = least(end, p + panel);
+        if (begin >= end || first >= last) continue;
+        const bool whole = !maps && visibility_.lower(keys, t + tile - 1) <= first &&
+                           visibility_.upper(keys, t) >= round_up(last, lanes);
+        float* scores = s.scores + r * score_stride + (first - n);
+        multiply_tile<Op>({s.query + r * depth_stride, depth_stride, depth_step<Op>}, tile,
+                          key + (first - p) * depth_step<Op>, key_stride, last - first, depth,
+                          {scores, score_stride, false, whole ? s.maxima + r * lanes : nullptr});
+        if (!whole) mask_tile({rows.b, rows.h, t, tile}, first, last, maps, scores, s.maxima + r * lanes, s.addends);
       }
     }
   }
 
-  // Scores of a tile of rows to weights 2^(score - maximum), with masks, bias and running sums.
-  void normalise(int64_t b, int64_t h, int64_t t, int64_t r, int64_t tile, int64_t n, int64_t count,
-                 const QueryBlock<Op>& s) const {
-    const Keys& keys = visibility_.keys(b);
-    auto [begin, end] = range(keys, t + r, tile);
-    begin = round_down(most(begin - n, 0), lanes);
-    end = least(end - n, count);
-    if (begin >= end) return;
-    const Addends& addends = visibility_.addends();
-    const bool adds = has_addends(b);
-    for (int64_t i = r; i < r + tile; ++i) {
-      if (adds) {
-        if (i == r || !addends.shared()) {
-          addends.fill(b, h, t + i, n + begin, false, 1, end - begin,
-                       keys.keep != nullptr ? keys.keep + n + begin : nullptr, s.addends, 0);
-        }
-        apply_addends(s.scores + i * score_stride + begin, s.addends, end - begin);
+  // Scores of keys [first, last): mapped, if there are addends, and -inf where a row does not see them.
+  void mask_tile(const Rows& rows, int64_t first, int64_t last, bool maps, float* scores, float* maxima,
+                 float* addends) const {
+    const Keys& keys = visibility_.keys(rows.b);
+    const bool shared = visibility_.addends().shared();
+    if (maps) {
+      visibility_.addends().fill(rows.b, rows.h, rows.t, first, false, shared ? 1 : rows.count, last - first,
+                                 keys.keep != nullptr ? keys.keep + first : nullptr, addends, panel);
+    }
+    for (int64_t i = 0; i < rows.count; ++i) {
+      const int low = int(most(visibility_.lower(keys, rows.t + i) - first, 0));
+      const int high = int(clamp(visibility_.upper(keys, rows.t + i) - first, 0, last - first));
+      float* row = scores + i * score_stride;
+      Vec highest = Vec::load(maxima + i * lanes);
+      for (int j = 0; j < last - first; j += lanes) {
+        Vec x = Vec::load(row + j);
+        if (maps) x = score_map_(x, Vec::load(addends + (shared ? 0 : i * panel) + j));
+        x = select(Mask::first(high - j) & ~Mask::first(low - j), x, Vec::set1(negative_infinity));
+        x.store(row + j);
+        highest = max(highest, x);
       }
-      // Beyond the keys of this row, up to whole vectors: -inf.
-      const int64_t low = clamp(visibility_.lower(keys, t + i) - n, begin, round_up(end, lanes));
-      const int64_t high = clamp(visibility_.upper(keys, t + i) - n, low, end);
-      float* row = s.scores + i * score_stride;
-      for (int64_t j = begin; j < low; ++j) row[j] = negative_infinity;
-      for (int64_t j = high; j < round_up(end, lanes); ++j) row[j] = negative_infinity;
-      weigh(row, begin, end, adds ? 1.0f : a_.scale * log2_e, i, s);
+      highest.store(maxima + i * lanes);
     }
   }
 
-  void apply_addends(float* row, const float* addends, int64_t count) const {
-    const Vec scale = Vec::set1(a_.scale * log2_e), masked = Vec::set1(negative_infinity);
-    for (int64_t j = 0; j < count; j += lanes) {
-      const Vec add = Vec::load(addends + j);
-      select(add == masked, masked, fused(Vec::load(row + j), scale, add)).store(row + j);
-    }
+  // Takes the maximum of a block of keys into account.
+  void raise_top(int64_t b, int64_t i, const QueryBlock<Op>& s) const {
+    const float here = Vec::load(s.maxima + i * lanes).max(), before = s.top[i];
+    if (!(here > before)) return;
+    s.top[i] = here;
+    if (before == negative_infinity) return;
+    const Vec shrink = Vec::set1(std::exp2((before - here) * factor(b)));
+    float *out = s.out + i * columns_stride, *sums = s.sums + i * lanes;
+    for (int64_t c = 0; c < columns_stride; c += lanes) (Vec::load(out + c) * shrink).store(out + c);
+    (Vec::load(sums) * shrink).store(sums);
   }
 
-  // Row i of the block: the online softmax over vectors [begin, end).
-  void weigh(const float* row, int64_t begin, int64_t end, float scale, int64_t i, const QueryBlock<Op>& s) const {
-    Vec most_here = Vec::set1(negative_infinity), other = most_here;
-    int64_t j = begin;
-    for (; j + lanes < end; j += 2 * lanes) {
-      most_here = max(most_here, Vec::load(row + j));
-      other = max(other, Vec::load(row + j + lanes));
-    }
-    if (j < end) most_here = max(most_here, Vec::load(row + j));
-    const float here = max(most_here, other).max(), before = s.top[i];
-    const float top = here > before ? here : before;
-    const float base = top == negative_infinity ? 0.0f : top;
-    if (top != before && before != negative_infinity) rescale(i, std::exp2((before - base) * scale), s);
-    s.top[i] = top;
-
+  // Scores of row i to weights, for vectors [first, last) counted from the first key of the block.
+  void weigh(int64_t b, int64_t i, int64_t first, int64_t last, const QueryBlock<Op>& s) const {
     // The difference first: its rounding then matters least where the weight is largest.
-    const Vec factor = Vec::set1(scale), maximum = Vec::set1(base);
-    Vec sum = Vec::zero(), other_sum = Vec::zero();
+    const Vec top = Vec::set1(s.top[i] == negative_infinity ? 0.0f : s.top[i]), scale = Vec::set1(factor(b));
+    const float* scores = s.scores + i * score_stride;
+    const uint64_t* kept = a_.dropout_p > 0 ? s.kept + i * kept_words : nullptr;
     Op* weights = s.weights + i * score_stride;
-    for (j = begin; j + lanes < end; j += 2 * lanes) {
-      const Vec first = power_of_two<T>((Vec::load(row + j) - maximum) * factor);
-      const Vec second = power_of_two<T>((Vec::load(row + j + lanes) - maximum) * factor);
-      sum = sum + first;
-      other_sum = other_sum + second;
-      first.store(weights + j);
-      second.store(weights + j + lanes);
+    Vec sum = Vec::load(s.sums + i * lanes);
+#pragma GCC unroll 4
+    for (int64_t j = first; j < last; j += lanes) {
+      const Vec weight = power_of_two<T>((Vec::load(scores + j) - top) * scale);
+      sum = sum + weight;
+      if (kept == nullptr) {
+        weight.store(weights + j);
+      } else {
+        const Mask keep = Mask::from_bits(uint32_t(kept[j / 64] >> (j % 64)));
+        select(keep, weight, Vec::zero()).store(weights + j);
+      }
     }
-    if (j < end) {
-      const Vec last = power_of_two<T>((Vec::load(row + j) - maximum) * factor);
-      sum = sum + last;
-      last.store(weights + j);
-    }
-    s.sum[i] += (sum + other_sum).sum();
+    sum.store(s.sums + i * lanes);
   }
 
   bool has_addends(int64_t b) const { return visibility_.keys(b).keep != nullptr || scale_first_; }
+  // From scores to units of log2.
+  float factor(int64_t b) const { return has_addends(b) ? 1.0f : a_.scale * log2_e; }
 
-  void rescale(int64_t i, float factor, const QueryBlock<Op>& s) const {
-    float* out = s.out + i * out_stride_;
-    for (int64_t c = 0; c < out_stride_; ++c) out[c] *= factor;
-    s.sum[i] *= factor;
-  }
-
-  // out += weights * value for keys [from, to) of one chunk; the weights begin at key n.
-  void add_values(int64_t b, int64_t h, int64_t t, int64_t rows, int64_t n, int64_t from, int64_t to,
-                  const PackedHead<Op>& packed, const QueryBlock<Op>& s) const {
-    const Keys& keys = visibility_.keys(b);
+  // out += weights * value for keys [from, to) of one chunk; the block of keys begins at n.
+  void add_values(const Rows& rows, int64_t n, int64_t from, int64_t to, const PackedHead<Op>& packed,
+                  const QueryBlock<Op>& s) const {
     const bool flagged = packed.flagged[from / key_chunk];
-    for (int64_t c = 0; c < columns_; c += flagged ? columns_ : panel) {
-      const int64_t width = least(panel, out_stride_ - c);
-      for (int64_t r = 0; r < rows; r += tile_rows) {
-        const int64_t tile = least(tile_rows, rows - r);
-        const auto [begin, end] = range(keys, t + r, tile);
+    for (int64_t c = 0; c < columns; c += flagged ? columns : panel) {
+      const int64_t width = least(panel, columns_stride - c);
+      for (int64_t r = 0; r < rows.count; r += tile_rows) {
+        const int64_t tile = least(tile_rows, rows.count - r);
+        const auto [begin, end] = range(visibility_.keys(rows.b), rows.t + r, tile);
         const int64_t first = round_down(most(begin, from), lanes), last = least(end, to);
         if (begin >= end || first >= last) continue;
+        for (int64_t i = r; c == 0 && i < r + tile; ++i) weigh(rows.b, i, first - n, last - n, s);
         const Left<Op> weights = {s.weights + r * score_stride + (first - n), score_stride, depth_step<Op>};
-        float* out = s.out + r * out_stride_ + c;
+        float* out = s.out + r * columns_stride + c;
         if (flagged) {
-          multiply_rows_nonzero(weights, tile, row_of<const T>(a_.value, b, h / group_, first), a_.value.stride[2],
-                                columns_, last - first, out, out_stride_);
+          multiply_rows_nonzero(weights, tile, row_of<const T>(a_.value, rows.b, rows.h / group, first),
+                                a_.value.stride[2], columns, last - first, out, columns_stride);
         } else {
-          const Op* value = packed.value + c * round_up(keys_, depth_step<Op>) + first * width;
-          multiply_tile<Op>(weights, tile, value, width * depth_step<Op>, width, last - first, out, out_stride_, true);
+          const Op* value = packed.value + c * round_up(key_count, depth_step<Op>) + first * width;
+          multiply_tile<Op>(weights, tile, value, width * depth_step<Op>, width, last - first,
+                            {out, columns_stride, true});
         }
       }
     }
   }
 
-  void store(int64_t b, int64_t h, int64_t t, int64_t rows, const QueryBlock<Op>& s) const {
-    // Scores are as the product left them, or with bias or mask in units of log2.
-    const double unit = has_addends(b) ? 0.6931471805599453 : double(a_.scale);
-    float* lse = a_.lse.template ptr<float>() + (b * heads_ + h) * queries_ + t;
-    for (int64_t r = 0; r < rows; ++r) {
-      const float sum = s.sum[r];
-      const Vec inverse = Vec::set1(sum == 0 ? 0.0f : 1.0f / sum);
-      T* out = row_of<T>(a_.out, b, h, t + r);
-      for (int64_t c = 0; c < columns_; c += lanes) {
-        store_some(out + c, Vec::load(s.out + r * out_stride_ + c) * inverse, columns_ - c);
+  void store(const Rows& rows, const QueryBlock<Op>& s) const {
+    // Scores are as the product left them, or mapped to units of log2.
+    const double unit = has_addends(rows.b) ? 0.6931471805599453 : double(a_.scale);
+    float* lse = a_.lse.template ptr<float>() + (rows.b * heads + rows.h) * query_count + rows.t;
+    for (int64_t i = 0; i < rows.count; ++i) {
+      const float sum = Vec::load(s.sums + i * lanes).sum();
+      const Vec inverse = Vec::set1(sum == 0 ? 0.0f : dropout_.scale / sum);
+      T* out = row_of<T>(a_.out, rows.b, rows.h, rows.t + i);
+      for (int64_t c = 0; c < columns; c += lanes) {
+        store_some(out + c, Vec::load(s.out + i * columns_stride + c) * inverse, columns - c);
       }
-      lse[r] = sum == 0 ? negative_infinity : float(double(s.top[r]) * unit + std::log(double(sum)));
+      lse[i] = sum == 0 ? negative_infinity : float(double(s.top[i]) * unit + std::log(double(sum)));
     }
   }
 
   const AttentionForward& a_;
   const Visibility visibility_;
-  const int64_t batches_, heads_, kv_heads_, queries_, keys_, depth_, columns_, group_;
-  const int64_t depth_stride_, out_stride_;
+  const ScoreMap score_map_;
+  const Dropout dropout_;
   const bool scale_first_;
 };
 

@@ -98,31 +98,6 @@ void store_some(T* p, Vec v, int64_t count) {
 
 // ---- Products
 
-template <class Op, int Rows, int Vecs>
-void tile(const Op* a, int64_t row_stride, int64_t depth_stride, const Op* b, int64_t b_stride, int64_t steps, float* c,
-          int64_t c_stride, bool accumulate) {
-  Vec acc[Rows][Vecs];
-  clear(acc);
-  multiply_add<Rows, Vecs>(a, row_stride, depth_stride, b, b_stride, steps, acc);
-#pragma GCC unroll 8
-  for (int i = 0; i < Rows; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < Vecs; ++j) {
-      float* p = c + i * c_stride + j * lanes;
-      (accumulate ? acc[i][j] + Vec::load(p) : acc[i][j]).store(p);
-    }
-  }
-}
-
-template <class Op>
-using Tile = void (*)(const Op*, int64_t, int64_t, const Op*, int64_t, int64_t, float*, int64_t, bool);
-
-template <class Op, int... I>
-Tile<Op> tile_by_index(int index, std::integer_sequence<int, I...>) {
-  static constexpr Tile<Op> tiles[] = {tile<Op, I / tile_vecs + 1, I % tile_vecs + 1>...};
-  return tiles[index];
-}
-
 // The left operand: element (row, k), or pair of k, at data[row * row_stride + k * depth_stride].
 template <class Op>
 struct Left {
@@ -130,26 +105,73 @@ struct Left {
   int64_t row_stride, depth_stride;
 };
 
-// c[rows][columns] (+)= a[rows][depth] * one panel b; rows <= tile_rows.
-template <class Op>
-void multiply_tile(Left<Op> a, int64_t rows, const Op* b, int64_t b_stride, int64_t columns, int64_t depth, float* c,
-                   int64_t c_stride, bool accumulate) {
-  const int index = int((rows - 1) * tile_vecs + ceil_div(columns, lanes) - 1);
-  const Tile<Op> run = tile_by_index<Op>(index, std::make_integer_sequence<int, tile_rows * tile_vecs>());
-  run(a.data, a.row_stride, a.depth_stride, b, b_stride, ceil_div(depth, depth_step<Op>), c, c_stride, accumulate);
+// Where a product goes: c[row * stride + column], to which it is added if `add`. Where `maxima` is not
+// null, maxima[row * lanes + lane] becomes the largest of itself and the results of that row and lane.
+struct Result {
+  float* c;
+  int64_t stride;
+  bool add = false;
+  float* maxima = nullptr;
+};
+
+template <class Op, int Rows, int Vecs>
+void tile(const Left<Op>& a, const Op* b, int64_t b_stride, int64_t steps, const Result& result) {
+  Vec acc[Rows][Vecs];
+  clear(acc);
+  multiply_add<Rows, Vecs>(a.data, a.row_stride, a.depth_stride, b, b_stride, steps, acc);
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < Vecs; ++j) {
+      float* p = result.c + i * result.stride + j * lanes;
+      (result.add ? acc[i][j] + Vec::load(p) : acc[i][j]).store(p);
+    }
+  }
+  if (result.maxima == nullptr) return;
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; ++i) {
+    Vec highest = Vec::load(result.maxima + i * lanes);
+#pragma GCC unroll 4
+    for (int j = 0; j < Vecs; ++j) highest = max(highest, acc[i][j]);
+    highest.store(result.maxima + i * lanes);
+  }
 }
 
-// c[rows][columns] += a[rows][depth] * the panels b that pack_rows wrote for `packed_depth` rows, from
-// row `first` of them.
 template <class Op>
-void multiply_rows(Left<Op> a, int64_t rows, const Op* b, int64_t packed_depth, int64_t first, int64_t columns,
-                   int64_t depth, float* c, int64_t c_stride) {
+using Tile = void (*)(const Left<Op>&, const Op*, int64_t, int64_t, const Result&);
+
+template <class Op, int... I>
+Tile<Op> tile_by_index(int index, std::integer_sequence<int, I...>) {
+  static constexpr Tile<Op> tiles[] = {tile<Op, I / tile_vecs + 1, I % tile_vecs + 1>...};
+  return tiles[index];
+}
+
+// result[rows][columns] = a[rows][depth] * one panel b; rows <= tile_rows.
+template <class Op>
+void multiply_tile(const Left<Op>& a, int64_t rows, const Op* b, int64_t b_stride, int64_t columns, int64_t depth,
+                   const Result& result) {
+  const int index = int((rows - 1) * tile_vecs + ceil_div(columns, lanes) - 1);
+  const Tile<Op> run = tile_by_index<Op>(index, std::make_integer_sequence<int, tile_rows * tile_vecs>());
+  run(a, b, b_stride, ceil_div(depth, depth_step<Op>), result);
+}
+
+// c[rows][columns] += a[rows][depth] * the panels b that pack_rows wrote for `packed_depth` rows, a's
+// first column meeting row `offset` of them. range(r, count) tells which [first, last) of the depth is to be
+// summed for rows [r, r + count) of a.
+template <class Op, class DepthRange>
+void multiply_rows(const Left<Op>& a, int64_t rows, const Op* b, int64_t packed_depth, int64_t offset, int64_t columns,
+                   const DepthRange& range, float* c, int64_t c_stride) {
   for (int64_t begin = 0; begin < columns; begin += panel) {
     const int64_t width = least(panel, round_up(columns - begin, lanes));
-    const Op* source = b + begin * round_up(packed_depth, depth_step<Op>) + first * width;
+    const Op* source = b + begin * round_up(packed_depth, depth_step<Op>) + offset * width;
     for (int64_t r = 0; r < rows; r += tile_rows) {
-      multiply_tile<Op>({a.data + r * a.row_stride, a.row_stride, a.depth_stride}, least(tile_rows, rows - r), source,
-                        width * depth_step<Op>, width, depth, c + r * c_stride + begin, c_stride, true);
+      const int64_t tile = least(tile_rows, rows - r);
+      auto [first, last] = range(r, tile);
+      first = round_down(first, depth_step<Op>);
+      if (first >= last) continue;
+      const Op* left = a.data + r * a.row_stride + first / depth_step<Op> * a.depth_stride;
+      multiply_tile<Op>({left, a.row_stride, a.depth_stride}, tile, source + first * width, width * depth_step<Op>,
+                        width, last - first, {c + r * c_stride + begin, c_stride, true});
     }
   }
 }
@@ -272,7 +294,33 @@ void copy_rows(const T* source, int64_t stride, int64_t rows, int64_t columns, c
   }
 }
 
-// ---- Probabilities
+// ---- Scores and probabilities
+
+// Scores as the product leaves them to what the exponential takes, in units of log2:
+// log2(e) * softcap(scale * score) + addend, with softcap(s) = c tanh(s / c); -inf where the addend is.
+class ScoreMap {
+ public:
+  explicit ScoreMap(const AttentionProblem& a)
+      : capped_(a.softcap > 0),
+        inner_(Vec::set1(capped_ ? a.scale / a.softcap : 1.0f)),
+        outer_(Vec::set1((capped_ ? a.softcap : a.scale) * log2_e)) {}
+
+  Vec operator()(Vec score, Vec addend) const {
+    const Vec masked = Vec::set1(negative_infinity);
+    const Vec x = capped_ ? tanh(score * inner_) : score;
+    return select(addend == masked, masked, fused(x, outer_, addend));
+  }
+
+  // The derivative of softcap at a score.
+  Vec slope(Vec score) const {
+    const Vec x = tanh(score * inner_);
+    return fnma(x, x, Vec::set1(1.0f));
+  }
+
+ private:
+  bool capped_;
+  Vec inner_, outer_;
+};
 
 // 2^x, and exactly 0 for what a mask turned to -inf. Cut off where results leave the normal range:
 // arithmetic on denormals is a hundred times slower.
@@ -281,6 +329,37 @@ inline __attribute__((always_inline)) Vec power_of_two(Vec x) {
   constexpr int degree = sizeof(T) == 2 ? 3 : 6;
   return select(x < Vec::set1(-126.0f), Vec::zero(), exp2_normal<degree>(x));
 }
+
+// ---- The problem's sizes
+
+struct Dimensions {
+  explicit Dimensions(const AttentionProblem& a)
+      : batches(a.query.shape[0]),
+        heads(a.query.shape[1]),
+        kv_heads(a.key.shape[1]),
+        query_count(a.query.shape[2]),
+        key_count(a.key.shape[2]),
+        depth(a.query.shape[3]),
+        columns(a.value.shape[3]),
+        group(heads / kv_heads),
+        depth_stride(round_up(depth, lanes)),
+        columns_stride(round_up(columns, lanes)) {}
+
+  // Where row (b, h, t) of the [B,H,T,S] scores begins: the index that dropout counts by.
+  uint64_t score_index(int64_t b, int64_t h, int64_t t) const {
+    return uint64_t((b * heads + h) * query_count + t) * uint64_t(key_count);
+  }
+
+  int64_t batches, heads, kv_heads, query_count, key_count;
+  int64_t depth, columns;  // of query and key, of value
+  int64_t group;           // query heads that share a key/value head
+  int64_t depth_stride, columns_stride;
+};
+
+// Queries [t, t + count) of head (b, h).
+struct Rows {
+  int64_t b, h, t, count;
+};
 
 // ---- Visibility
 

@@ -13,21 +13,25 @@
 //
 // Parallelism. Where there are fewer heads than threads can use, the blocks of queries of a head are
 // dealt out to several tasks in turn (so that causal ones cost the same), each with its own sums of dK
-// and dV, added in order afterwards: equal inputs give equal bits at any one thread count. Tasks that
-// add to the same part of a broadcast bias's gradient run one after the other on one thread.
+// and dV, added in order afterwards: equal inputs give equal bits at any one thread count.
 //
-// Masks are as in the forward pass: see attention.cpp. Queries that see nothing are packed as zeros, and
-// dS is 0, not P times anything, where P is 0.
+// Masks are as in the forward pass: see attention.cpp. Every product is clipped to what some row of its
+// tile sees. Queries that see nothing are packed as zeros, and dS is 0, not P times anything, where P is 0.
+//
+// Dropout multiplies P in dV and dP by the same m: kept / (1 - p). Its bits are drawn along the keys and
+// turned, 64 x 64 at a time. Soft capping multiplies what dS gives to dQ and dK by its slope, 1 - tanh^2.
 #include <cmath>
 
 #include "attention.h"
 #include "attention_blocks.h"
+#include "philox.h"
 
 namespace pytransformer::PYTRANSFORMER_ISA {
 namespace {
 
 constexpr int64_t query_block = 64;
 constexpr int64_t key_block = 96;
+static_assert(query_block == 64, "the bits of a key's queries are one word");
 
 // One key/value head: operands and sums. Rows of key and grad_key have depth_stride elements, rows of
 // value and grad_value columns_stride.
@@ -49,73 +53,53 @@ struct Block {
   float *lse, *lse_low, *delta;      // [query_block]; lse in units of log2, and what its rounding lost
   float* grad_query;                 // [query_block][depth_stride]
   float *scores, *addends;           // [key_block][query_block]
-  float* grad_weights;               // [tile_rows][query_block]
+  float *grad_weights, *slopes;      // [tile_rows][query_block]
   Op *weights, *grad_scores;         // [key_block][query_block]
   Op* grad_score_pairs;              // [key_block / 2][query_block][2], for paired operands
+  uint64_t* kept;                    // [key_block] what dropout leaves: bit i is query i
 };
 
 template <class T>
-class Backward {
+class Backward : Dimensions {
   using Op = operand_t<T>;
   static constexpr int64_t step = depth_step<Op>;
 
  public:
   explicit Backward(const AttentionBackward& a)
-      : a_(a),
+      : Dimensions(a),
+        a_(a),
         visibility_(a),
-        batches_(a.query.shape[0]),
-        heads_(a.query.shape[1]),
-        kv_heads_(a.key.shape[1]),
-        queries_(a.query.shape[2]),
-        keys_(a.key.shape[2]),
-        depth_(a.query.shape[3]),
-        columns_(a.value.shape[3]),
-        group_(heads_ / kv_heads_),
-        depth_stride_(round_up(depth_, lanes)),
-        columns_stride_(round_up(columns_, lanes)),
-        scale_first_(visibility_.addends().any() || !(a.scale > 0)) {}
+        score_map_(a),
+        dropout_(Dropout::make(a.dropout_p, {a.seed, a.offset})),
+        scale_first_(visibility_.addends().any() || a.softcap > 0 || !(a.scale > 0)) {}
 
   void run() {
-    const int64_t threads = max_threads();
-    // May tasks that differ in batch, head or queries run side by side?
-    const TensorView& bias = a_.grad_bias;
-    const bool batches_apart = !bias || bias.stride[0] != 0 || batches_ == 1;
-    const bool heads_apart = !bias || bias.stride[1] != 0 || kv_heads_ == 1;
-    const bool queries_apart = !bias || bias.stride[2] != 0;
-    const int64_t batch_tasks = batches_apart ? batches_ : 1, head_tasks = heads_apart ? kv_heads_ : 1;
-    const int64_t blocks = most(1, ceil_div(queries_, query_block)), wanted = 4 * threads;
-    const bool split = threads > 1 && queries_apart && batch_tasks * head_tasks < wanted;
-    const int64_t parts = split ? least(blocks, ceil_div(wanted, batch_tasks * head_tasks)) : 1;
+    const int64_t threads = max_threads(), kv_tasks = batches * kv_heads, wanted = 4 * threads;
+    const int64_t blocks = most(1, ceil_div(query_count, query_block));
+    const int64_t parts = threads > 1 && kv_tasks < wanted ? least(blocks, ceil_div(wanted, kv_tasks)) : 1;
 
-    const int64_t sum_count = parts == 1 ? threads : batches_ * kv_heads_ * parts;
     const int64_t head_size = carve_head(nullptr).second, sum_size = carve_sums(nullptr).second;
     const int64_t block_size = carve_block(nullptr).second;
     const Buffer<char> memory(threads * (head_size + block_size));
-    const Buffer<char> sum_memory(sum_count * sum_size);
+    const Buffer<char> sum_memory((parts == 1 ? threads : kv_tasks * parts) * sum_size);
     const auto sums = [&](int64_t i) { return carve_sums(sum_memory.data() + i * sum_size).first; };
 
-    parallel_tasks(batch_tasks * head_tasks * parts, [&](int64_t task) {
+    parallel_tasks(kv_tasks * parts, [&](int64_t task) {
       char* own = memory.data() + thread_index() * (head_size + block_size);
-      const Head<Op> head = carve_head(own).first;
-      const Block<Op> block = carve_block(own + head_size).first;
-      const int64_t part = task % parts, g0 = task / parts % head_tasks, b0 = task / parts / head_tasks;
-      for (int64_t b = b0; b < batches_; b += batch_tasks) {
-        for (int64_t g = g0; g < kv_heads_; g += head_tasks) {
-          const HeadSums own_sums = sums(parts == 1 ? thread_index() : (b * kv_heads_ + g) * parts + part);
-          kv_head(b, g, part, parts, head, own_sums, block);
-          if (parts == 1) store_sums(b, g, own_sums);
-        }
-      }
+      const int64_t b = task / parts / kv_heads, g = task / parts % kv_heads;
+      const HeadSums own_sums = sums(parts == 1 ? thread_index() : task);
+      kv_head(b, g, task % parts, parts, carve_head(own).first, own_sums, carve_block(own + head_size).first);
+      if (parts == 1) store_sums(b, g, own_sums);
     });
     if (parts == 1) return;
-    parallel_tasks(batches_ * kv_heads_, [&](int64_t task) {
+    parallel_tasks(kv_tasks, [&](int64_t task) {
       const HeadSums total = sums(task * parts);
       for (int64_t part = 1; part < parts; ++part) {
         const HeadSums other = sums(task * parts + part);
-        for (int64_t i = 0; i < keys_ * depth_stride_; ++i) total.grad_key[i] += other.grad_key[i];
-        for (int64_t i = 0; i < keys_ * columns_stride_; ++i) total.grad_value[i] += other.grad_value[i];
+        for (int64_t i = 0; i < key_count * depth_stride; ++i) total.grad_key[i] += other.grad_key[i];
+        for (int64_t i = 0; i < key_count * columns_stride; ++i) total.grad_value[i] += other.grad_value[i];
       }
-      store_sums(task / kv_heads_, task % kv_heads_, total);
+      store_sums(task / kv_heads, task % kv_heads, total);
     });
   }
 
@@ -123,50 +107,52 @@ class Backward {
   std::pair<Head<Op>, int64_t> carve_head(char* base) const {
     Head<Op> head;
     Carver carver(base);
-    carver.take(head.key, keys_ * depth_stride_);
-    carver.take(head.value, keys_ * columns_stride_);
-    carver.take(head.key_rows, round_up(keys_, step) * depth_stride_);
+    carver.take(head.key, key_count * depth_stride);
+    carver.take(head.value, key_count * columns_stride);
+    carver.take(head.key_rows, round_up(key_count, step) * depth_stride);
     return {head, carver.used()};
   }
 
   std::pair<HeadSums, int64_t> carve_sums(char* base) const {
     HeadSums sums;
     Carver carver(base);
-    carver.take(sums.grad_key, keys_ * depth_stride_);
-    carver.take(sums.grad_value, keys_ * columns_stride_);
+    carver.take(sums.grad_key, key_count * depth_stride);
+    carver.take(sums.grad_value, key_count * columns_stride);
     return {sums, carver.used()};
   }
 
   std::pair<Block<Op>, int64_t> carve_block(char* base) const {
     Block<Op> s;
     Carver carver(base);
-    carver.take(s.query_columns, query_block * round_up(depth_, step));
-    carver.take(s.grad_columns, query_block * round_up(columns_, step));
-    carver.take(s.query_rows, query_block * depth_stride_);
-    carver.take(s.grad_rows, query_block * columns_stride_);
+    carver.take(s.query_columns, query_block * round_up(depth, step));
+    carver.take(s.grad_columns, query_block * round_up(columns, step));
+    carver.take(s.query_rows, query_block * depth_stride);
+    carver.take(s.grad_rows, query_block * columns_stride);
     carver.take(s.live, query_block);
     carver.take(s.lse, query_block);
     carver.take(s.lse_low, query_block);
     carver.take(s.delta, query_block);
-    carver.take(s.grad_query, query_block * depth_stride_);
+    carver.take(s.grad_query, query_block * depth_stride);
     carver.take(s.scores, key_block * query_block);
     carver.take(s.addends, key_block * query_block);
     carver.take(s.grad_weights, tile_rows * query_block);
+    carver.take(s.slopes, a_.softcap > 0 ? tile_rows * query_block : 0);
     carver.take(s.weights, key_block * query_block);
     carver.take(s.grad_scores, key_block * query_block);
     carver.take(s.grad_score_pairs, step == 2 ? key_block * query_block : 0);
+    carver.take(s.kept, a_.dropout_p > 0 ? round_up(key_block, 64) : 0);
     return {s, carver.used()};
   }
 
   // Every parts-th block of queries, of all query heads that read key/value head (b, g).
   void kv_head(int64_t b, int64_t g, int64_t part, int64_t parts, const Head<Op>& head, const HeadSums& sums,
                const Block<Op>& s) const {
-    for (int64_t i = 0; i < keys_ * depth_stride_; ++i) sums.grad_key[i] = 0;
-    for (int64_t i = 0; i < keys_ * columns_stride_; ++i) sums.grad_value[i] = 0;
+    for (int64_t i = 0; i < key_count * depth_stride; ++i) sums.grad_key[i] = 0;
+    for (int64_t i = 0; i < key_count * columns_stride; ++i) sums.grad_value[i] = 0;
     const bool flagged = pack_head(b, g, head);
-    for (int64_t h = g * group_; h < (g + 1) * group_; ++h) {
-      for (int64_t t = part * query_block; t < queries_; t += parts * query_block) {
-        query_rows(b, h, t, flagged, head, sums, s);
+    for (int64_t h = g * group; h < (g + 1) * group; ++h) {
+      for (int64_t t = part * query_block; t < query_count; t += parts * query_block) {
+        query_rows({b, h, t, least(query_block, query_count - t)}, flagged, head, sums, s);
       }
     }
   }
@@ -178,35 +164,36 @@ class Backward {
     if (rows <= 0) return false;
     const uint8_t* keep = keys.keep != nullptr ? keys.keep + first : nullptr;
     const T* key = row_of<const T>(a_.key, b, g, first);
-    copy_rows(key, a_.key.stride[2], rows, depth_, keep, head.key + first * depth_stride_, depth_stride_);
-    copy_rows(row_of<const T>(a_.value, b, g, first), a_.value.stride[2], rows, columns_, keep,
-              head.value + first * columns_stride_, columns_stride_);
-    return pack_rows(key, a_.key.stride[2], first, rows, keys_, depth_, keep, head.key_rows);
+    copy_rows(key, a_.key.stride[2], rows, depth, keep, head.key + first * depth_stride, depth_stride);
+    copy_rows(row_of<const T>(a_.value, b, g, first), a_.value.stride[2], rows, columns, keep,
+              head.value + first * columns_stride, columns_stride);
+    return pack_rows(key, a_.key.stride[2], first, rows, key_count, depth, keep, head.key_rows);
   }
 
-  // All of the gradients that flow through queries [t, t + query_block) of head (b, h).
-  void query_rows(int64_t b, int64_t h, int64_t t, bool flagged, const Head<Op>& head, const HeadSums& sums,
+  // All of the gradients that flow through a block of queries.
+  void query_rows(const Rows& rows, bool flagged, const Head<Op>& head, const HeadSums& sums,
                   const Block<Op>& s) const {
-    const Keys& keys = visibility_.keys(b);
-    const int64_t rows = least(query_block, queries_ - t);
-    const int64_t begin = visibility_.lower(keys, t), end = visibility_.upper(keys, t + rows - 1);
-    for (int64_t i = 0; i < query_block * depth_stride_; ++i) s.grad_query[i] = 0;
-    if (begin < end) pack_queries(b, h, t, rows, s);
+    const Keys& keys = visibility_.keys(rows.b);
+    const int64_t begin = visibility_.lower(keys, rows.t), end = visibility_.upper(keys, rows.t + rows.count - 1);
+    for (int64_t i = 0; i < query_block * depth_stride; ++i) s.grad_query[i] = 0;
+    if (begin < end) pack_queries(rows, s);
     for (int64_t n = round_down(begin, step); begin < end && n < end; n += key_block) {
       const int64_t count = least(key_block, end - n);
       const int64_t seen = most(n, keys.begin);
       if (keys.keep != nullptr && std::memchr(keys.keep + seen, 1, size_t(n + count - seen)) == nullptr) continue;
-      score_gradients(b, h, t, rows, n, count, head, s);
-      accumulate(b, h, rows, n, count, flagged, head, sums, s);
+      if (a_.dropout_p > 0) draw(rows, n, count, s.kept);
+      score_gradients(rows, n, count, head, s);
+      accumulate(rows, n, count, flagged, head, sums, s);
     }
     const Vec scale = Vec::set1(a_.scale);
-    for (int64_t r = 0; r < rows; ++r) {
-      store_row(row_of<T>(a_.grad_query, b, h, t + r), s.grad_query + r * depth_stride_, depth_, scale);
+    for (int64_t r = 0; r < rows.count; ++r) {
+      store_row(row_of<T>(a_.grad_query, rows.b, rows.h, rows.t + r), s.grad_query + r * depth_stride, depth, scale);
     }
   }
 
-  void pack_queries(int64_t b, int64_t h, int64_t t, int64_t rows, const Block<Op>& s) const {
-    const float* lse = a_.lse.template ptr<float>() + (b * heads_ + h) * queries_ + t;
+  void pack_queries(const Rows& block, const Block<Op>& s) const {
+    const auto [b, h, t, rows] = block;
+    const float* lse = a_.lse.template ptr<float>() + (b * heads + h) * query_count + t;
     for (int64_t r = 0; r < query_block; ++r) {
       s.live[r] = r < rows && lse[r] != negative_infinity;
       // Half an ulp of lse would scale all weights of the row: the conversion keeps what it rounds away.
@@ -218,112 +205,151 @@ class Backward {
     const T* query = row_of<const T>(a_.query, b, h, t);
     const T* grad = row_of<const T>(a_.grad_out, b, h, t);
     const int64_t query_stride = a_.query.stride[2], grad_stride = a_.grad_out.stride[2];
-    pack_columns(query, query_stride, rows, depth_, s.live, s.query_columns);
-    pack_columns(grad, grad_stride, rows, columns_, s.live, s.grad_columns);
-    pack_rows(query, query_stride, 0, rows, query_block, depth_, s.live, s.query_rows);
-    pack_rows(grad, grad_stride, 0, rows, query_block, columns_, s.live, s.grad_rows);
+    pack_columns(query, query_stride, rows, depth, s.live, s.query_columns);
+    pack_columns(grad, grad_stride, rows, columns, s.live, s.grad_columns);
+    pack_rows(query, query_stride, 0, rows, query_block, depth, s.live, s.query_rows);
+    pack_rows(grad, grad_stride, 0, rows, query_block, columns, s.live, s.grad_rows);
   }
 
   float row_product(int64_t b, int64_t h, int64_t t) const {
     const T *out = row_of<const T>(a_.out, b, h, t), *grad = row_of<const T>(a_.grad_out, b, h, t);
     Vec sum = Vec::zero();
-    for (int64_t c = 0; c < columns_; c += lanes) {
-      sum = fma(load_some(out + c, columns_ - c), load_some(grad + c, columns_ - c), sum);
+    for (int64_t c = 0; c < columns; c += lanes) {
+      sum = fma(load_some(out + c, columns - c), load_some(grad + c, columns - c), sum);
     }
     return sum.sum();
   }
 
+  // Which queries [first, last) of the block see some of the keys [s, s + count); `first` begins a vector.
+  std::pair<int64_t, int64_t> query_range(const Rows& rows, int64_t s, int64_t count) const {
+    const int64_t first = clamp(visibility_.first_query(s, query_count) - rows.t, 0, rows.count);
+    const int64_t last = clamp(visibility_.last_query(s + count - 1, query_count) - rows.t, 0, rows.count);
+    return {round_down(first, lanes), last};
+  }
+
   // P^T and dS^T of keys [n, n + count) against the block's queries, in weights and grad_scores.
-  void score_gradients(int64_t b, int64_t h, int64_t t, int64_t rows, int64_t n, int64_t count, const Head<Op>& head,
-                       const Block<Op>& s) const {
-    const Keys& keys = visibility_.keys(b);
-    const bool adds = keys.keep != nullptr || scale_first_;
-    if (adds) {
-      visibility_.addends().fill(b, h, t, n, true, count, rows, keys.keep != nullptr ? keys.keep + n : nullptr,
-                                 s.addends, query_block);
+  void score_gradients(const Rows& rows, int64_t n, int64_t count, const Head<Op>& head, const Block<Op>& s) const {
+    const Keys& keys = visibility_.keys(rows.b);
+    const bool maps = keys.keep != nullptr || scale_first_;
+    if (maps) {
+      visibility_.addends().fill(rows.b, rows.h, rows.t, n, true, count, rows.count,
+                                 keys.keep != nullptr ? keys.keep + n : nullptr, s.addends, query_block);
     }
     for (int64_t r = 0; r < count; r += tile_rows) {
       const int64_t tile = least(tile_rows, count - r);
-      multiply_columns(head.key + (n + r) * depth_stride_, depth_stride_, tile, s.query_columns, rows, depth_,
-                       s.scores + r * query_block);
+      multiply_columns(head.key + (n + r) * depth_stride, depth_stride, tile, s.query_columns, rows.count, depth,
+                       query_range(rows, n + r, tile), s.scores + r * query_block);
     }
     for (int64_t r = 0; r < count; r += tile_rows) {
       const int64_t tile = least(tile_rows, count - r);
-      multiply_columns(head.value + (n + r) * columns_stride_, columns_stride_, tile, s.grad_columns, rows, columns_,
-                       s.grad_weights);
+      const auto seen = query_range(rows, n + r, tile);
+      multiply_columns(head.value + (n + r) * columns_stride, columns_stride, tile, s.grad_columns, rows.count, columns,
+                       seen, s.grad_weights);
       for (int64_t i = 0; i < tile; ++i) {
-        const int64_t row = (r + i) * query_block;
-        mask_row(keys, t, rows, n + r + i, s.scores + row, adds ? s.addends + row : nullptr);
-        weigh_row(s.scores + row, s.grad_weights + i * query_block, rows, adds ? 1.0f : a_.scale * log2_e, s,
-                  s.weights + row, s.grad_scores + row, s.scores + row);
-        if (a_.grad_bias) add_bias_gradient(b, h, t, rows, n + r + i, s.scores + row);
+        mask_row(keys, rows, n, r + i, seen, maps, s, s.slopes + i * query_block);
+        weigh_row(r + i, seen, s.grad_weights + i * query_block, s.slopes + i * query_block,
+                  maps ? 1.0f : a_.scale * log2_e, s);
+        if (a_.grad_bias) store_bias_gradient(rows, seen, n + r + i, s.scores + (r + i) * query_block);
       }
     }
   }
 
-  // c[rows][queries] = a[rows][depth] * all panels of pack_columns.
-  static void multiply_columns(const Op* a, int64_t a_stride, int64_t rows, const Op* packed, int64_t queries,
-                               int64_t depth, float* c) {
-    for (int64_t p = 0; p < queries; p += panel) {
-      const int64_t width = least(panel, round_up(queries - p, lanes));
-      multiply_tile<Op>({a, a_stride, step}, rows, packed + p * round_up(depth, step), width * step, width, depth,
-                        c + p, query_block, false);
+  // c[rows][queries] = a[rows][depth] * all panels of pack_columns, in the columns `seen`.
+  static void multiply_columns(const Op* a, int64_t a_stride, int64_t rows, const Op* packed, int64_t count,
+                               int64_t depth, std::pair<int64_t, int64_t> seen, float* c) {
+    for (int64_t p = 0; p < count; p += panel) {
+      const int64_t width = least(panel, round_up(count - p, lanes));
+      const int64_t first = most(p, seen.first), last = least(p + width, seen.second);
+      if (first >= last) continue;
+      multiply_tile<Op>({a, a_stride, step}, rows, packed + p * round_up(depth, step) + (first - p) * step,
+                        width * step, last - first, depth, {c + first, query_block});
     }
   }
 
-  // Scores of key s: plus addends, and -inf for the queries that do not see it.
-  void mask_row(const Keys& keys, int64_t t, int64_t rows, int64_t s, float* scores, const float* addends) const {
-    const int64_t vectors = round_up(rows, lanes);
-    if (addends != nullptr) {
-      const Vec scale = Vec::set1(a_.scale * log2_e), masked = Vec::set1(negative_infinity);
-      for (int64_t j = 0; j < vectors; j += lanes) {
-        const Vec add = Vec::load(addends + j);
-        select(add == masked, masked, fused(Vec::load(scores + j), scale, add)).store(scores + j);
-      }
+  // Scores of key n + row: mapped, if there are addends, and -inf for the queries that do not see it.
+  void mask_row(const Keys& keys, const Rows& rows, int64_t n, int64_t row, std::pair<int64_t, int64_t> seen, bool maps,
+                const Block<Op>& s, float* slopes) const {
+    const int64_t key = n + row;
+    const int64_t high = clamp(visibility_.last_query(key, query_count) - rows.t, 0, rows.count);
+    const int64_t low = key < keys.begin ? high : clamp(visibility_.first_query(key, query_count) - rows.t, 0, high);
+    if (!maps && low <= seen.first && high >= round_up(seen.second, lanes)) return;
+    float* scores = s.scores + row * query_block;
+    const float* addends = s.addends + row * query_block;
+    for (int64_t j = seen.first; j < seen.second; j += lanes) {
+      Vec x = Vec::load(scores + j);
+      if (a_.softcap > 0) score_map_.slope(x).store(slopes + j);
+      if (maps) x = score_map_(x, Vec::load(addends + j));
+      const Mask visible = Mask::first(int(high - j)) & ~Mask::first(int(low - j));
+      select(visible, x, Vec::set1(negative_infinity)).store(scores + j);
     }
-    int64_t low = clamp(visibility_.first_query(s, queries_) - t, 0, rows);
-    const int64_t high = clamp(visibility_.last_query(s, queries_) - t, low, rows);
-    if (s < keys.begin) low = high;
-    for (int64_t j = 0; j < low; ++j) scores[j] = negative_infinity;
-    for (int64_t j = high; j < vectors; ++j) scores[j] = negative_infinity;
   }
 
-  // P and dS of one key; `exact` receives dS in float32. It may be the row of scores.
-  static void weigh_row(const float* scores, const float* grad_weights, int64_t rows, float scale, const Block<Op>& s,
-                        Op* weights, Op* grad_scores, float* exact) {
-    const Vec factor = Vec::set1(scale), zero = Vec::zero();
-    for (int64_t j = 0; j < rows; j += lanes) {
+  // P and dS of one key; dS stays also, in float32 and before the slope, in the place of the scores.
+  void weigh_row(int64_t row, std::pair<int64_t, int64_t> seen, const float* grad_weights, const float* slopes,
+                 float scale, const Block<Op>& s) const {
+    const bool drops = a_.dropout_p > 0, capped = a_.softcap > 0;
+    const uint64_t kept = drops ? s.kept[row] : 0;
+    const Vec factor = Vec::set1(scale), zero = Vec::zero(), rescale = Vec::set1(dropout_.scale);
+    float* scores = s.scores + row * query_block;
+    Op *weights = s.weights + row * query_block, *grad_scores = s.grad_scores + row * query_block;
+    for (int64_t j = 0; j < seen.first; j += lanes) zero.store(grad_scores + j);
+    for (int64_t j = seen.first; j < seen.second; j += lanes) {
       const Vec exponent = fused(Vec::load(scores + j), factor, zero - Vec::load(s.lse + j));
       const Vec p = power_of_two<T>(exponent - Vec::load(s.lse_low + j));
-      const Vec d = p * (Vec::load(grad_weights + j) - Vec::load(s.delta + j));
-      const Vec ds = select(p == zero, zero, d);
-      p.store(weights + j);
-      ds.store(grad_scores + j);
-      ds.store(exact + j);
+      Vec weight = p, upstream = Vec::load(grad_weights + j);
+      if (drops) {
+        const Mask keep = Mask::from_bits(uint32_t(kept >> j));
+        weight = select(keep, p, zero);
+        upstream = select(keep, upstream * rescale, zero);
+      }
+      const Vec d = select(p == zero, zero, p * (upstream - Vec::load(s.delta + j)));
+      weight.store(weights + j);
+      (capped ? d * Vec::load(slopes + j) : d).store(grad_scores + j);
+      d.store(scores + j);
     }
+    for (int64_t j = round_up(seen.second, lanes); j < query_block; j += lanes) zero.store(grad_scores + j);
   }
 
-  void add_bias_gradient(int64_t b, int64_t h, int64_t t, int64_t rows, int64_t s, const float* grad_scores) const {
-    const TensorView& bias = a_.grad_bias;
-    float* out = row_of<float>(bias, b, h, t) + s * bias.stride[3];
-    for (int64_t j = 0; j < rows; ++j) out[j * bias.stride[2]] += grad_scores[j];
+  void store_bias_gradient(const Rows& rows, std::pair<int64_t, int64_t> seen, int64_t key,
+                           const float* grad_scores) const {
+    const TensorView& grad = a_.grad_bias;
+    float* out = row_of<float>(grad, rows.b, rows.h, rows.t) + key;
+    for (int64_t j = seen.first; j < seen.second; ++j) out[j * grad.stride[2]] = grad_scores[j];
+  }
+
+  // Dropout's bits for keys [n, n + count) of the block.
+  void draw(const Rows& rows, int64_t n, int64_t count, uint64_t* kept) const {
+    uint64_t words[query_block][round_up(key_block, 64) / 64] = {};
+    for (int64_t i = 0; i < rows.count; ++i) {
+      dropout_.keep_bits(score_index(rows.b, rows.h, rows.t + i) + uint64_t(n), count, words[i]);
+    }
+    for (int64_t w = 0; 64 * w < count; ++w) {
+      for (int64_t i = 0; i < 64; ++i) kept[64 * w + i] = words[i][w];
+      transpose_bits(kept + 64 * w);
+    }
   }
 
   // The three products with P and dS.
-  void accumulate(int64_t b, int64_t h, int64_t rows, int64_t n, int64_t count, bool flagged, const Head<Op>& head,
-                  const HeadSums& sums, const Block<Op>& s) const {
-    multiply_rows<Op>({s.weights, query_block, step}, count, s.grad_rows, query_block, 0, columns_, rows,
-                      sums.grad_value + n * columns_stride_, columns_stride_);
-    multiply_rows<Op>({s.grad_scores, query_block, step}, count, s.query_rows, query_block, 0, depth_, rows,
-                      sums.grad_key + n * depth_stride_, depth_stride_);
+  void accumulate(const Rows& rows, int64_t n, int64_t count, bool flagged, const Head<Op>& head, const HeadSums& sums,
+                  const Block<Op>& s) const {
+    const auto of_keys = [&](int64_t r, int64_t tile) { return query_range(rows, n + r, tile); };
+    multiply_rows<Op>({s.weights, query_block, step}, count, s.grad_rows, query_block, 0, columns, of_keys,
+                      sums.grad_value + n * columns_stride, columns_stride);
+    multiply_rows<Op>({s.grad_scores, query_block, step}, count, s.query_rows, query_block, 0, depth, of_keys,
+                      sums.grad_key + n * depth_stride, depth_stride);
     if constexpr (step == 2) pair_keys(count, s);
     const Left<Op> turned = {step == 2 ? s.grad_score_pairs : s.grad_scores, step, step * query_block};
     if (flagged) {
-      multiply_rows_nonzero(turned, rows, row_of<const T>(a_.key, b, h / group_, n), a_.key.stride[2], depth_, count,
-                            s.grad_query, depth_stride_);
-    } else {
-      multiply_rows<Op>(turned, rows, head.key_rows, keys_, n, depth_, count, s.grad_query, depth_stride_);
+      const T* key = row_of<const T>(a_.key, rows.b, rows.h / group, n);
+      multiply_rows_nonzero(turned, rows.count, key, a_.key.stride[2], depth, count, s.grad_query, depth_stride);
+      return;
     }
+    const Keys& keys_seen = visibility_.keys(rows.b);
+    const auto of_queries = [&](int64_t r, int64_t tile) {
+      return std::make_pair(clamp(visibility_.lower(keys_seen, rows.t + r) - n, 0, count),
+                            clamp(visibility_.upper(keys_seen, rows.t + r + tile - 1) - n, 0, count));
+    };
+    multiply_rows<Op>(turned, rows.count, head.key_rows, key_count, n, depth, of_queries, s.grad_query, depth_stride);
   }
 
   // grad_scores in pairs of keys.
@@ -343,16 +369,17 @@ class Backward {
   }
 
   void store_sums(int64_t b, int64_t g, const HeadSums& sums) const {
-    for (int64_t s = 0; s < keys_; ++s) {
-      store_row(row_of<T>(a_.grad_key, b, g, s), sums.grad_key + s * depth_stride_, depth_, Vec::set1(a_.scale));
-      store_row(row_of<T>(a_.grad_value, b, g, s), sums.grad_value + s * columns_stride_, columns_, Vec::set1(1));
+    for (int64_t s = 0; s < key_count; ++s) {
+      store_row(row_of<T>(a_.grad_key, b, g, s), sums.grad_key + s * depth_stride, depth, Vec::set1(a_.scale));
+      store_row(row_of<T>(a_.grad_value, b, g, s), sums.grad_value + s * columns_stride, columns,
+                Vec::set1(dropout_.scale));
     }
   }
 
   const AttentionBackward& a_;
   const Visibility visibility_;
-  const int64_t batches_, heads_, kv_heads_, queries_, keys_, depth_, columns_, group_;
-  const int64_t depth_stride_, columns_stride_;
+  const ScoreMap score_map_;
+  const Dropout dropout_;
   const bool scale_first_;
 };
 

@@ -148,7 +148,7 @@ struct HiddenDropout {
 
   void apply(int64_t row, int64_t column, int64_t count, float* values, float* more = nullptr) const {
     if (!active) return;
-    float room[block_columns + 8 * lanes];
+    float room[block_columns + Dropout::spare];
     const float* multipliers = dropout.multipliers(uint64_t(row * columns + column), count, room);
     multiply_row(values, multipliers, count);
     if (more) multiply_row(more, multipliers, count);

@@ -86,11 +86,6 @@ inline int threads_for(int64_t rows, int64_t columns) {
   return worth < max_threads() ? int(worth) : max_threads();
 }
 
-// Room for the dropout multipliers of a row and what Dropout::multipliers writes beyond it.
-inline int64_t multiplier_room(int64_t columns) {
-  return columns + 8 * lanes;
-}
-
 // The sum of a row, into `row` and, where it is wanted, `sum`; returns its mean.
 // Pointers are locals here and below: a vector store may alias anything, so what is read through a
 // reference inside the loop would be read again for every vector.
@@ -149,7 +144,7 @@ void forward(const LayerNormForward& a) {
   const Dropout dropout = Dropout::make(a.dropout_p, {a.seed, a.offset});
 
   parallel_ranges(rows, threads_for(rows, columns), [&](int64_t begin, int64_t end, int) {
-    std::unique_ptr<float[]> scratch(new float[columns + multiplier_room(columns)]);
+    std::unique_ptr<float[]> scratch(new float[2 * columns + Dropout::spare]);
     float* row = scratch.get();
     for (int64_t r = begin; r < end; ++r) {
       const auto row_of = [&](const TensorView& view) { return view ? view.ptr<T>() + r * columns : nullptr; };
@@ -236,7 +231,7 @@ void backward(const LayerNormBackward& a) {
   parallel_ranges(rows, threads, [&](int64_t begin, int64_t end, int part) {
     float *total = partial.get() + part * stride, *base = groups.get() + part * stride;
     const ColumnSums sums{base, base + columns, base + 2 * columns};
-    std::unique_ptr<float[]> multipliers(new float[multiplier_room(columns)]);
+    std::unique_ptr<float[]> multipliers(new float[columns + Dropout::spare]);
     for (int64_t r = begin; r < end; ++r) {
       const float* keep =
           a.dropout_p > 0 ? dropout.multipliers(uint64_t(r * columns), columns, multipliers.get()) : nullptr;

@@ -19,6 +19,12 @@ struct Mask {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane))};
   }
+  // Lane i is bit i; bits beyond the lanes are ignored.
+  static Mask from_bits(uint32_t bits) {
+    const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int32_t(bits)), bit), bit))};
+  }
+  uint32_t bits() const { return uint32_t(_mm256_movemask_ps(v)); }
   friend Mask operator&(Mask a, Mask b) { return {_mm256_and_ps(a.v, b.v)}; }
   friend Mask operator|(Mask a, Mask b) { return {_mm256_or_ps(a.v, b.v)}; }
   friend Mask operator~(Mask a) { return {_mm256_xor_ps(a.v, _mm256_castsi256_ps(_mm256_set1_epi32(-1)))}; }

@@ -25,6 +25,9 @@ struct Mask {
   __mmask16 v;
 
   static Mask first(int n) { return {n >= 16 ? __mmask16(0xffff) : n <= 0 ? __mmask16(0) : __mmask16((1u << n) - 1)}; }
+  // Lane i is bit i; bits beyond the lanes are ignored.
+  static Mask from_bits(uint32_t bits) { return {__mmask16(bits)}; }
+  uint32_t bits() const { return v; }
   friend Mask operator&(Mask a, Mask b) { return {__mmask16(a.v & b.v)}; }
   friend Mask operator|(Mask a, Mask b) { return {__mmask16(a.v | b.v)}; }
   friend Mask operator~(Mask a) { return {__mmask16(~a.v)}; }

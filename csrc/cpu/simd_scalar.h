@@ -24,6 +24,12 @@ struct Mask {
     const int4 lane = {0, 1, 2, 3};
     return {lane < n};
   }
+  // Lane i is bit i; bits beyond the lanes are ignored.
+  static Mask from_bits(uint32_t bits) {
+    const int4 bit = {1, 2, 4, 8}, all = {int(bits), int(bits), int(bits), int(bits)};
+    return {(all & bit) != 0};
+  }
+  uint32_t bits() const { return uint32_t((v[0] & 1) | (v[1] & 2) | (v[2] & 4) | (v[3] & 8)); }
   friend Mask operator&(Mask a, Mask b) { return {a.v & b.v}; }
   friend Mask operator|(Mask a, Mask b) { return {a.v | b.v}; }
   friend Mask operator~(Mask a) { return {~a.v}; }

@@ -61,6 +61,23 @@ inline Vec sigmoid(Vec x) {
   return select(x < Vec::zero(), e * inverse, inverse);
 }
 
+// tanh x = (1 - e) / (1 + e) with e = e^(-2|x|), and near 0, where that cancels, x + x^3 P(x^2) with P
+// fitted on |x| <= 0.7 for least relative error of the whole (4e-9).
+inline Vec tanh(Vec x) {
+  const Vec one = Vec::set1(1.0f), limit = Vec::set1(10.0f);
+  const Vec z = min(limit, abs(x));  // in this order NaN passes through
+  const Vec e = exp2<5>(z * Vec::set1(-2.0f * log2_e));
+  const Vec far = (one - e) / (one + e);
+  const Vec square = x * x;
+  Vec p = Vec::set1(0.0018956674f);
+  p = fma(p, square, Vec::set1(-0.00788331f));
+  p = fma(p, square, Vec::set1(0.02157106f));
+  p = fma(p, square, Vec::set1(-0.053920954f));
+  p = fma(p, square, Vec::set1(0.13332984f));
+  p = fma(p, square, Vec::set1(-0.33333325f));
+  return select(z < Vec::set1(0.7f), fma(x * square, p, x), select(x < Vec::zero(), Vec::zero() - far, far));
+}
+
 // The standard normal distribution: `cumulative` = erfc(-x / sqrt 2) / 2 and `density` = e^(-x^2/2) / sqrt(2 pi).
 //
 // For the lower tail, erfc(z) = e^(-z^2) t P(t) with t = 1 / (1 + c z), fitted for least relative error

@@ -1,11 +1,12 @@
-// attention: out = softmax(scale * query key^T + bias, over what the masks leave) value
+// attention: out = dropout(softmax(softcap(scale * query key^T) + bias, over what the masks leave)) value
 //
 // query [B,H,T,D], key [B,G,S,D], value [B,G,S,Dv] with H a multiple of G; any strides whose last is 1.
 // Query head h reads key/value head h / (H / G). Key s is visible to query t iff all of these hold:
 //     band_lower <= s - t <= band_upper      (causal and window; unbounded_* where absent)
 //     s < key_lengths[b]                     (int64 [B])
 //     mask[b,h,t,s]                          (bool [B,H,T,S]; stride 0 in broadcast dimensions)
-// bias is [B,H,T,S], of the inputs' type or float32, stride 0 in broadcast dimensions.
+// bias is [B,H,T,S], of the inputs' type or float32, stride 0 in broadcast dimensions. softcap(s) is
+// c tanh(s / c) for softcap = c > 0, and s for 0. Dropout draws its bits by the index of a score in [B,H,T,S].
 // A query that sees no key has output 0, lse -inf and no gradients; what lies behind a mask is never
 // used, NaN and Inf included.
 #pragma once
@@ -24,7 +25,8 @@ struct AttentionProblem {
   TensorView query, key, value;
   TensorView mask, bias, key_lengths;  // optional
   int64_t band_lower = unbounded_lower, band_upper = unbounded_upper;
-  float scale = 1;
+  float scale = 1, softcap = 0, dropout_p = 0;
+  uint64_t seed = 0, offset = 0;
 };
 
 struct AttentionForward : AttentionProblem {
@@ -35,7 +37,7 @@ struct AttentionForward : AttentionProblem {
 struct AttentionBackward : AttentionProblem {
   TensorView out, lse, grad_out;
   TensorView grad_query, grad_key, grad_value;  // shaped as query, key, value; last stride 1
-  TensorView grad_bias;  // optional; float32, of bias's own shape before broadcasting, expanded to [B,H,T,S]
+  TensorView grad_bias;  // optional; float32 [B,H,T,S]: not summed over the dimensions in which bias broadcasts
 };
 
 }  // namespace pytransformer

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pytransformer import _cpu
-from pytransformer.backends.cpu._arguments import contiguous, unsupported_dtype
+from pytransformer.backends.cpu._arguments import contiguous, philox_key, unsupported_dtype
 
 
 def why_not(
@@ -27,10 +27,6 @@ def why_not(
         return reason
     if bias is not None and bias.dtype not in (query.dtype, torch.float32):
         return f"bias must be float32 or {query.dtype}, not {bias.dtype}"
-    if dropout_p > 0:
-        return "it has no dropout yet"
-    if softcap > 0:
-        return "it has no softcap yet"
     return None
 
 
@@ -61,6 +57,9 @@ def attention_fwd(
         band_lower,
         band_upper,
         scale,
+        softcap,
+        *philox_key(rng),
+        dropout_p,
         out,
         lse,
     )
@@ -87,8 +86,7 @@ def attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_query, grad_key, grad_value = (torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value))
     # Summed over broadcast dimensions by torch, pairwise: a running sum in the kernel would lose digits.
-    per_head = (*query.shape[:3], bias.shape[-1]) if needs_bias and bias is not None else (0,)
-    grad_bias = torch.zeros(per_head)
+    grad_bias = torch.zeros((*query.shape[:3], key.shape[2]) if needs_bias else 0)
     _cpu.attention_bwd(
         _unit_stride(query),
         _unit_stride(key),
@@ -99,13 +97,16 @@ def attention_bwd(
         band_lower,
         band_upper,
         scale,
+        softcap,
+        *philox_key(rng),
+        dropout_p,
         out,
         lse,
         _unit_stride(grad_out),
         grad_query,
         grad_key,
         grad_value,
-        _expanded(grad_bias, query, key) if needs_bias else None,
+        grad_bias if needs_bias else None,
     )
     if needs_bias and bias is not None:
         grad_bias = grad_bias.sum_to_size(bias.shape).to(bias.dtype)
