@@ -91,9 +91,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             )
         if self.bias_k is not None or self.add_zero_attn:
             k, v, mask, added = self._append_keys(q, k, v, mask, added)
-        dropout_p = self.dropout if self.training else 0.0
-        found = ops.attention(q, k, v, mask, dropout_p, bias=added, return_weights=need_weights)
-        out, weights = found if need_weights else (found, None)
+        out, weights = self._attend(q, k, v, mask, added, need_weights)
         out = self.out_proj(self._join_heads(out))
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
@@ -186,6 +184,26 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         heads_last = x.transpose(1, 2) if self.batch_first else x.permute(2, 0, 1, 3)
         return heads_last.reshape(*heads_last.shape[:2], self.embed_dim)
 
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, added: Tensor | None, need_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """``(out [B,H,L,D], weights [B,H,L,S])``. A subclass with other scores overrides this."""
+        return self._fused(q, k, v, mask, added, need_weights)
+
+    def _fused(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Mask,
+        added: Tensor | None,
+        need_weights: bool,
+        scale: float | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        dropout_p = self.dropout if self.training else 0.0
+        found = ops.attention(q, k, v, mask, dropout_p, scale=scale, bias=added, return_weights=need_weights)
+        return found if need_weights else (found, None)
+
     def _forward_rows(self, query: Tensor, memory: Tensor, packed: Packed) -> Tensor:
         """The output [N,E] of a query [N,E] and a memory [M,E] of rows; attention itself sees the whole batch."""
         E, weight, bias = self.embed_dim, self.in_proj_weight, self.in_proj_bias
@@ -196,10 +214,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             keys_values = packed.keys.scatter(F.linear(memory, weight[E:], kv_bias)).chunk(2, -1)
             projected = (packed.queries.scatter(F.linear(query, weight[:E], q_bias)), *keys_values)
         q, k, v = (x.view(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2) for x in projected)
-        dropout_p = self.dropout if self.training else 0.0
-        out = ops.attention(q, k, v, packed.mask, dropout_p, bias=packed.added)
-        joined: Tensor = self.out_proj(packed.queries.gather(out.transpose(1, 2).flatten(2)))
-        return joined
+        attended = self._attend(q, k, v, packed.mask, packed.added, need_weights=False)[0]
+        out: Tensor = self.out_proj(packed.queries.gather(attended.transpose(1, 2).flatten(2)))
+        return out
 
     def _append_keys(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, added: Tensor | None
