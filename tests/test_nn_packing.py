@@ -8,6 +8,9 @@ from pytransformer import masks, nn
 from pytransformer.nn import ffn
 from pytransformer.nn._packing import Rows, worthwhile_rows
 
+# Of torch, about masks of two dtypes.
+pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched")
+
 CAUSAL = torch.ones(L, L, dtype=torch.bool).triu(1)
 PADDED = padding(L)
 MASKS = {
@@ -106,6 +109,37 @@ def test_dropout_and_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         half = ours.eval()(x, **given)
     torch.testing.assert_close(half.float(), ours(x, **given), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("options", [{"batch_first": True}, {"norm_first": True}], ids=str)
+@pytest.mark.parametrize("mask", [None, "causal", "bias"])
+@pytest.mark.parametrize("hides", ["target", "memory", "both"])
+def test_a_decoder_skips_padding_of_its_target_if_asked_to_and_of_its_memory(options, mask, hides, rows_seen):
+    layers, norms = pair("TransformerDecoderLayer", E, H, 24, 0.0, **options), pair("LayerNorm", E)
+    theirs = torch.nn.TransformerDecoder(layers[0], 2, norms[0])
+    ours = nn.TransformerDecoder(layers[1], 2, norms[1], enable_nested_tensor=True)
+    shake(theirs)
+    ours.load_state_dict(theirs.state_dict())
+    padded = torch.zeros(B, L, dtype=torch.bool)
+    if hides != "memory":
+        padded[0, 1:3], padded[2, 4:] = True, True  # not key 0: torch's answer to a query without a key is NaN
+    given = {None: {}, "causal": {"tgt_mask": CAUSAL}, "bias": {"memory_mask": torch.linspace(-1, 1, L * S).view(L, S)}}
+    given = given[mask] | {"tgt_key_padding_mask": padded} if hides != "memory" else given[mask]
+    given = given | {"memory_key_padding_mask": padding()} if hides != "target" else given
+    inputs = torch.randn(B, L, E), torch.randn(B, S, E)
+    across = padded
+    if not options.get("batch_first"):
+        inputs, across = [x.transpose(0, 1) for x in inputs], padded.T
+
+    def at_real_positions(module, *inputs, **given):
+        return module(*inputs, **given).masked_fill(across[..., None], 0)
+
+    assert_parity(theirs, ours, at_real_positions, *inputs, **given)
+    assert set(map(tuple, rows_seen)) == {(int((~padded).sum()), E)}
+    assert (ours(*inputs, **given)[across] == 0).all()
+    computed = ours(*inputs, **given, skip_padding=False)
+    assert_close(computed.masked_fill(across[..., None], 0), ours(*inputs, **given))
+    assert (computed[across] != 0).all()
 
 
 def test_a_transformer_computes_what_its_decoder_reads():

@@ -15,6 +15,8 @@ from torch import Tensor
 from pytransformer.masks import Mask, causal, dense, padding
 from pytransformer.ops._op import plain_eager
 
+Shape = tuple[int, int, int, int]  # of scores, [B,H,L,S]
+
 
 class LayerMasks(NamedTuple):
     """The mask arguments of a layer, in torch.nn's convention and order."""
@@ -39,7 +41,7 @@ def combine(
     attn_mask: Tensor | Mask | None,
     key_padding_mask: Tensor | None,
     is_causal: bool,
-    shape: tuple[int, int, int, int],
+    shape: Shape,
     align: str | None = None,
 ) -> tuple[Mask, Tensor | None]:
     """One mask and one addend for a call whose scores are ``shape`` = [B,H,L,S].
@@ -91,7 +93,7 @@ def _split(mask: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def layer_masks(
     given: LayerMasks,
-    shape: tuple[int, int, int, int],
+    shape: Shape,
     mergeable: bool,
     batched: bool,
     *,

@@ -28,20 +28,24 @@ class Rows:
     """Where the rows that are computed stand in a batch.
 
     Attributes:
-        index: int64 [N], increasing: b * L + l. batch: B. length: L.
+        index: int64 [N], increasing: b * L + l; None for all. batch: B. length: L.
     """
 
-    index: Tensor
+    index: Tensor | None
     batch: int
     length: int
 
     def gather(self, x: Tensor) -> Tensor:
         """[N,...] of [B,L,...]."""
+        if self.index is None:
+            return x.flatten(0, 1)
         out: Tensor = _Gather.apply(x.flatten(0, 1), self.index)  # type: ignore[no-untyped-call]
         return out
 
     def scatter(self, x: Tensor) -> Tensor:
         """[B,L,...] of [N,...], zeros elsewhere."""
+        if self.index is None:
+            return x.view(self.batch, self.length, *x.shape[1:])
         rows: Tensor = _Scatter.apply(x, self.index, self.batch * self.length)  # type: ignore[no-untyped-call]
         return rows.view(self.batch, self.length, *x.shape[1:])
 

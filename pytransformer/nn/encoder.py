@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pytransformer.masks import Mask
 from pytransformer.nn._blocks import attend, layer_feed_forward, norm_takes_rows, run_block, takes_rows
-from pytransformer.nn._masks import LayerMasks, combine, hidden_keys, layer_masks
+from pytransformer.nn._masks import LayerMasks, Shape, combine, hidden_keys, layer_masks
 from pytransformer.nn._packing import Packed, Rows, worthwhile_rows
 from pytransformer.nn._plain import is_plain
 from pytransformer.nn.attention import MultiheadAttention
@@ -231,9 +231,7 @@ class TransformerEncoder(nn.TransformerEncoder):
             )
         return x if self.norm is None else self.norm(x)
 
-    def _prepare(
-        self, src: Tensor, given: LayerMasks, cache: Cache | None = None
-    ) -> tuple[LayerMasks, tuple[int, int, int, int]]:
+    def _prepare(self, src: Tensor, given: LayerMasks, cache: Cache | None = None) -> tuple[LayerMasks, Shape]:
         """The masks as every layer takes them, and the shape of the scores."""
         batched = src.dim() == 3
         axis = 1 if batched and self._first_attention.batch_first else 0
