@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pytransformer import masks, ops
 from pytransformer.models import _hf
 from pytransformer.nn import LayerNorm, TransformerEncoderLayer
+from pytransformer.nn.embedding import check_ids
 
 _ACTIVATIONS = {
     "relu": "relu",
@@ -245,11 +246,9 @@ class Bert(nn.Module):
                 raise ValueError(
                     f"Bert: {name} must have input_ids' shape {list(input_ids.shape)}, got {list(x.shape)}"
                 )
-        if torch.compiler.is_compiling():
-            return
-        _check_range("input_ids", input_ids, "vocab_size", config.vocab_size)
+        check_ids("Bert", "input_ids", input_ids, "vocab_size", config.vocab_size)
         if token_type_ids is not None:
-            _check_range("token_type_ids", token_type_ids, "type_vocab_size", config.type_vocab_size)
+            check_ids("Bert", "token_type_ids", token_type_ids, "type_vocab_size", config.type_vocab_size)
 
 
 def _layer(config: BertConfig) -> TransformerEncoderLayer:
@@ -266,14 +265,3 @@ def _layer(config: BertConfig) -> TransformerEncoderLayer:
     layer.self_attn.dropout = config.attention_probs_dropout_prob
     layer.dropout.p = 0.0
     return layer
-
-
-def _check_range(name: str, ids: Tensor, table: str, size: int) -> None:
-    """On CPU only: anywhere else looking at the ids would stall the device."""
-    if ids.device.type != "cpu" or ids.numel() == 0:
-        return
-    low, high = (int(x) for x in torch.aminmax(ids))
-    if low < 0 or high >= size:
-        value = low if low < 0 else high
-        row, column = (ids == value).nonzero()[0].tolist()
-        raise IndexError(f"Bert: {name} must lie in [0, {table} = {size}), got {value} at [{row}, {column}]")

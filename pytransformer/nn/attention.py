@@ -11,6 +11,7 @@ from torch import Tensor
 from pytransformer import ops
 from pytransformer.masks import Mask, dense
 from pytransformer.nn._masks import combine
+from pytransformer.nn.cache import CrossAttentionCache, SelfAttentionCache
 from pytransformer.ops.attention import visible_keys
 
 
@@ -40,6 +41,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         attn_mask: Tensor | Mask | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
+        *,
+        cache: SelfAttentionCache | CrossAttentionCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attends from ``query`` to ``key`` and ``value``.
 
@@ -52,7 +55,12 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             attn_mask: [L,S] or [B*H,L,S], bool (True = masked out) or floating point (added; differentiable);
                 or a ``pytransformer.masks.Mask`` (True = attend), which torch does not know.
             average_attn_weights: average the weights over the heads.
-            is_causal: in addition to ``attn_mask``, which must be given, no query sees a key after its position.
+            is_causal: in addition to ``attn_mask``, which must be given (unless there is a cache), no query sees a
+                key after its position.
+            cache: see ``pytransformer.nn.cache``. One of self-attention holds n keys: query, key and value are the
+                new tokens alone, S is n + L in masks and weights, and causal masks and windows put the last query
+                at the last key. One of cross-attention is asked for the projected key and value, which are then
+                looked at in the first call alone; causal masks and windows have no meaning there.
 
         Returns:
             ``(out, weights)``: ``out`` in the query's layout; ``weights`` [B,L,S] averaged or [B,H,L,S], after
@@ -66,14 +74,17 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             TypeError, ValueError: an argument's type, dtype or shape is wrong.
             RuntimeError: ``is_causal`` without ``attn_mask``.
         """
-        batched = self._check(query, key, value)
-        packed = query is key and key is value
+        batched = self._check(query, key, value, cache)
         if not batched:
-            axis = 0 if self.batch_first else 1
-            query, key, value = (x.unsqueeze(axis) for x in (query, key, value))
+            query, key, value = self._with_batch(query, key, value)
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-        q, k, v = self._project(query, key, value, packed)
-        mask, added = combine(attn_mask, key_padding_mask, is_causal, (*q.shape[:3], k.shape[2]))
+        q, k, v, align = self._project_and_keep(query, key, value, cache)
+        mask, added = combine(attn_mask, key_padding_mask, is_causal, (*q.shape[:3], k.shape[2]), align)
+        if cache is not None and align is None and mask.band(1, 1) != (None, None):
+            raise ValueError(
+                f"{type(self).__name__}: a causal mask or window over cached memory, where a query's position is"
+                " unknown; pass its rows of attn_mask as a tensor"
+            )
         if self.bias_k is not None or self.add_zero_attn:
             k, v, mask, added = self._append_keys(q, k, v, mask, added)
         dropout_p = self.dropout if self.training else 0.0
@@ -87,7 +98,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             weights = None if weights is None else weights[0]
         return out, weights
 
-    def _check(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+    def _check(self, query: Tensor, key: Tensor, value: Tensor, cache: Any) -> bool:
         """Shapes as wanted? True if batched."""
         name, axis = type(self).__name__, 0 if self.batch_first else 1
         for what, x, size in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
@@ -100,6 +111,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                     f" (query is {list(query.shape)})"
                 )
         batched = query.dim() == 3
+        if cache is not None and not hasattr(cache, "append"):
+            return batched  # key and value may have been projected long ago, for fewer rows
         if key.shape[:-1] != value.shape[:-1] or (batched and key.shape[axis] != query.shape[axis]):
             raise ValueError(
                 f"{name}: batch and length must agree, got query {list(query.shape)}, key {list(key.shape)} and"
@@ -107,19 +120,59 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             )
         return batched
 
-    def _project(self, query: Tensor, key: Tensor, value: Tensor, packed: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each [B,H,length,D]: views of the projections, nothing is copied."""
-        weight, bias = self.in_proj_weight, self.in_proj_bias
-        if packed and weight is not None:
-            q, k, v = F.linear(query, weight, bias).chunk(3, -1)
-            return self._split_heads(q), self._split_heads(k), self._split_heads(v)
-        if weight is not None:
-            weights: Any = weight.chunk(3)
+    def _with_batch(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Unbatched inputs with a batch of one; what was one tensor stays one."""
+        axis = 0 if self.batch_first else 1
+        batched_query = query.unsqueeze(axis)
+        batched_key = batched_query if key is query else key.unsqueeze(axis)
+        return batched_query, batched_key, batched_key if value is key else value.unsqueeze(axis)
+
+    def _project_and_keep(
+        self, query: Tensor, key: Tensor, value: Tensor, cache: Any
+    ) -> tuple[Tensor, Tensor, Tensor, str | None]:
+        """Queries, all keys and all values, each [B,H,length,D], and the alignment of causal masks."""
+        if cache is None:
+            return *self._project(query, key, value), None
+        if hasattr(cache, "append"):
+            q, k, v = self._project(query, key, value)
+            k, v = cache.append(k, v)
+            align = "bottom_right"
+        elif hasattr(cache, "get"):
+            q = self._project_query(query)
+            k, v = cache.get(lambda: self._project_memory(key, value))
+            align = None
         else:
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        biases: Any = (None, None, None) if bias is None else bias.chunk(3)
-        q, k, v = (F.linear(*args) for args in zip((query, key, value), weights, biases, strict=True))
-        return self._split_heads(q), self._split_heads(k), self._split_heads(v)
+            raise TypeError(
+                f"{type(self).__name__}: cache must have append (self-attention) or get (cross-attention), got a"
+                f" {type(cache).__name__}; a stack takes the whole cache, a layer cache.layer(i)"
+            )
+        if k.shape[0] != q.shape[0]:
+            raise ValueError(
+                f"{type(self).__name__}: cache holds a batch of {k.shape[0]}, query has one of {q.shape[0]}"
+            )
+        return q, k, v, align
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each [B,H,length,D]: views of the projections, nothing is copied."""
+        if query is key and key is value and self.in_proj_weight is not None:
+            q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+            return self._split_heads(q), self._split_heads(k), self._split_heads(v)
+        return self._project_query(query), *self._project_memory(key, value)
+
+    def _project_query(self, query: Tensor) -> Tensor:
+        E, bias = self.embed_dim, self.in_proj_bias
+        weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight[:E]
+        return self._split_heads(F.linear(query, weight, None if bias is None else bias[:E]))
+
+    def _project_memory(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        E, weight, bias = self.embed_dim, self.in_proj_weight, self.in_proj_bias
+        if key is value and weight is not None:
+            k, v = F.linear(key, weight[E:], None if bias is None else bias[E:]).chunk(2, -1)
+        else:
+            weights = (self.k_proj_weight, self.v_proj_weight) if weight is None else weight[E:].chunk(2)
+            biases = (None, None) if bias is None else bias[E:].chunk(2)
+            k, v = (F.linear(*args) for args in zip((key, value), weights, biases, strict=True))
+        return self._split_heads(k), self._split_heads(v)
 
     def _split_heads(self, x: Tensor) -> Tensor:
         heads = x.view(*x.shape[:-1], self.num_heads, self.head_dim)

@@ -1,0 +1,276 @@
+"""TransformerDecoderLayer and TransformerDecoder: torch's modules on the fused ops, with an optional cache.
+
+A post-norm layer runs as six ops: self-attention, cross-attention and feed-forward, each followed by dropout +
+residual + norm. As in the encoder, a submodule that somebody hooked, replaced or wrapped is called as a module,
+and so is an overridden ``_sa_block``, ``_mha_block`` or ``_ff_block``.
+
+With a cache the decoder is given the new tokens alone. Their keys and values join those kept from the calls
+before, the memory is projected once, and masks count positions from the end: the last query sits at the last key.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pytransformer.masks import Mask
+from pytransformer.nn._blocks import attend, layer_feed_forward, run_block
+from pytransformer.nn._masks import LayerMasks, layer_masks
+from pytransformer.nn._plain import is_plain
+from pytransformer.nn.attention import MultiheadAttention
+from pytransformer.nn.cache import Cache, CrossAttentionCache, LayerCache, SelfAttentionCache
+from pytransformer.nn.ffn import Activation, activation_function
+from pytransformer.nn.layer_norm import LayerNorm, add_norm, add_prenorm
+
+
+class TransformerDecoderLayer(nn.TransformerDecoderLayer):
+    """Post-norm: ``y = norm1(x + SA(x))``, ``z = norm2(y + CA(y, memory))``, ``out = norm3(z + FF(z))``;
+    pre-norm: ``y = x + SA(norm1(x))``, ``z = y + CA(norm2(y), memory)``, ``out = z + FF(norm3(z))``.
+
+    Constructor, parameters, initial weights and ``state_dict`` are those of ``torch.nn.TransformerDecoderLayer``.
+
+    Args:
+        d_model: E. nhead: H, a divisor of E. dim_feedforward: F.
+        dropout: probability for attention weights, hidden and all branches, in training mode.
+        activation: ``"relu"``, ``"gelu"``, ``"gelu_tanh"``, ``"silu"``, or a callable; torch's own relu, gelu and
+            silu are fused, another callable runs between two products.
+        layer_norm_eps: added to the variance. batch_first: [B,T,E] instead of [T,B,E].
+        norm_first: pre-norm. bias: give projections and norms biases. device, dtype: of the parameters.
+
+    Raises:
+        ValueError: the activation's name is unknown.
+
+    Source: Vaswani et al., "Attention Is All You Need", 2017, sec. 3.1; pre-norm: Xiong et al., 2020, fig. 1.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        nhead: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        activation: Activation = F.relu,
+        layer_norm_eps: float = 1e-5,
+        batch_first: bool = False,
+        norm_first: bool = False,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        kwargs: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
+        # In torch's order, so that one seed gives the same initial weights.
+        self.self_attn = MultiheadAttention(d_model, nhead, dropout, batch_first=batch_first, **kwargs)
+        self.multihead_attn = MultiheadAttention(d_model, nhead, dropout, batch_first=batch_first, **kwargs)
+        self.linear1 = nn.Linear(d_model, dim_feedforward, **kwargs)
+        self.dropout = nn.Dropout(dropout)
+        self.linear2 = nn.Linear(dim_feedforward, d_model, **kwargs)
+        self.norm_first = norm_first
+        self.norm1 = LayerNorm(d_model, layer_norm_eps, **kwargs)
+        self.norm2 = LayerNorm(d_model, layer_norm_eps, **kwargs)
+        self.norm3 = LayerNorm(d_model, layer_norm_eps, **kwargs)
+        self.dropout1 = nn.Dropout(dropout)
+        self.dropout2 = nn.Dropout(dropout)
+        self.dropout3 = nn.Dropout(dropout)
+        self.activation = activation_function(activation)
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | Mask | None = None,
+        memory_mask: Tensor | Mask | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool = False,
+        memory_is_causal: bool = False,
+        *,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """Args:
+            tgt: [T,B,E], [B,T,E] with ``batch_first``, or [T,E] unbatched; floating point.
+            memory: the encoder's output, the same with length S.
+            tgt_mask: [T,T] or [B*H,T,T], bool (True = masked out) or floating point (added); or a
+                ``pytransformer.masks.Mask`` (True = attend). With a cache of n tokens, n + T in place of the last T.
+            memory_mask: [T,S] or [B*H,T,S], likewise.
+            tgt_key_padding_mask: [B,T], or [T] unbatched: bool (True = padding) or floating point (added). With a
+                cache of n tokens it covers all n + T.
+            memory_key_padding_mask: [B,S] or [S], likewise.
+            tgt_is_causal: in addition to ``tgt_mask``, which must be given (unless there is a cache), no query
+                sees a key after its position.
+            memory_is_causal: the same for the memory and ``memory_mask``; not with a cache.
+            cache: of this layer, see ``pytransformer.nn.cache``; ``tgt`` then holds the new tokens alone.
+
+        Returns:
+            The shape and layout of ``tgt``.
+
+        Raises:
+            TypeError, ValueError: an argument's type, dtype or shape is wrong.
+            RuntimeError: a causal hint without its mask.
+        """
+        own = TransformerDecoderLayer
+        attention = (self, own, "_sa_block", self._self_attend, self.dropout1)
+        target = (tgt_mask, tgt_key_padding_mask, tgt_is_causal)
+        cross = (self, own, "_mha_block", self._cross_attend, self.dropout2)
+        source = (memory, memory_mask, memory_key_padding_mask, memory_is_causal)
+        feed_forward = (self, own, "_ff_block", self._feed_forward, self.dropout3)
+        kept, kept_memory = (None, None) if cache is None else (cache.self_attention, cache.cross_attention)
+        x = tgt
+        if self.norm_first:
+            branch, dropout_p = run_block(*attention, self.norm1(x), *target, cache=kept)
+            normed, x = add_prenorm(self.norm2, branch, x, dropout_p)
+            branch, dropout_p = run_block(*cross, normed, *source, cache=kept_memory)
+            normed, x = add_prenorm(self.norm3, branch, x, dropout_p)
+            branch, dropout_p = run_block(*feed_forward, normed)
+            return x + F.dropout(branch, dropout_p)
+        branch, dropout_p = run_block(*attention, x, *target, cache=kept)
+        x = add_norm(self.norm1, branch, x, dropout_p)
+        branch, dropout_p = run_block(*cross, x, *source, cache=kept_memory)
+        x = add_norm(self.norm2, branch, x, dropout_p)
+        branch, dropout_p = run_block(*feed_forward, x)
+        return add_norm(self.norm3, branch, x, dropout_p)
+
+    def _sa_block(
+        self,
+        x: Tensor,
+        attn_mask: Any,
+        key_padding_mask: Tensor | None,
+        is_causal: bool = False,
+        *,
+        cache: SelfAttentionCache | None = None,
+    ) -> Tensor:
+        out: Tensor = self.dropout1(self._self_attend(x, attn_mask, key_padding_mask, is_causal, cache))
+        return out
+
+    def _mha_block(
+        self,
+        x: Tensor,
+        mem: Tensor,
+        attn_mask: Any,
+        key_padding_mask: Tensor | None,
+        is_causal: bool = False,
+        *,
+        cache: CrossAttentionCache | None = None,
+    ) -> Tensor:
+        out: Tensor = self.dropout2(self._cross_attend(x, mem, attn_mask, key_padding_mask, is_causal, cache))
+        return out
+
+    def _ff_block(self, x: Tensor) -> Tensor:
+        out: Tensor = self.dropout3(self._feed_forward(x))
+        return out
+
+    def _self_attend(self, x: Tensor, attn_mask: Any, padding: Any, is_causal: bool, cache: Any = None) -> Tensor:
+        return attend(self.self_attn, x, x, attn_mask, padding, is_causal, cache)
+
+    def _cross_attend(
+        self, x: Tensor, memory: Tensor, attn_mask: Any, padding: Any, is_causal: bool, cache: Any = None
+    ) -> Tensor:
+        return attend(self.multihead_attn, x, memory, attn_mask, padding, is_causal, cache)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        return layer_feed_forward(self, x)
+
+
+class TransformerDecoder(nn.TransformerDecoder):
+    """``out = norm(layer_N(... layer_1(tgt, memory), memory))``.
+
+    Constructor, parameters and ``state_dict`` are those of ``torch.nn.TransformerDecoder``. Masks are prepared once
+    and handed to every layer.
+
+    Args:
+        decoder_layer: the layer to copy ``num_layers`` times; all copies start with its weights, as in torch.
+        num_layers: N. norm: applied at the end, or None.
+
+    Source: Vaswani et al., "Attention Is All You Need", 2017, sec. 3.1.
+    """
+
+    def __init__(self, decoder_layer: nn.Module, num_layers: int, norm: nn.Module | None = None) -> None:
+        super().__init__(decoder_layer, num_layers, norm)  # type: ignore[arg-type]
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | Mask | None = None,
+        memory_mask: Tensor | Mask | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool | None = None,
+        memory_is_causal: bool = False,
+        *,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Args:
+            tgt: [T,B,E], [B,T,E] where the layers are ``batch_first``, or [T,E] unbatched; floating point.
+            memory: the encoder's output, the same with length S.
+            tgt_mask: [T,T] or [B*H,T,T], bool (True = masked out) or floating point (added); or a
+                ``pytransformer.masks.Mask`` (True = attend). With a cache of n tokens, n + T in place of the last T.
+            memory_mask: [T,S] or [B*H,T,S], likewise.
+            tgt_key_padding_mask: [B,T], or [T] unbatched: bool (True = padding) or floating point (added). With a
+                cache of n tokens it covers all n + T.
+            memory_key_padding_mask: [B,S] or [S], likewise.
+            tgt_is_causal: in addition to ``tgt_mask``, which must be given (unless there is a cache), no query
+                sees a key after its position. With None a causal ``tgt_mask`` is recognised and not read any
+                further (in eager mode), and with a cache None means True.
+            memory_is_causal: the same for the memory and ``memory_mask``; not with a cache.
+            cache: of all layers, see ``pytransformer.nn.cache``; ``tgt`` then holds the new tokens alone.
+
+        Returns:
+            The shape and layout of ``tgt``.
+
+        Raises:
+            TypeError, ValueError: an argument's type, dtype or shape is wrong.
+            RuntimeError: a causal hint without its mask.
+        """
+        is_causal = cache is not None if tgt_is_causal is None else tgt_is_causal
+        target, source = self._prepare(
+            tgt,
+            memory,
+            LayerMasks(tgt_mask, tgt_key_padding_mask, is_causal),
+            LayerMasks(memory_mask, memory_key_padding_mask, memory_is_causal),
+            cache,
+        )
+        output = tgt
+        for index, layer in enumerate(self.layers):
+            kwargs = {} if cache is None else {"cache": cache.layer(index)}
+            output = layer(
+                output,
+                memory,
+                tgt_mask=target.attn_mask,
+                memory_mask=source.attn_mask,
+                tgt_key_padding_mask=target.key_padding_mask,
+                memory_key_padding_mask=source.key_padding_mask,
+                tgt_is_causal=target.is_causal,
+                memory_is_causal=source.is_causal,
+                **kwargs,
+            )
+        return output if self.norm is None else self.norm(output)
+
+    def _prepare(
+        self, tgt: Tensor, memory: Tensor, target: LayerMasks, source: LayerMasks, cache: Cache | None
+    ) -> tuple[LayerMasks, LayerMasks]:
+        """Both kinds of masks as every layer takes them, with what all layers would do to them done once."""
+        first: Any = self.layers[0].self_attn
+        batched = tgt.dim() == 3
+        axis = 1 if batched and first.batch_first else 0
+        B, T, S = tgt.shape[1 - axis] if batched else 1, tgt.shape[axis], memory.shape[axis]
+        held = 0 if cache is None else cache.layer(0).self_attention.length
+        mergeable = all(_takes_masks(layer) for layer in self.layers)
+        align = None if cache is None else "bottom_right"
+        H = first.num_heads
+        return (
+            layer_masks(target, (B, H, T, held + T), mergeable, batched, recognise=True, align=align),
+            layer_masks(source, (B, H, T, S), mergeable, batched),
+        )
+
+
+def _takes_masks(layer: Any) -> bool:
+    """May ``layer`` be handed a ``Mask`` in place of a tensor, with nobody else seeing it?"""
+    return (
+        is_plain(layer, (TransformerDecoderLayer,))
+        and all(is_plain(attention, (MultiheadAttention,)) for attention in (layer.self_attn, layer.multihead_attn))
+        and not {"_sa_block", "_mha_block"} & layer.__dict__.keys()
+    )
