@@ -33,6 +33,7 @@ from pytransformer.models._checks import (
     check_wanted,
 )
 from pytransformer.nn import LayerNorm
+from pytransformer.nn.cache import Cache, SelfAttentionCache
 from pytransformer.nn.layer_norm import add_prenorm
 
 _NAMES = _hf.Names(
@@ -131,7 +132,9 @@ class GptAttention(nn.Module):
         scale = 1 / math.sqrt(E // config.n_head) if config.scale_attn_weights else 1.0
         self.scale = scale / (index + 1 if config.scale_attn_by_inverse_layer_idx else 1)
 
-    def forward(self, x: Tensor, mask: Mask, cache: Any, return_weights: bool) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, mask: Mask, cache: SelfAttentionCache | None, return_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
         B, T, E = x.shape
         q, k, v = self.in_proj(x).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         if cache is not None:
@@ -184,6 +187,11 @@ class Gpt(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
+    @property
+    def max_positions(self) -> int:
+        """How long a sequence may be."""
+        return self.config.n_positions
+
     def forward(
         self,
         input_ids: Tensor,
@@ -191,7 +199,7 @@ class Gpt(nn.Module):
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         *,
-        cache: Any = None,
+        cache: Cache | None = None,
         logits_to_keep: int = 0,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
@@ -236,19 +244,20 @@ class Gpt(nn.Module):
         return GptOutput(x, logits, loss, states, tuple(weights) if output_attentions else None)
 
     def _run(
-        self, x: Tensor, mask: Mask, cache: Any, output_attentions: bool
+        self, x: Tensor, mask: Mask, cache: Cache | None, output_attentions: bool
     ) -> tuple[Tensor, list[Tensor], list[Any]]:
         """All blocks and the last norm: the output, the stream before each block, the weights of each block."""
         dropout_p = self.config.resid_pdrop if self.training else 0.0
-        norms = [*(block.norm1 for block in self.layers), self.norm]
+        blocks: Any = self.layers
+        norms = [*(block.norm1 for block in blocks), self.norm]
         normed, streams, weights = norms[0](x), [], []
-        for i, (block, next_norm) in enumerate(zip(self.layers, norms[1:], strict=True)):
+        for i, (block, next_norm) in enumerate(zip(blocks, norms[1:], strict=True)):
             streams.append(x)
             layer_cache = None if cache is None else cache.layer(i).self_attention
-            branch, seen = block.self_attn(normed, mask, layer_cache, output_attentions)  # type: ignore[operator]
+            branch, seen = block.self_attn(normed, mask, layer_cache, output_attentions)
             weights.append(seen)
             normed, x = add_prenorm(block.norm2, branch, x, dropout_p)
-            normed, x = add_prenorm(next_norm, block.feed_forward(normed), x, dropout_p)  # type: ignore[operator]
+            normed, x = add_prenorm(next_norm, block.feed_forward(normed), x, dropout_p)
         return normed, streams, weights
 
     @staticmethod
