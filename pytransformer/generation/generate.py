@@ -11,7 +11,7 @@ from pytransformer.generation._beam import beam_search
 from pytransformer.generation._decoders import Decoder, DecoderOnly, EncoderDecoder
 from pytransformer.generation._search import search
 from pytransformer.generation._settings import Settings
-from pytransformer.models._checks import check_ids, check_same_shape
+from pytransformer.models._checks import check_same_shape, check_tokens
 
 
 class Generation(NamedTuple):
@@ -115,7 +115,7 @@ def _decoder(
     model: Any, input_ids: Tensor, attention_mask: Tensor | None, start: int | None, new_tokens: int, copies: int
 ) -> Decoder:
     """The model with its prompts, each ``copies`` times."""
-    check_ids("generate", "input_ids", input_ids)
+    check_tokens("generate", "input_ids", input_ids)
     if model.training:
         raise ValueError("generate: model must be in evaluation mode, got one in training mode; call model.eval()")
     keep = None

@@ -148,7 +148,7 @@ def load(
         model = make()
     state = to_own(type(model).__name__, weights, model.state_dict(), names, source)
     model.load_state_dict({name: x.to(device, dtype) for name, x in state.items()}, assign=True)
-    return model.eval()
+    return model.to(device, dtype).eval()  # tables that no checkpoint holds
 
 
 def without_tied(owner: str, weights: dict[str, Tensor], tied: dict[str, str], source: str) -> dict[str, Tensor]:

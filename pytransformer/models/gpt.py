@@ -27,13 +27,13 @@ from pytransformer.models._checks import (
     check_activation,
     check_divides,
     check_fields,
-    check_ids,
-    check_range,
     check_same_shape,
+    check_tokens,
     check_wanted,
 )
 from pytransformer.nn import LayerNorm
 from pytransformer.nn.cache import Cache, SelfAttentionCache
+from pytransformer.nn.embedding import check_ids
 from pytransformer.nn.layer_norm import add_prenorm
 
 _NAMES = _hf.Names(
@@ -315,7 +315,7 @@ class Gpt(nn.Module):
         past: int,
     ) -> None:
         name, config = type(self).__name__, self.config
-        check_ids(name, "input_ids", input_ids)
+        check_tokens(name, "input_ids", input_ids)
         B, T = input_ids.shape
         if position_ids is None and past + T > config.n_positions:
             raise ValueError(
@@ -326,10 +326,10 @@ class Gpt(nn.Module):
             raise ValueError(f"{name}: attention_mask must be {[B, past + T]}, got {list(attention_mask.shape)}")
         for what, x in (("position_ids", position_ids), ("labels", labels)):
             if x is not None:
-                check_ids(name, what, x)
+                check_tokens(name, what, x)
                 check_same_shape(name, what, x, "input_ids", input_ids)
-        check_range(name, "input_ids", input_ids, "vocab_size", config.vocab_size)
+        check_ids(name, "input_ids", input_ids, "vocab_size", config.vocab_size)
         if position_ids is not None:
-            check_range(name, "position_ids", position_ids, "n_positions", config.n_positions)
+            check_ids(name, "position_ids", position_ids, "n_positions", config.n_positions)
         if labels is not None:
-            check_range(name, "labels", labels, "vocab_size", config.vocab_size, ignored=-100)
+            check_ids(name, "labels", labels.masked_fill(labels == -100, 0), "vocab_size", config.vocab_size)
