@@ -65,6 +65,7 @@ def train(
             progress.update(task, advance=1, loss=losses[-1])
             if step + 1 == end or (step + 1) % save_every == 0:
                 _save(path, model, optimizer, schedule, losses)
+                progress.console.print(f"step {step + 1}: loss {losses[-1]:.3f}, saved {path}")
     plot(losses, args.out / "loss.png")
     return losses
 

@@ -2,6 +2,7 @@
 
 from pytransformer.models._attention import attention_weights
 from pytransformer.models.bert import Bert, BertConfig, BertOutput
+from pytransformer.models.bert_pretraining import BertForPreTraining, BertPreTrainingOutput
 from pytransformer.models.gpt import Gpt, GptConfig, GptOutput
 from pytransformer.models.minilm import SentenceEncoder, load_minilm
 from pytransformer.models.transformer import Transformer, TransformerOutput
@@ -10,7 +11,9 @@ from pytransformer.models.transformer_config import TransformerConfig
 __all__ = [
     "Bert",
     "BertConfig",
+    "BertForPreTraining",
     "BertOutput",
+    "BertPreTrainingOutput",
     "Gpt",
     "GptConfig",
     "GptOutput",

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pytransformer import masks, ops
 from pytransformer.models import _hf
+from pytransformer.models._attention import attention_weights
 from pytransformer.models._checks import (
     ACTIVATIONS,
     check_activation,
@@ -30,7 +31,7 @@ from pytransformer.models._checks import (
 from pytransformer.nn import LayerNorm, TransformerEncoderLayer
 from pytransformer.nn.embedding import check_ids
 
-_NAMES = _hf.Names(
+NAMES = _hf.Names(
     renamed=(
         ("embeddings.LayerNorm.", "embeddings.norm."),
         ("encoder.layer.", "layers."),
@@ -106,11 +107,13 @@ class BertOutput(NamedTuple):
         last_hidden_state: [B,T,E].
         pooler_output: [B,E], or None without a pooler.
         hidden_states: the embeddings and each layer's output, [B,T,E] each, if asked for.
+        attentions: the attention weights of each layer, [B,H,T,T] each, if asked for.
     """
 
     last_hidden_state: Tensor
     pooler_output: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 class BertEmbeddings(nn.Module):
@@ -167,6 +170,7 @@ class Bert(nn.Module):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         output_hidden_states: bool = False,
+        output_attentions: bool = False,
     ) -> BertOutput:
         """Encodes a batch of token sequences.
 
@@ -176,6 +180,7 @@ class Bert(nn.Module):
                 A position counts from the start of the row, padding included, as in ``transformers``.
             token_type_ids: int32 or int64 [B,T]; all 0 where None.
             output_hidden_states: also return every layer's input and the last one's output.
+            output_attentions: also return every layer's attention weights.
 
         Returns:
             A ``BertOutput``.
@@ -188,11 +193,13 @@ class Bert(nn.Module):
         mask = None if attention_mask is None else masks.padding(attention_mask.bool())
         x = self.embeddings(input_ids, token_type_ids)
         states = [x]
-        for layer in self.layers:
-            x = layer(x, src_mask=mask)
-            states.append(x)
+        with attention_weights(self if output_attentions else None) as seen:
+            for layer in self.layers:
+                x = layer(x, src_mask=mask)
+                states.append(x)
         pooled = None if self.pooler is None else torch.tanh(self.pooler(x[:, 0]))
-        return BertOutput(x, pooled, tuple(states) if output_hidden_states else None)
+        weights = tuple(seen.values()) if output_attentions else None
+        return BertOutput(x, pooled, tuple(states) if output_hidden_states else None, weights)
 
     @classmethod
     def from_pretrained(
@@ -225,11 +232,11 @@ class Bert(nn.Module):
         pooler = has_pooler if add_pooling_layer is None else add_pooling_layer
         if not pooler:
             weights = {name: x for name, x in weights.items() if not name.startswith("pooler.")}
-        return _hf.load(lambda: cls(config, pooler), weights, _NAMES, os.fspath(path), dtype, device)
+        return _hf.load(lambda: cls(config, pooler), weights, NAMES, os.fspath(path), dtype, device)
 
     def to_hf_state_dict(self) -> dict[str, Tensor]:
         """The weights under the names of ``transformers.BertModel``: copies, contiguous, detached."""
-        return _hf.from_own(self.state_dict(), _NAMES)
+        return _hf.from_own(self.state_dict(), NAMES)
 
     def _check(self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None) -> None:
         name, config = type(self).__name__, self.config
@@ -249,14 +256,18 @@ class Bert(nn.Module):
 
 
 def canonical(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``BertModel``'s own names: without the prefix, heads, buffers and old spellings of other checkpoints."""
-    found = {}
-    for name, x in weights.items():
-        bare = name.removeprefix("bert.")
-        if bare in _BUFFERS or name.startswith(_HEADS):
-            continue
-        found[bare.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")] = x
-    return found
+    """``BertModel``'s own names: without the prefix and the heads of other checkpoints."""
+    bare = {name.removeprefix("bert."): x for name, x in weights.items() if not name.startswith(_HEADS)}
+    return modern_names(bare)
+
+
+def modern_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the buffers and the spellings of old files."""
+    return {
+        name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): x
+        for name, x in weights.items()
+        if not name.endswith(_BUFFERS)
+    }
 
 
 def _layer(config: BertConfig) -> TransformerEncoderLayer:
