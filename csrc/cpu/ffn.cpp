@@ -3,17 +3,24 @@
 // The arithmetic is all in gemm.h; what is fused here is what torch does in passes of their own over
 // [N,F], the largest matrix of the layer. Bias, activation and dropout are applied to a block of the
 // hidden layer as the first product finishes it, and the activated values go straight to the operand
-// type of the second product. Tokens are taken in chunks whose hidden layer fits in a shared cache, so
+// of the second product. Tokens are taken in chunks whose hidden layer fits in a shared cache, so
 // an [N,F] matrix exists in memory only where the caller wants it, before the activation, for backward.
 //
-// Backward, with h the hidden layer, m the multipliers of dropout, drawn again, and a = act(h) m:
-//     grad_hidden  = (grad_output W2) act'(h) m      a and grad_hidden in one epilogue, from one h
-//     grad_weight2 = grad_output^T a                 grad_bias2 = column sums of grad_output
-//     grad_input   = grad_hidden W1
-//     grad_weight1 = grad_hidden^T x                 grad_bias1 = column sums of grad_hidden
-// It takes chunks of tokens too; the gradients of the weights are summed over chunks in float32, in
-// order. The activation is applied to the float32 sums in forward and to the stored h in backward: for
-// bfloat16 the two differ by less than a rounding.
+// Every product with a weight is computed as its transpose, weight times tokens: nn.Linear keeps a
+// weight with its rows along k, which is how the left operand is read, so that forward does not pack
+// the weights at all. The hidden layer then comes out with tokens in lanes, a feature a row, which is
+// how the right operand of the second product wants it; only what leaves for memory is turned.
+//
+// Backward, with h the hidden layer, m the multipliers of dropout, drawn again, and a = act(h) m, all
+// with features in rows:
+//     grad_hidden  = (W2^T grad_output^T) act'(h) m       a and grad_hidden in one epilogue, from one h
+//     grad_weight2 = (a grad_output)^T                    grad_bias2 = column sums of grad_output
+//     grad_weight1 = grad_hidden x                        grad_bias1 = row sums of grad_hidden
+//     grad_input   = (W1^T grad_hidden)^T
+// The left operands of the middle two are a and grad_hidden as the epilogue stored them. It takes chunks
+// of tokens too; the gradients of the weights are summed over chunks in float32, in order. The
+// activation is applied to the float32 sums in forward and to the stored h in backward: for bfloat16 the
+// two differ by less than a rounding.
 #include "ffn.h"
 
 #include "gemm.h"
@@ -87,13 +94,12 @@ void activate(Activation activation, float* values, int64_t count) {
   });
 }
 
-// values = activation(hidden); grad *= activation'(hidden)
-template <class T>
-void activate_backward(Activation activation, const T* hidden, float* values, float* grad, int64_t count) {
+// grad *= activation'(values); values = activation(values)
+void activate_backward(Activation activation, float* values, float* grad, int64_t count) {
   with_activation(activation, [&](auto kind) {
     for_vectors(count, [&](int64_t c, int n) {
       Vec y, dx;
-      kind.both(load(hidden + c, n), load(grad + c, n), y, dx);
+      kind.both(load(values + c, n), load(grad + c, n), y, dx);
       store(values + c, y, n);
       store(grad + c, dx, n);
     });
@@ -105,10 +111,6 @@ void activate_backward(Activation activation, const T* hidden, float* values, fl
 template <class From, class To>
 inline void copy_row(const From* from, int64_t count, To* to) {
   for_vectors(count, [&](int64_t c, int n) { store(to + c, load(from + c, n), n); });
-}
-
-inline void multiply_row(float* values, const float* by, int64_t count) {
-  for_vectors(count, [&](int64_t c, int n) { store(values + c, load(values + c, n) * load(by + c, n), n); });
 }
 
 template <class T>
@@ -127,8 +129,13 @@ class Bias {
       copy_row(view.ptr<float>(), view.shape[0], copy_.get());
     }
   }
-  void add_to(float* values, int64_t column, int64_t count) const {
-    if (defined_) add_row(values, copy_.get() + column, count);
+  // To a block whose rows are features.
+  void add_to(const Block& block, float* values) const {
+    for (int64_t i = 0; defined_ && i < block.rows; ++i) {
+      const Vec x = Vec::set1(copy_.get()[block.row + i]);
+      float* row = values + i * block_columns;
+      for_vectors(block.columns, [&](int64_t c, int n) { store(row + c, load(row + c, n) + x, n); });
+    }
   }
 
  private:
@@ -136,23 +143,50 @@ class Bias {
   bool defined_;
 };
 
-// Dropout on the elements of [N,F], by row and column.
-struct HiddenDropout {
-  Dropout dropout;
-  int64_t columns;
-  bool active;
-
-  template <class Parameters>
-  HiddenDropout(const Parameters& a, int64_t columns)
-      : dropout(Dropout::make(a.dropout_p, {a.seed, a.offset})), columns(columns), active(a.dropout_p > 0) {}
-
-  void apply(int64_t row, int64_t column, int64_t count, float* values, float* more = nullptr) const {
-    if (!active) return;
-    float room[block_columns + Dropout::spare];
-    const float* multipliers = dropout.multipliers(uint64_t(row * columns + column), count, room);
-    multiply_row(values, multipliers, count);
-    if (more) multiply_row(more, multipliers, count);
+// body(strip, values) for strips of a block, a vector's lanes of rows at a time: they stay in L1.
+template <class Body>
+void by_strips(const Block& block, float* sums, const Body& body) {
+  for (int64_t r = 0; r < block.rows; r += lanes) {
+    const int64_t rows = block.rows - r < lanes ? block.rows - r : lanes;
+    body(Block{block.row + r, block.column, rows, block.columns}, sums + r * block_columns);
   }
+}
+
+// Dropout on the elements of [N,F], for a block of the hidden layer: features in rows, tokens in columns.
+class BlockDropout {
+ public:
+  BlockDropout(const Dropout& dropout, int64_t features, int64_t first_token, const Block& block)
+      : dropout_(dropout), first_row_(block.row) {
+    if (dropout.threshold == 0) return;
+    for (int64_t c = 0; c < block.columns; c += 64) {
+      const int64_t tokens = block.columns - c < 64 ? block.columns - c : 64;
+      for (int64_t t = 0; t < tokens; ++t) {
+        uint64_t words[room];
+        dropout.keep_bits(uint64_t((first_token + block.column + c + t) * features + block.row), block.rows, words);
+        for (int64_t w = 0; 64 * w < block.rows; ++w) kept_[c / 64][64 * w + t] = words[w];
+      }
+      for (int64_t w = 0; 64 * w < block.rows; ++w) transpose_bits(kept_[c / 64] + 64 * w);
+    }
+  }
+
+  // To a strip of the block.
+  void apply(const Block& strip, float* values) const {
+    if (dropout_.threshold == 0) return;
+    const Vec scale = Vec::set1(dropout_.scale);
+    for (int64_t i = 0; i < strip.rows; ++i) {
+      float* row = values + i * block_columns;
+      for_vectors(strip.columns, [&](int64_t c, int n) {
+        const Mask keep = Mask::from_bits(uint32_t(kept_[c / 64][strip.row + i - first_row_] >> (c % 64)));
+        store(row + c, select(keep, load(row + c, n) * scale, Vec::zero()), n);
+      });
+    }
+  }
+
+ private:
+  static constexpr int64_t room = (block_rows + 63) / 64;
+  const Dropout& dropout_;
+  int64_t first_row_;
+  uint64_t kept_[block_columns / 64][64 * room];  // bit i of [c][row]: token 64 c + i of the block is kept
 };
 
 // How many tokens at a time: their hidden layer, `matrices` of it, should stay in a shared cache.
@@ -171,71 +205,80 @@ struct Chunks {
   int64_t size(int64_t chunk, int64_t N) const { return N - begin(chunk) < rows ? N - begin(chunk) : rows; }
 };
 
+// A product's transpose to its place: out[column] + block.row holds the block's column.
+template <class T>
+void store_output(const Block& block, float* sums, T* out, int64_t stride) {
+  store_turned(sums, block.rows, block.columns, out + block.column * stride + block.row, stride);
+}
+
 template <class T>
 void forward(const FfnForward& a) {
   using Operand = operand_t<T>;
   const int64_t N = a.input.shape[0], E = a.input.shape[1], F = a.weight1.shape[0], O = a.weight2.shape[0];
   const Bias bias1(a.bias1), bias2(a.bias2);
-  const HiddenDropout dropout(a, F);
+  const Dropout dropout = Dropout::make(a.dropout_p, {a.seed, a.offset});
   const Chunks chunks(N, F, 1);
-
-  const Packed<Operand> weight1(right_transposed<Operand>(a.weight1.ptr<const T>(), E), F, E);
-  const Packed<Operand> weight2(right_transposed<Operand>(a.weight2.ptr<const T>(), F), O, F);
+  const LeftRows<Operand, T> weight1(a.weight1.ptr<const T>(), E, F, E, chunks.rows);
+  const LeftRows<Operand, T> weight2(a.weight2.ptr<const T>(), F, O, F, chunks.rows);
 
   for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
-    const int64_t begin = chunks.begin(chunk), rows = chunks.size(chunk, N);
-    const Packed<Operand> activated(rows, F);
+    const int64_t begin = chunks.begin(chunk), tokens = chunks.size(chunk, N);
+    const Packed<Operand> activated(tokens, F, tile_width);
     {
-      const Packed<Operand> input(left<Operand>(a.input.ptr<const T>() + begin * E, E), rows, E);
-      gemm(rows, F, input, weight1, [&](int64_t row, int64_t column, int64_t count, float* values) {
-        bias1.add_to(values, column, count);
-        if (a.hidden) copy_row(values, count, a.hidden.ptr<T>() + (begin + row) * F + column);
-        activate(a.activation, values, count);
-        dropout.apply(begin + row, column, count, values);
-        activated.store_row(row, column, count, values);
+      const Packed<Operand> input(right_transposed<Operand>(a.input.ptr<const T>() + begin * E, E), tokens, E);
+      gemm<Operand>(F, tokens, weight1, input, [&](const Block& block, float* sums) {
+        const BlockDropout drop(dropout, F, begin, block);
+        by_strips(block, sums, [&](const Block& strip, float* values) {
+          bias1.add_to(strip, values);
+          if (a.hidden) store_output(strip, values, a.hidden.ptr<T>() + begin * F, F);
+          for (int64_t i = 0; i < strip.rows; ++i) activate(a.activation, values + i * block_columns, strip.columns);
+          drop.apply(strip, values);
+          activated.store_depths(strip.row, strip.rows, strip.column, strip.columns, values, block_columns);
+        });
       });
     }
-    gemm(rows, O, activated, weight2, [&](int64_t row, int64_t column, int64_t count, float* values) {
-      bias2.add_to(values, column, count);
-      copy_row(values, count, a.output.ptr<T>() + (begin + row) * O + column);
+    gemm<Operand>(O, tokens, weight2, activated, [&](const Block& block, float* sums) {
+      bias2.add_to(block, sums);
+      store_output(block, sums, a.output.ptr<T>() + begin * O, O);
     });
   }
 }
 
-// The gradient of a weight, summed over chunks of tokens: in place where it is float32, else in a
-// float32 matrix of its own, rounded once with the last chunk.
+// The gradient of a weight, summed over chunks of tokens as its product comes out, [rows, columns], in
+// float32. `turned`: the product is the gradient's transpose. The last chunk's sums are stored.
 template <class T>
 class WeightGradient {
  public:
-  WeightGradient(const TensorView& view, int64_t chunks)
+  WeightGradient(const TensorView& view, bool turned, int64_t chunks)
       : out_(view.ptr<T>()),
-        columns_(view ? view.shape[1] : 0),
+        stride_(view ? view.shape[1] : 0),
+        columns_(view ? view.shape[turned ? 0 : 1] : 0),
+        turned_(turned),
         chunks_(chunks),
-        own_(view && needs_own(chunks) ? view.shape[0] * view.shape[1] : 0) {
-    if constexpr (sizeof(T) == sizeof(float)) sums_ = out_;
-    if (needs_own(chunks)) sums_ = own_.get();
-  }
+        sums_(view && chunks > 1 ? view.shape[0] * view.shape[1] : 0) {}
 
   // The epilogue of chunk `chunk`'s product.
   auto add_chunk(int64_t chunk) const {
-    return [this, chunk](int64_t row, int64_t column, int64_t count, float* values) {
-      const int64_t at = row * columns_ + column;
-      if (chunk > 0) add_row(values, sums_ + at, count);
-      if (chunk + 1 == chunks_) {
-        copy_row(values, count, out_ + at);
-      } else {
-        copy_row(values, count, sums_ + at);
+    return [this, chunk](const Block& block, float* values) {
+      for (int64_t i = 0; i < block.rows && chunks_ > 1; ++i) {
+        float *row = values + i * block_columns, *sum = sums_.get() + (block.row + i) * columns_ + block.column;
+        if (chunk > 0) add_row(row, sum, block.columns);
+        if (chunk + 1 < chunks_) copy_row(row, block.columns, sum);
+      }
+      if (chunk + 1 < chunks_) return;
+      if (turned_) return store_output(block, values, out_, stride_);
+      for (int64_t i = 0; i < block.rows; ++i) {
+        copy_row(values + i * block_columns, block.columns, out_ + (block.row + i) * stride_ + block.column);
       }
     };
   }
 
  private:
-  static bool needs_own(int64_t chunks) { return sizeof(T) != sizeof(float) && chunks > 1; }
-
   T* out_;
-  int64_t columns_, chunks_;
-  Scratch<float> own_;
-  float* sums_ = nullptr;
+  int64_t stride_, columns_;
+  bool turned_;
+  int64_t chunks_;
+  Scratch<float> sums_;
 };
 
 // sums (+)= the column sums of [rows, columns]. Groups of 16 rows are summed, then groups of 16 groups,
@@ -264,79 +307,119 @@ void column_sums(const T* matrix, int64_t rows, int64_t columns, float* sums, bo
   });
 }
 
-// What backward derives from a chunk of the hidden layer: its gradient and, for weight2, its activated
-// values. `grad` comes in as (grad_output W2)[row, column ...] and is overwritten.
+// A matrix [features, tokens] of a chunk, as a left operand in place: rows end on a whole vector and are no
+// multiple of a page apart.
+template <class Operand>
+class FeatureRows {
+ public:
+  FeatureRows(int64_t features, int64_t tokens)
+      : stride_(round_up(tokens, lanes) + lanes), data_(features > 0 ? features * stride_ : 0) {}
+
+  Operand* row(int64_t i) const { return data_.get() + i * stride_; }
+
+  // Values beyond the last token, up to a whole vector, are zeros.
+  void store(const Block& block, const float* sums) const {
+    for (int64_t i = 0; i < block.rows; ++i) {
+      for_vectors(block.columns, [&](int64_t c, int n) {
+        load(sums + i * block_columns + c, n).store(row(block.row + i) + block.column + c);
+      });
+    }
+  }
+
+  LeftView<Operand> as_left(int64_t tokens) const { return {data_.get(), tokens, stride_, 0, false}; }
+
+ private:
+  int64_t stride_;
+  Scratch<Operand> data_;
+};
+
+// What backward derives from a chunk of the hidden layer, where it is wanted.
 template <class T>
 struct HiddenBackward {
   using Operand = operand_t<T>;
+
   const FfnBackward& a;
-  const HiddenDropout& dropout;
+  const Dropout& dropout;
   int64_t F, begin;
-  Operand *grad_hidden, *activated;  // of the chunk; null where not needed
+  const FeatureRows<Operand>&activated, &grad_hidden;
+  const Packed<Operand>& grad_operand;  // grad_hidden again, as the right operand of grad_input's product
+  float* bias_sums;                     // [tokens / tile_width][F]
 
-  void operator()(int64_t row, int64_t column, int64_t count, float* grad) const {
-    float values[block_columns];
-    const int64_t at = row * F + column;
-    activate_backward(a.activation, a.hidden.ptr<const T>() + begin * F + at, values, grad, count);
-    dropout.apply(begin + row, column, count, values, grad);
-    if (grad_hidden) copy_row(grad, count, grad_hidden + at);
-    if (activated) copy_row(values, count, activated + at);
+  // `sums` come in as a block of W2^T grad_output^T.
+  void operator()(const Block& block, float* sums) const {
+    const BlockDropout drop(dropout, F, begin, block);
+    by_strips(block, sums, [&](const Block& strip, float* grad) {
+      float values[lanes * block_columns];
+      const T* hidden = a.hidden.ptr<const T>() + (begin + strip.column) * F + strip.row;
+      load_turned(hidden, F, strip.rows, strip.columns, values);
+      for (int64_t i = 0; i < strip.rows; ++i) {
+        float* row = values + i * block_columns;
+        activate_backward(a.activation, row, grad + i * block_columns, strip.columns);
+      }
+      drop.apply(strip, values);
+      drop.apply(strip, grad);
+      if (a.grad_weight2) activated.store(strip, values);
+      if (a.grad_weight1) grad_hidden.store(strip, grad);
+      if (a.grad_input) {
+        grad_operand.store_depths(strip.row, strip.rows, strip.column, strip.columns, grad, block_columns);
+      }
+      if (a.grad_bias1) sum_rows(strip, grad);
+    });
   }
-};
 
-// Without the product before it, for where only grad_weight2 is wanted.
-template <class T>
-void activate_only(const HiddenBackward<T>& hidden, int64_t rows) {
-  parallel_ranges(rows, max_threads(), [&](int64_t first, int64_t last, int) {
-    float unused[block_columns] = {};
-    for (int64_t r = first; r < last; ++r) {
-      for (int64_t c = 0; c < hidden.F; c += block_columns) {
-        hidden(r, c, hidden.F - c < block_columns ? hidden.F - c : block_columns, unused);
+  // One sum for every tile_width tokens, however the blocks were cut.
+  void sum_rows(const Block& strip, const float* grad) const {
+    for (int64_t i = 0; i < strip.rows; ++i) {
+      for (int64_t c = 0; c < strip.columns; c += tile_width) {
+        const int64_t count = strip.columns - c < tile_width ? strip.columns - c : tile_width;
+        Vec sum = Vec::zero();
+        for_vectors(count, [&](int64_t j, int n) { sum = sum + load(grad + i * block_columns + c + j, n); });
+        bias_sums[(strip.column + c) / tile_width * F + strip.row + i] = sum.sum();
       }
     }
-  });
-}
+  }
+};
 
 template <class T>
 void backward(const FfnBackward& a) {
   using Operand = operand_t<T>;
   const int64_t N = a.input.shape[0], E = a.input.shape[1], F = a.weight1.shape[0], O = a.weight2.shape[0];
-  const bool need_hidden = a.grad_input || a.grad_weight1 || a.grad_bias1, need_activated = a.grad_weight2.defined;
-  const HiddenDropout dropout(a, F);
+  const bool need_hidden = a.grad_input || a.grad_weight1 || a.grad_bias1 || a.grad_weight2;
+  const Dropout dropout = Dropout::make(a.dropout_p, {a.seed, a.offset});
   const Chunks chunks(N, F, 2);
-  const Scratch<Operand> grad_hidden(need_hidden ? chunks.rows * F : 0);
-  const Scratch<Operand> activated(need_activated ? chunks.rows * F : 0);
-  const WeightGradient<T> grad1(a.grad_weight1, chunks.count), grad2(a.grad_weight2, chunks.count);
-  const Packed<Operand> weight2(right<Operand>(a.weight2.ptr<const T>(), F), F, need_hidden ? O : 0);
-  const Packed<Operand> weight1(right<Operand>(a.weight1.ptr<const T>(), E), E, a.grad_input ? F : 0);
+  const WeightGradient<T> grad1(a.grad_weight1, false, chunks.count), grad2(a.grad_weight2, true, chunks.count);
+  const FeatureRows<Operand> activated(a.grad_weight2 ? F : 0, chunks.rows);
+  const FeatureRows<Operand> grad_hidden(a.grad_weight1 ? F : 0, chunks.rows);
+  const Packed<Operand> weight2(left_transposed<Operand>(a.weight2.ptr<const T>(), F), need_hidden ? F : 0, O);
+  const Packed<Operand> weight1(left_transposed<Operand>(a.weight1.ptr<const T>(), E), a.grad_input ? E : 0, F);
 
   for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
-    const int64_t begin = chunks.begin(chunk), rows = chunks.size(chunk, N);
+    const int64_t begin = chunks.begin(chunk), tokens = chunks.size(chunk, N);
     const T* input = a.input.ptr<const T>() + begin * E;
     const T* grad_output = a.grad_output.ptr<const T>() + begin * O;
-    const HiddenBackward<T> hidden{
-        a, dropout, F, begin, need_hidden ? grad_hidden.get() : nullptr, need_activated ? activated.get() : nullptr};
+    const Packed<Operand> grad_operand(a.grad_input ? tokens : 0, F, tile_width);
+    const int64_t groups = ceil_div(tokens, tile_width);
+    const Scratch<float> bias_sums(a.grad_bias1 ? groups * F : 0);
     if (need_hidden) {
-      gemm(rows, F, Packed<Operand>(left<Operand>(grad_output, O), rows, O), weight2, hidden);
-    } else if (need_activated) {
-      activate_only(hidden, rows);
+      const Packed<Operand> upstream(right_transposed<Operand>(grad_output, O), tokens, O);
+      const HiddenBackward<T> hidden{a, dropout, F, begin, activated, grad_hidden, grad_operand, bias_sums.get()};
+      gemm<Operand>(F, tokens, weight2, upstream, hidden);
     }
     if (a.grad_weight2) {
-      gemm(O, F, Packed<Operand>(left_transposed<Operand>(grad_output, O), O, rows),
-           Packed<Operand>(right<Operand>(activated.get(), F), F, rows), grad2.add_chunk(chunk));
+      gemm<Operand>(F, O, activated.as_left(tokens), Packed<Operand>(right<Operand>(grad_output, O), O, tokens),
+                    grad2.add_chunk(chunk));
     }
     if (a.grad_weight1) {
-      gemm(F, E, Packed<Operand>(left_transposed<Operand>(grad_hidden.get(), F), F, rows),
-           Packed<Operand>(right<Operand>(input, E), E, rows), grad1.add_chunk(chunk));
+      gemm<Operand>(F, E, grad_hidden.as_left(tokens), Packed<Operand>(right<Operand>(input, E), E, tokens),
+                    grad1.add_chunk(chunk));
     }
     if (a.grad_input) {
-      gemm(rows, E, Packed<Operand>(left<Operand>(grad_hidden.get(), F), rows, F), weight1,
-           [&](int64_t row, int64_t column, int64_t count, float* values) {
-             copy_row(values, count, a.grad_input.ptr<T>() + (begin + row) * E + column);
-           });
+      gemm<Operand>(E, tokens, weight1, grad_operand, [&](const Block& block, float* sums) {
+        store_output(block, sums, a.grad_input.ptr<T>() + begin * E, E);
+      });
     }
-    if (a.grad_bias1) column_sums(grad_hidden.get(), rows, F, a.grad_bias1.ptr<float>(), chunk > 0);
-    if (a.grad_bias2) column_sums(grad_output, rows, O, a.grad_bias2.ptr<float>(), chunk > 0);
+    if (a.grad_bias1) column_sums(bias_sums.get(), groups, F, a.grad_bias1.ptr<float>(), chunk > 0);
+    if (a.grad_bias2) column_sums(grad_output, tokens, O, a.grad_bias2.ptr<float>(), chunk > 0);
   }
 }
 

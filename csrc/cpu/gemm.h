@@ -1,18 +1,20 @@
 // Matrix product: C[M,N] = A[M,K] B[K,N], float32 accumulation, any layout of A and B.
 //
-// Both operands are packed first, in parallel: A into tiles of tile_rows rows, B into panels as wide as
-// a tile, each cut along k into blocks of block_depth. Packing is what makes the one inner loop serve
+// Operands are packed first, in parallel: A into tiles of tile_rows rows, B into panels as wide as a
+// tile, each cut along k into blocks of block_depth. Packing is what makes the one inner loop serve
 // every transposition: it is where a matrix is read by rows or by columns, where bfloat16 becomes an
 // operand of the tile, and where ragged edges are padded with zeros. What is used by several products
-// (the weights, by all tokens) is packed once for all of them.
+// (the weights, by all tokens) is packed once for all of them. An A whose rows already lie along k, in the
+// tile's own type, is read where it lies: a linear layer therefore computes its transpose, W x^T, with the
+// weight as A.
 //
 // C is cut into blocks of block_rows x block_columns, and a thread that takes one computes all of it:
 //
-//     for a block of depth k:                          A[rows, k]: 264 KB as float32, stays in L2
-//       for each panel of B[k, columns]:               64 KB, read again for every tile, from L2
-//         for each tile of A[rows, k]:                 6 KB, from L1
+//     for a block of depth k:                          A[rows, k]: 132 KB as float32, stays in L2
+//       for each panel of B[k, columns]:               32 KB, from L2 for the first tile, then from L1
+//         for each tile of A[rows, k]:                 3 KB, from L2
 //           sums += A B in registers (tile.h)
-//     epilogue(row, column, count, values) for every row of the block
+//     epilogue(block, sums)
 //
 // While a tile is computed, its share of the next panel and of the next block of A is prefetched into
 // L2: shared caches of servers are slow, and without this a quarter of the time goes to waiting for
@@ -20,8 +22,8 @@
 //
 // The sum over k is formed in float32, block by block: first within a block of depth, then over blocks.
 // It does not depend on which thread computes it, nor on how many there are, so equal inputs give equal
-// bits. The epilogue sees the finished sums, once, while they are in L2: it adds biases, applies
-// activations and rounds to the storage type.
+// bits. The epilogue sees the finished sums of a block, once, while they are in L2: it adds biases,
+// applies activations, turns rows into columns and rounds to the storage type.
 #pragma once
 
 #include <new>
@@ -38,7 +40,7 @@ namespace pytransformer::PYTRANSFORMER_ISA {
 
 constexpr int64_t block_rows = 264;     // divisible by tile_rows: 4 and 6
 constexpr int64_t block_columns = 256;  // divisible by tile_width
-constexpr int64_t block_depth = 256;
+constexpr int64_t block_depth = 128;
 constexpr int64_t tile_width = tile_vecs * Vec::lanes;
 constexpr int64_t pack_share = 192;  // rows or columns packed by one task; divisible by tile_rows and tile_width
 static_assert(block_rows % tile_rows == 0 && block_columns % tile_width == 0 && block_depth % 2 == 0);
@@ -328,6 +330,55 @@ Factor<Operand> right_transposed(const T* data, int64_t stride) {  // B = data^T
   return {data, stride, int(tile_width), false, pack_right_columns<T, Operand>};
 }
 
+// Brings `share` of `shares` equal parts of [from, from + bytes) into L2.
+inline void prefetch_share(const void* from, int64_t bytes, int64_t share, int64_t shares) {
+  constexpr int64_t line = 64;
+  const int64_t lines = ceil_div(bytes, line);
+  const char* p = static_cast<const char*>(from);
+  for (int64_t i = lines * share / shares; i < lines * (share + 1) / shares; ++i)
+    __builtin_prefetch(p + i * line, 0, 2);
+}
+
+// A as the product reads it: element (row, k), or pair of k, of the tile that begins at `first` lies at
+// at(first, k0)[row * row_stride(k0) + (k - k0) / depth_step * depth_stride()], k0 being where k's block of
+// depth begins. It does not own the memory.
+template <class Operand>
+struct LeftView {
+  const Operand* data;
+  int64_t K;
+  int64_t stride;  // in place: of the rows. Packed: 0
+  int64_t outer;   // packed: how many rows there is room for
+  bool depth_major;
+
+  static constexpr int step = depth_step<Operand>;
+  int64_t depth(int64_t k) const { return K - k < block_depth ? K - k : block_depth; }
+  int64_t padded(int64_t k) const { return round_up(depth(k), step); }
+  const Operand* at(int64_t first, int64_t k) const {
+    return stride > 0 ? data + first * stride + k : data + outer * k + first * padded(k);
+  }
+  int64_t row_stride(int64_t k) const { return stride > 0 ? stride : depth_major ? step : padded(k); }
+  int64_t depth_stride() const { return depth_major ? tile_rows * step : step; }
+
+  // Brings a share of rows [first, first + rows) of the block of depth at k into L2.
+  void prefetch(int64_t first, int64_t rows, int64_t k, int64_t share, int64_t shares) const {
+    const int64_t row_bytes = padded(k) * int64_t(sizeof(Operand));
+    if (stride == 0) return prefetch_share(at(first, k), rows * row_bytes, share, shares);
+    for (int64_t i = rows * share / shares; i < rows * (share + 1) / shares; ++i)
+      prefetch_share(at(first + i, k), row_bytes, 0, 1);
+  }
+};
+
+// Whether A may be read where it lies, its rows along k and `stride` apart, for a product with `columns`
+// columns. Its type must be the tile's own, and hold whole pairs. L2 places memory by its address: rows a
+// multiple of 4 KB apart share so few of its sets that a block of them does not stay there, which is no
+// matter where hardly any columns want to read it again.
+template <class Operand, class T>
+bool may_stay(int64_t stride, int64_t K, int64_t columns) {
+  constexpr int64_t page = 4096 / int64_t(sizeof(T));
+  return sizeof(T) == sizeof(Operand) && K > 0 && K % depth_step<Operand> == 0 &&
+         (stride % page != 0 || columns <= 2 * tile_width);
+}
+
 // A packed operand: [K in blocks of block_depth][outer in tiles][what a tile needs of the block].
 template <class Operand>
 class Packed {
@@ -346,12 +397,36 @@ class Packed {
     });
   }
 
-  // A left operand yet to be written, by store_row.
-  Packed(int64_t rows, int64_t K)
-      : outer_(round_up(rows, tile_rows)),
-        K_(K),
-        depth_major_(false),
-        data_(outer_ * round_up(K, depth_step<Operand>)) {}
+  // An operand yet to be written: a left one by store_row, a right one by store_depths.
+  Packed(int64_t outer, int64_t K, int64_t tile = tile_rows)
+      : outer_(round_up(outer, tile)), K_(K), depth_major_(false), data_(outer_ * round_up(K, depth_step<Operand>)) {}
+
+  // This operand as A.
+  operator LeftView<Operand>() const { return {data_.get(), K_, 0, outer_, depth_major_}; }
+
+  // Writes B[k + i, first + j] = values[i * stride + j] for i < depths, j < count, as pack_right_rows would.
+  // `k` begins a pair where there are pairs, `first` a panel.
+  void store_depths(int64_t k, int64_t depths, int64_t first, int64_t count, const float* values,
+                    int64_t stride) const {
+    constexpr int step = depth_step<Operand>;
+    for (int64_t i = 0; i < depths; i += step) {
+      const int64_t start = (k + i) / block_depth * block_depth;
+      for (int64_t j = 0; j < count; j += Vec::lanes) {
+        const int n = count - j < Vec::lanes ? int(count - j) : Vec::lanes;
+        Operand* to = data_.get() + offset((first + j) / tile_width * tile_width, start) +
+                      (k + i - start) * tile_width + (first + j) % tile_width * step;
+        const Vec even = load(values + i * stride + j, n);
+        if constexpr (step == 1) {
+          even.store(to);
+        } else {
+          Operand pairs[2][Vec::lanes];
+          even.store(pairs[0]);
+          (i + 1 < depths ? load(values + (i + 1) * stride + j, n) : Vec::zero()).store(pairs[1]);
+          for (int l = 0; l < Vec::lanes; ++l) to[2 * l] = pairs[0][l], to[2 * l + 1] = pairs[1][l];
+        }
+      }
+    }
+  }
 
   // Writes elements [k, k + count) of a row, as pack_left_rows would.
   void store_row(int64_t row, int64_t k, int64_t count, const float* values) const {
@@ -437,15 +512,6 @@ struct BlockGrid {
   }
 };
 
-// Brings `share` of `shares` equal parts of [from, from + bytes) into L2.
-inline void prefetch_share(const void* from, int64_t bytes, int64_t share, int64_t shares) {
-  constexpr int64_t line = 64;
-  const int64_t lines = ceil_div(bytes, line);
-  const char* p = static_cast<const char*>(from);
-  for (int64_t i = lines * share / shares; i < lines * (share + 1) / shares; ++i)
-    __builtin_prefetch(p + i * line, 0, 2);
-}
-
 // A block of C: where it lies in the product.
 struct Block {
   int64_t row, column, rows, columns;
@@ -454,17 +520,14 @@ struct Block {
 // sums (+)= A B over the block of depth that begins at k. A tile runs over at most `run` of it before it
 // adds to the sums.
 template <class Operand>
-void multiply_block(const Packed<Operand>& left, const Packed<Operand>& right, const Block& block, int64_t k,
+void multiply_block(const LeftView<Operand>& left, const Packed<Operand>& right, const Block& block, int64_t k,
                     int64_t run, float* sums) {
   constexpr int step = depth_step<Operand>;
   const int64_t padded = left.padded(k), next_k = k + block_depth;
-  const int64_t row_stride = left.depth_major() ? step : padded;
-  const int64_t depth_stride = left.depth_major() ? tile_rows * step : step;
+  const int64_t row_stride = left.row_stride(k), depth_stride = left.depth_stride();
   const int64_t tiles = ceil_div(block.rows, tile_rows), panels = ceil_div(block.columns, tile_width);
   const int64_t panel_bytes = tile_width * padded * int64_t(sizeof(Operand));
-  const bool last_k = next_k >= left.K();
-  const Operand* next_left = last_k ? nullptr : left.at(block.row, next_k);
-  const int64_t next_left_bytes = last_k ? 0 : tiles * tile_rows * left.padded(next_k) * int64_t(sizeof(Operand));
+  const bool last_k = next_k >= left.K;
 
   for (int64_t panel = 0; panel < panels; ++panel) {
     const int64_t j = panel * tile_width;
@@ -477,7 +540,7 @@ void multiply_block(const Packed<Operand>& left, const Packed<Operand>& right, c
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t i = tile * tile_rows;
       if (next_b) prefetch_share(next_b, panel_bytes, tile, tiles);
-      if (next_left) prefetch_share(next_left, next_left_bytes, panel * tiles + tile, panels * tiles);
+      if (!last_k) left.prefetch(block.row, block.rows, next_k, panel * tiles + tile, panels * tiles);
       const auto product = block.rows - i < tile_rows ? tile_product_for<Operand>(int(block.rows - i), vecs) : whole;
       const Operand* a = left.at(block.row + i, k);
       int64_t d = 0;
@@ -491,16 +554,40 @@ void multiply_block(const Packed<Operand>& left, const Packed<Operand>& right, c
   }
 }
 
-// epilogue(row, column, count, values): the sums of C[row, column .. column + count), float32, which it
-// may overwrite. count <= block_columns. It is called once for every element, from several threads.
+// A whose rows lie along k, for products with `columns` columns: in place where that serves, else packed.
+template <class Operand, class T>
+class LeftRows {
+ public:
+  LeftRows(const T* data, int64_t stride, int64_t rows, int64_t K, int64_t columns)
+      : stays_(may_stay<Operand, T>(stride, K, columns)),
+        data_(data),
+        stride_(stride),
+        packed_(left<Operand>(data, stride), stays_ ? 0 : rows, K) {}
+
+  operator LeftView<Operand>() const {
+    if constexpr (sizeof(T) == sizeof(Operand)) {
+      if (stays_) return {reinterpret_cast<const Operand*>(data_), packed_.K(), stride_, 0, false};
+    }
+    return packed_;
+  }
+
+ private:
+  bool stays_;
+  const T* data_;
+  int64_t stride_;
+  Packed<Operand> packed_;
+};
+
+// epilogue(block, sums): sums[i * block_columns + j] is C[block.row + i, block.column + j], float32, and
+// may be overwritten. Every element is in one block; blocks come from several threads.
 template <class Operand, class Epilogue>
-void gemm(int64_t M, int64_t N, const Packed<Operand>& left, const Packed<Operand>& right, const Epilogue& epilogue) {
+void gemm(int64_t M, int64_t N, const LeftView<Operand>& left, const Packed<Operand>& right, const Epilogue& epilogue) {
   if (M <= 0 || N <= 0) return;
   const int threads = max_threads();
-  const BlockGrid grid(M, N, left.K(), threads);
+  const BlockGrid grid(M, N, left.K, threads);
   // Of a few rows, other libraries take dot products, whose many partial sums are more accurate than
-  // one long one. Packing takes most of the time there, so short runs are to be had for nothing.
-  const int64_t run = M <= 16 ? 32 : block_depth;
+  // one long one. Reading the other operand takes most of the time there: short runs are to be had for nothing.
+  const int64_t run = M <= 16 || N <= 16 ? 32 : block_depth;
   const Scratch<float> memory(threads * block_rows * block_columns);
 
   parallel_tasks(grid.blocks_down * grid.blocks_across, [&](int64_t task) {
@@ -512,9 +599,53 @@ void gemm(int64_t M, int64_t N, const Packed<Operand>& left, const Packed<Operan
     do {  // once even for K = 0, to clear the sums
       multiply_block(left, right, block, k, run, sums);
       k += block_depth;
-    } while (k < left.K());
-    for (int64_t i = 0; i < block.rows; ++i) epilogue(row + i, column, block.columns, sums + i * block_columns);
+    } while (k < left.K);
+    epilogue(block, sums);
   });
+}
+
+// An epilogue that takes a block row by row: body(row, column, count, values), count <= block_columns.
+template <class Body>
+auto by_rows(const Body& body) {
+  return [&body](const Block& block, float* sums) {
+    for (int64_t i = 0; i < block.rows; ++i) {
+      body(block.row + i, block.column, block.columns, sums + i * block_columns);
+    }
+  };
+}
+
+// ---- Between a block [rows][block_columns] and the memory in which its columns are rows
+
+// to[column * stride + row] = from[row][column]
+template <class T>
+void store_turned(const float* from, int64_t rows, int64_t columns, T* to, int64_t stride) {
+  for (int64_t c = 0; c < columns; c += Vec::lanes) {
+    for (int64_t r = 0; r < rows; r += Vec::lanes) {
+      const int n = rows - r < Vec::lanes ? int(rows - r) : Vec::lanes;
+      Vec square[Vec::lanes];
+      for (int i = 0; i < Vec::lanes; ++i) {
+        square[i] = i < n ? Vec::load(from + (r + i) * block_columns + c) : Vec::zero();
+      }
+      transpose(square);
+      for (int i = 0; i < Vec::lanes && c + i < columns; ++i) store(to + (c + i) * stride + r, square[i], n);
+    }
+  }
+}
+
+// to[row][column] = from[column * stride + row]
+template <class T>
+void load_turned(const T* from, int64_t stride, int64_t rows, int64_t columns, float* to) {
+  for (int64_t c = 0; c < columns; c += Vec::lanes) {
+    for (int64_t r = 0; r < rows; r += Vec::lanes) {
+      const int n = rows - r < Vec::lanes ? int(rows - r) : Vec::lanes;
+      Vec square[Vec::lanes];
+      for (int i = 0; i < Vec::lanes; ++i) {
+        square[i] = c + i < columns ? load(from + (c + i) * stride + r, n) : Vec::zero();
+      }
+      transpose(square);
+      for (int i = 0; i < n; ++i) square[i].store(to + (r + i) * block_columns + c);
+    }
+  }
 }
 
 }  // namespace pytransformer::PYTRANSFORMER_ISA
