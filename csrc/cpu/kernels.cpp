@@ -11,6 +11,8 @@ void ffn_fwd(const FfnForward&);
 void ffn_bwd(const FfnBackward&);
 void linear_cross_entropy_fwd(const LinearCrossEntropyForward&);
 void linear_cross_entropy_bwd(const LinearCrossEntropyBackward&);
+void embedding_fwd(const EmbeddingForward&);
+void embedding_bwd(const EmbeddingBackward&);
 
 #define PYTRANSFORMER_STRING_(x) #x
 #define PYTRANSFORMER_STRING(x) PYTRANSFORMER_STRING_(x)
@@ -26,6 +28,8 @@ const KernelTable table = {
     ffn_bwd,
     linear_cross_entropy_fwd,
     linear_cross_entropy_bwd,
+    embedding_fwd,
+    embedding_bwd,
 };
 
 }  // namespace pytransformer::PYTRANSFORMER_ISA
