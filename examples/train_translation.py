@@ -70,7 +70,7 @@ def french(n: int) -> str:
 
 
 def main() -> None:
-    args = training.arguments("Translation of numbers in words, English to French.", steps=1500).parse_args()
+    args = training.arguments("Translation of numbers in words, English to French.", steps=600).parse_args()
     digits, batch_size, tests = (3, 16, 20) if args.tiny else (6, 128, 1000)
     # All words occur among the small numbers and the powers of ten.
     numbers = [*range(1000), *(10**k for k in range(3, digits)), 1234, 2000, 21_180, 80_000, 200_000]
