@@ -28,6 +28,7 @@ struct KernelTable {
   void (*ffn_bwd)(const FfnBackward&);
   void (*linear_cross_entropy_fwd)(const LinearCrossEntropyForward&);
   void (*linear_cross_entropy_bwd)(const LinearCrossEntropyBackward&);
+  double (*peak_rate)(bool paired, double seconds);
 };
 
 // The table in use. At the first call: the one PYTRANSFORMER_ISA names, else the best the CPU runs.
