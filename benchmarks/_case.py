@@ -66,6 +66,7 @@ class Case:
         rate_target: the bytes a second and thread that it asks for.
         device: of the tensors.
         short: part of the default suite.
+        alone: no peer but torch takes part.
     """
 
     op: str
@@ -82,6 +83,7 @@ class Case:
     rate_target: float | None = None
     device: str = "cpu"
     short: bool = False
+    alone: bool = False
 
     @property
     def name(self) -> str:

@@ -16,7 +16,7 @@ DEFAULT_OUTPUT = "pytransformer-bench.json"
 
 def command(args: argparse.Namespace) -> int:
     """Runs one action; returns the exit code: 2 for what cannot be done, with the reason in one line."""
-    actions = {"run": _run, "list": _list, "compare": _compare, "markdown": _markdown}
+    actions = {"run": _run, "list": _list, "compare": _compare, "report": _report, "markdown": _markdown}
     try:
         return actions[args.action](args)
     except ValueError as error:
@@ -41,7 +41,8 @@ def _run(args: argparse.Namespace) -> int:
     output = Path(args.output or DEFAULT_OUTPUT)
     try:
         with LiveTable(len(cases)) as live:
-            results = runner.run(cases, output, args.suite, settings, resume=args.resume, starting=live.starting,
+            results = runner.run(cases, output, args.suite, settings, resume=args.resume,
+                                 instructions=args.instructions, starting=live.starting,
                                  finished=live.finished)  # fmt: skip
     except KeyboardInterrupt:
         print(f"stopped; what was done is in {output}, and --resume goes on with it", file=sys.stderr)
@@ -51,8 +52,20 @@ def _run(args: argparse.Namespace) -> int:
         from pytransformer.benchmarks.complexity import print_fits
 
         print_fits(results)
+    _offer_instructions(results, args.instructions)
     print(f"every sample: {output}")
     return 1 if fell_short(results) else 0
+
+
+def _offer_instructions(results: dict[str, Any], counted: bool) -> None:
+    from pytransformer.benchmarks import _instructions
+    from pytransformer.benchmarks._figures import too_noisy
+
+    noisy = too_noisy(results)
+    if noisy and not counted:
+        reason = _instructions.why_not()
+        how = "--resume --instructions counts theirs" if reason is None else f"and instructions cannot be: {reason}"
+        print(f"{len(noisy)} rows are too noisy to compare by time; {how}")
 
 
 def _chosen(args: argparse.Namespace) -> list[Case]:
@@ -105,6 +118,16 @@ def _compare(args: argparse.Namespace) -> int:
     tolerance = TOLERANCE if args.fail_if_slower is None else args.fail_if_slower
     slower = print_comparison(load(Path(args.before)), load(Path(args.after)), tolerance)
     return 1 if slower and args.fail_if_slower is not None else 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from pytransformer.benchmarks._file import load
+    from pytransformer.benchmarks._report import write_report
+
+    path = Path(args.output or Path(args.results).with_suffix(".html"))
+    write_report(load(Path(args.results)), path)
+    print(path)
+    return 0
 
 
 def _markdown(args: argparse.Namespace) -> int:

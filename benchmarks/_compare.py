@@ -14,11 +14,12 @@ UNTOLD = ("started", "load", "versions", "cpu_features", "megahertz")
 
 @dataclass(frozen=True)
 class Change:
-    """One row of both runs: our time after over before, and what may be said of it."""
+    """One row of both runs: our time (or instructions) after over before, and what may be said of it."""
 
     name: str
     ratio: Ratio
     verdict: str
+    of: str = "time"
 
 
 def compare(before: dict[str, Any], after: dict[str, Any], tolerance: float = TOLERANCE) -> list[Change]:
@@ -30,8 +31,21 @@ def compare(before: dict[str, Any], after: dict[str, Any], tolerance: float = TO
         if other is None or OURS not in row["samples"] or OURS not in other["samples"]:
             continue
         ratio = change(walls(other), walls(row), OURS, PEER)
-        found.append(Change(row["name"], ratio, change_verdict(ratio, tolerance)))
+        verdict, counted = change_verdict(ratio, tolerance), _counted(other, row)
+        if verdict == "cannot tell" and counted is not None:
+            found.append(Change(row["name"], counted, change_verdict(counted, tolerance), "instructions"))
+        else:
+            found.append(Change(row["name"], ratio, verdict))
     return found
+
+
+def _counted(before: dict[str, Any], after: dict[str, Any]) -> Ratio | None:
+    """Our instructions after over before, where both runs counted them for one instruction set."""
+    old, new = before.get("instructions"), after.get("instructions")
+    if old is None or new is None or old["isa"] != new["isa"]:
+        return None
+    value = new["calls"][OURS] / old["calls"][OURS]
+    return Ratio(value, value, value)
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
@@ -58,7 +72,10 @@ def print_comparison(before: dict[str, Any], after: dict[str, Any], tolerance: f
     counts: dict[str, int] = {}
     for row in rows:
         counts[row.verdict] = counts.get(row.verdict, 0) + 1
-        print(f"{row.name.ljust(width)}  {row.ratio.value - 1:+7.1%} ±{row.ratio.noise:.1%}  {row.verdict}")
+        print(
+            f"{row.name.ljust(width)}  {row.ratio.value - 1:+7.1%} ±{row.ratio.noise:.1%}  {row.verdict}"
+            f"{'' if row.of == 'time' else ', by ' + row.of}"
+        )
     print(f"{len(rows)} rows: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
     print("change of our time, in units of torch's time in the same run where torch was timed")
     return counts.get("slower", 0)

@@ -8,7 +8,15 @@ from typing import Any
 
 from pytransformer.benchmarks._case import BYTES, OURS, PEER
 from pytransformer.benchmarks._peaks import copy_rate
-from pytransformer.benchmarks._statistics import Ratio, median, over_median, paired_ratio, target_verdict, worst_verdict
+from pytransformer.benchmarks._statistics import (
+    MOST_NOISE,
+    Ratio,
+    median,
+    over_median,
+    paired_ratio,
+    target_verdict,
+    worst_verdict,
+)
 from pytransformer.benchmarks._timing import LEAST_ROUNDS
 
 
@@ -115,6 +123,19 @@ def raised_peaks(results: dict[str, Any]) -> dict[str, Any]:
     return limits
 
 
+def too_noisy(results: dict[str, Any]) -> list[str]:
+    """The names of the rows whose times allow no verdict on two runs."""
+    limits = results["peaks"]
+    found = []
+    for row in results["rows"]:
+        if OURS in row["samples"] and row["metric"] != BYTES and row["device"] == "cpu":
+            noise = figures(row, limits).peer
+            ratio = over_median(1.0, walls(row)[OURS]) if noise is None or noise.ratio is None else noise.ratio
+            if ratio.noise > MOST_NOISE:
+                found.append(row["name"])
+    return found
+
+
 def notes(results: dict[str, Any]) -> list[str]:
     """Everything that was wrong, absent or served by no kernel of ours, a line each; the same said once."""
     counted: Counter[str] = Counter()
@@ -125,6 +146,9 @@ def notes(results: dict[str, Any]) -> list[str]:
             counted[f"absent: {row['name']}: {why}" if who == "case" else f"absent: {row['op']}, {who}: {why}"] += 1
         for reason in row["unfused"]:
             counted[f"not by a kernel: {reason}"] += 1
+        if "instructions" in row:
+            calls = ", ".join(f"{who} {number:.4g}" for who, number in row["instructions"]["calls"].items())
+            counted[f"instructions of a call ({row['instructions']['isa']}, 1 thread): {row['name']}: {calls}"] += 1
         if walls(row) and any(row["busy"]) and row["busy"].count(False) < LEAST_ROUNDS:
             counted["timed while the machine was busy; run again when it is not"] += 1
     return [line if count == 1 else f"{line} ({count} rows)" for line, count in counted.items()]

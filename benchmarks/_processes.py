@@ -60,7 +60,9 @@ class Child:
         return value
 
     def ask(self, *message: Any) -> Any:
-        self.pipe.send(message)
+        """The answer to a message; raises as ``answer`` does."""
+        with suppress(OSError):  # where the child is gone, the answer says so
+            self.pipe.send(message)
         return self.answer()
 
     def close(self) -> None:
@@ -86,21 +88,20 @@ def in_child(function: Callable[..., Any], case: Case, threads: int) -> Any:
 
 
 class Remote:
-    """A peer in a process of its own, as a provider.
-
-    Raises:
-        AbsentError: the peer cannot serve the case; the message says why.
-    """
+    """A peer in a process of its own, as a provider of one case after the other."""
 
     clock = "wall time"
 
-    def __init__(self, provider: Callable[[Case], Callable[[], Any]], case: Case, threads: int) -> None:
-        self.child = Child(_serve, provider, case, threads=threads)
-        try:
-            self.child.answer()
-        except AbsentError:
-            self.child.close()
-            raise
+    def __init__(self, provider: Callable[[Case], Callable[[], Any]], threads: int) -> None:
+        self.child = Child(_serve, provider, threads=threads)
+
+    def take(self, case: Case) -> None:
+        """Makes the calls below those of ``case``.
+
+        Raises:
+            AbsentError: the peer cannot serve it; the message says why.
+        """
+        self.child.ask("take", case)
 
     def __call__(self) -> Any:
         return torch.load(io.BytesIO(self.child.ask("call")))
@@ -108,8 +109,17 @@ class Remote:
     def sample(self, calls: int) -> Sample:
         return Sample(*self.child.ask("sample", calls))
 
+    def alive(self) -> bool:
+        return self.child.process.is_alive()
+
     def close(self) -> None:
         self.child.close()
+
+
+def reason_of(error: Exception) -> str:
+    """An exception in one line; what an adapter says by itself needs no type."""
+    first = next(iter(str(error).splitlines()), "")
+    return first if isinstance(error, AbsentError) else f"{type(error).__name__}: {first}"
 
 
 def _child(pipe: Connection, target: Callable[..., None], threads: int, *arguments: Any) -> None:
@@ -121,27 +131,30 @@ def _child(pipe: Connection, target: Callable[..., None], threads: int, *argumen
     torch.set_num_threads(threads)
     try:
         target(pipe, *arguments)
-    except AbsentError as reason:
-        pipe.send(("absent", str(reason)))
     except (EOFError, KeyboardInterrupt, BrokenPipeError):
         return
     except Exception as error:  # the parent says so in the row
-        first = (str(error).splitlines() or [""])[0]
-        pipe.send(("absent", f"{type(error).__name__}: {first}"))
+        pipe.send(("absent", reason_of(error)))
 
 
 def _once(pipe: Connection, function: Callable[[Case], Any], case: Case) -> None:
     pipe.send(("value", function(case)))
 
 
-def _serve(pipe: Connection, provider: Callable[[Case], Callable[[], Any]], case: Case) -> None:
-    run = Local(provider(case))
-    pipe.send(("value", None))
+def _serve(pipe: Connection, provider: Callable[[Case], Callable[[], Any]]) -> None:
+    run = Local(lambda: None)
     while True:
-        message = pipe.recv()
-        if message[0] == "sample":
-            pipe.send(("value", tuple(run.sample(message[1]))))
+        kind, *rest = pipe.recv()
+        try:
+            if kind == "take":
+                run, answer = Local(provider(rest[0])), None
+            elif kind == "sample":
+                answer = tuple(run.sample(rest[0]))
+            else:
+                buffer = io.BytesIO()
+                torch.save(run(), buffer)
+                answer = buffer.getvalue()
+        except Exception as error:  # of this case; the next one may do
+            pipe.send(("absent", reason_of(error)))
         else:
-            buffer = io.BytesIO()
-            torch.save(run(), buffer)
-            pipe.send(("value", buffer.getvalue()))
+            pipe.send(("value", answer))

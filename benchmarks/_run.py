@@ -13,9 +13,10 @@ import torch
 
 from pytransformer._tolerance import Comparison
 from pytransformer.backends import Decision, record_decisions
-from pytransformer.benchmarks import _device, _processes, peers
+from pytransformer.benchmarks import _device, _instructions, _processes, peers
 from pytransformer.benchmarks._case import BYTES, OURS, AbsentError, Case, Problem
 from pytransformer.benchmarks._environment import environment
+from pytransformer.benchmarks._figures import too_noisy
 from pytransformer.benchmarks._file import SCHEMA, Results, resumable, save
 from pytransformer.benchmarks._peaks import peaks
 from pytransformer.benchmarks._timing import Provider, flusher, measure
@@ -46,13 +47,17 @@ class Settings:
         return QUICK_SECONDS if self.quick else SECONDS
 
 
+PLAIN = Settings()
+
+
 def run(
     cases: Sequence[Case],
     output: Path,
     suite: str,
-    settings: Settings = Settings(),
+    settings: Settings = PLAIN,
     *,
     resume: bool = False,
+    instructions: bool = False,
     starting: Starting = lambda case: None,
     finished: Finished = lambda results, index: None,
 ) -> Results:
@@ -64,6 +69,7 @@ def run(
         suite: its name, for the record.
         settings: how.
         resume: keep the rows that ``output`` has, and run the others only.
+        instructions: count them for the rows that are too noisy to time.
         starting: called before a case.
         finished: called after it, with all results so far and the case's index.
 
@@ -87,20 +93,39 @@ def run(
     results["finished"] = False
     save(results, output)
     done = {row["name"] for row in results["rows"]}
-    for index, case in enumerate(cases):
-        if case.name not in done:
-            starting(case)
-            results["rows"].append(run_case(case, settings, seed=index))
-            save(results, output)
-        finished(results, index)
+    with peers.Peers(settings.peers) as joined:
+        for index, case in enumerate(cases):
+            if case.name not in done:
+                starting(case)
+                results["rows"].append(run_case(case, settings, joined, seed=index))
+                save(results, output)
+            finished(results, index)
+    if instructions:
+        _count_noisy(results, cases, output, starting)
     results["finished"] = True
     save(results, output)
     return results
 
 
-def run_case(case: Case, settings: Settings = Settings(), seed: int = 0) -> dict[str, Any]:
+def _count_noisy(results: Results, cases: Sequence[Case], output: Path, starting: Starting) -> None:
+    """Counts instructions for the rows whose noise allows no verdict on two runs."""
+    noisy, by_name = too_noisy(results), {case.name: case for case in cases}
+    for row in results["rows"]:
+        if row["name"] in noisy and row["name"] in by_name and "instructions" not in row:
+            case = by_name[row["name"]]
+            starting(case)
+            try:
+                row["instructions"] = _instructions.count(case)
+            except AbsentError as reason:
+                row["absent"]["instructions"] = str(reason)
+            save(results, output)
+
+
+def run_case(
+    case: Case, settings: Settings = PLAIN, joined: peers.Peers | None = None, seed: int = 0
+) -> dict[str, Any]:
     """One case as a row of JSON. A provider that is wrong against float64 gets no time."""
-    row = _blank(case)
+    row, joined = _blank(case), joined or peers.Peers()
     if case.metric == BYTES:
         _measure_memory(case, row)
         return row
@@ -115,11 +140,11 @@ def run_case(case: Case, settings: Settings = Settings(), seed: int = 0) -> dict
     row["unfused"] = unfused(decisions)
     if problem.operations is not None:
         row["operations"], row["bytes"] = problem.operations, problem.bytes
-    with peers.joined(settings.peers, case, problem.workload) as (others, absent):
-        row["absent"].update(absent)
-        right.update(_passing(others, problem, row, row["absent"]))
-        if right:
-            _time(right, case, settings, seed, row)
+    others, absent = joined.join(case, problem.workload)
+    row["absent"].update(absent)
+    right.update(_passing(others, problem, row, row["absent"]))
+    if right:
+        _time(right, case, settings, seed, row)
     del problem, right
     gc.collect()
     return row

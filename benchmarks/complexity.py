@@ -48,10 +48,10 @@ class Form:
 
 
 FORMS = (
-    Form(SELF, "O(n^2 d)", "O(1)", "O(1)", (2, 1)),
-    Form(RESTRICTED, "O(r n d)", "O(1)", "O(n/r)", (1, 1)),
-    Form(RECURRENT, "O(n d^2)", "O(n)", "O(n)", (1, 2)),
-    Form(CONVOLUTION, "O(k n d^2)", "O(1)", "O(log_k n)", (1, 2)),
+    Form(SELF, "O(n²·d)", "O(1)", "O(1)", (2, 1)),
+    Form(RESTRICTED, "O(r·n·d)", "O(1)", "O(n/r)", (1, 1)),
+    Form(RECURRENT, "O(n·d²)", "O(n)", "O(n)", (1, 2)),
+    Form(CONVOLUTION, "O(k·n·d²)", "O(1)", "O(logₖ n)", (1, 2)),
 )
 
 

@@ -33,7 +33,7 @@ def cases() -> Iterator[Case]:
     for module in (attention, layer_norm, ffn, linear_cross_entropy, embedding):
         for case in module.cases():
             if case.name not in named:
-                yield replace(case, targets={"torch": LOSES})
+                yield replace(case, targets={"torch": LOSES}, alone=True)
 
 
 def _attention_forward() -> Iterator[Case]:

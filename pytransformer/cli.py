@@ -34,8 +34,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_bench(bench: argparse.ArgumentParser) -> None:
-    bench.set_defaults(run=_bench, action="run", suite="default", output=None, threads=None, quick=False, filter="",
-                       op=[], dtype=[], shape=[], direction=[], resume=False, flush=False, peers="auto")  # fmt: skip
+    bench.set_defaults(
+        run=_bench, action="run", suite="default", output=None, threads=None, quick=False, filter="", op=[], dtype=[],
+        shape=[], direction=[], resume=False, flush=False, peers="auto", instructions=False,
+    )  # fmt: skip
     actions = bench.add_subparsers(metavar="action")
     run = actions.add_parser("run", help="run a suite, print its table and save every sample")
     run.add_argument("--suite", default="default", help="default, ops, cpu, gpu, models, complexity, memory, "
@@ -48,6 +50,8 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     run.add_argument("--threads", type=_positive, help="CPU threads (default: torch's own choice)")
     run.add_argument("--quick", action="store_true", help="a fifth of the time, wider intervals")
     run.add_argument("--flush", action="store_true", help="empty the caches before each sample")
+    run.add_argument("--instructions", action="store_true",
+                     help="count instructions (valgrind) for the rows that are too noisy to time")  # fmt: skip
     run.add_argument("--peers", default="auto", metavar="A,B",
                      help="auto: those installed, in the suites cpu, gpu and models; all; none; or names")  # fmt: skip
     run.set_defaults(action="run")
@@ -59,6 +63,10 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     compare.add_argument("after", metavar="B.json")
     compare.add_argument("--fail-if-slower", type=_fraction, metavar="5%", help="exit 1 if a row is slower by more")
     compare.set_defaults(action="compare")
+    report = actions.add_parser("report", help="one HTML page of a run: tables and plots")
+    report.add_argument("results", metavar="F.json")
+    report.add_argument("--output", metavar="F.html", help="the page (default: beside the results)")
+    report.set_defaults(action="report")
     markdown = actions.add_parser("markdown", help="a run's table for a README")
     markdown.add_argument("results", metavar="F.json")
     markdown.add_argument("--into", metavar="README.md", help="put it between this file's table marks")

@@ -242,7 +242,7 @@ def test_the_four_forms_pass_their_gate(capsys):
         assert not row["wrong"]
         rows.append(row)
     complexity.print_fits({"rows": [{**row, "sizes": {**row["sizes"], "d": complexity.FIXED_WIDTH}} for row in rows]})
-    assert "O(log_k n)" in capsys.readouterr().out
+    assert "O(logₖ n)" in capsys.readouterr().out
 
 
 def test_a_killed_run_leaves_what_was_done_and_resumes(tmp_path):

@@ -65,6 +65,18 @@ def test_noise_gives_no_verdict():
     assert verdict(wild, wild) == "cannot tell"
 
 
+def test_instructions_decide_where_time_cannot():
+    draw = random.Random(0)
+    wild = {OURS: [draw.uniform(0.5, 2) for _ in range(8)], PEER: [1.0] * 8}
+
+    def counted(number, isa="avx2"):
+        return make_row(wild, instructions={"isa": isa, "calls": {OURS: number}})
+
+    assert verdict(counted(1e6), counted(1.001e6)) == "no difference"
+    assert verdict(counted(1e6), counted(1.15e6)) == "slower"
+    assert verdict(counted(1e6), counted(1.15e6, "scalar")) == "cannot tell"
+
+
 def test_the_interval_holds_the_true_ratio():
     held = 0
     for seed in range(50):

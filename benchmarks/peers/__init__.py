@@ -7,16 +7,15 @@ a process of its own (``_processes``); one that is wrong against float64 gets no
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any
 
 import torch
 
-from pytransformer.benchmarks._case import AbsentError, Case
+from pytransformer.benchmarks._case import Case
 from pytransformer.benchmarks._device import local
-from pytransformer.benchmarks._processes import Remote
+from pytransformer.benchmarks._processes import Remote, reason_of
 from pytransformer.benchmarks._timing import Provider
 from pytransformer.benchmarks.peers._peer import Peer
 
@@ -61,31 +60,46 @@ def versions(names: Sequence[str]) -> dict[str, dict[str, str]]:
     return found
 
 
-@contextmanager
-def joined(names: Sequence[str], case: Case, workload: Any) -> Iterator[tuple[dict[str, Provider], dict[str, str]]]:
-    """The peers that can serve the case, as providers, and why the others cannot; ends their processes after."""
-    providers: dict[str, Provider] = {}
-    absent: dict[str, str] = {}
-    remote: list[Remote] = []
-    try:
-        for name in names if workload is not None else ():
-            peer = every()[name]
-            if peer.why_not() is not None or not peer.adapters.keys() & {workload.op, "*"}:
-                continue  # said once for the run, or of no concern to this op
+class Peers:
+    """The peers of one run. Those with a process of their own keep it from case to case.
+
+    Args:
+        names: which; those that are absent are left out.
+    """
+
+    def __init__(self, names: Sequence[str] = ()) -> None:
+        self.peers = [every()[name] for name in names if every()[name].why_not() is None]
+        self._remote: dict[str, Remote] = {}
+
+    def __enter__(self) -> Peers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for remote in self._remote.values():
+            remote.close()
+
+    def join(self, case: Case, workload: Any) -> tuple[dict[str, Provider], dict[str, str]]:
+        """The providers of those that can serve the case, and why the others cannot."""
+        providers: dict[str, Provider] = {}
+        absent: dict[str, str] = {}
+        for peer in self.peers if workload is not None and not case.alone else ():
+            if not peer.adapters.keys() & {workload.op, "*"}:
+                continue  # the op is no concern of this peer
             try:
-                if peer.isolated:
-                    remote.append(Remote(partial(build, name), case, torch.get_num_threads()))
-                    providers[name] = remote[-1]
-                else:
-                    providers[name] = local(workload.provider(peer.function(workload)), case.device)
-            except AbsentError as reason:
-                absent[name] = str(reason)
+                providers[peer.name] = self._provider(peer, case, workload)
             except Exception as error:  # other people's code: the row says what it raised
-                absent[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        yield providers, absent
-    finally:
-        for each in remote:
-            each.close()
+                absent[peer.name] = reason_of(error)
+        return providers, absent
+
+    def _provider(self, peer: Peer, case: Case, workload: Any) -> Provider:
+        if not peer.isolated:
+            return local(workload.provider(peer.function(workload)), case.device)
+        peer.check(workload)
+        remote = self._remote.get(peer.name)
+        if remote is None or not remote.alive():
+            remote = self._remote[peer.name] = Remote(partial(build, peer.name), torch.get_num_threads())
+        remote.take(case)
+        return remote
 
 
 def build(name: str, case: Case) -> Any:

@@ -59,18 +59,21 @@ class Peer:
         except PackageNotFoundError:
             return "unknown"
 
+    def check(self, workload: Any) -> None:
+        """Raises ``AbsentError`` where it needs no adapter to say that it cannot serve the workload."""
+        if not self.adapters.keys() & {workload.op, "*"}:
+            raise AbsentError(f"it has no {workload.op}")
+        if self.inference and workload.direction != "fwd":
+            raise AbsentError("it has no backward")
+
     def function(self, workload: Any) -> Callable[..., Any]:
         """The workload by this peer.
 
         Raises:
             AbsentError: it cannot serve it.
         """
-        adapter = self.adapters.get(workload.op) or self.adapters.get("*")
-        if adapter is None:
-            raise AbsentError(f"it has no {workload.op}")
-        if self.inference and workload.direction != "fwd":
-            raise AbsentError("it has no backward")
-        return adapter(workload)
+        self.check(workload)
+        return (self.adapters.get(workload.op) or self.adapters["*"])(workload)
 
 
 def without_masks(workload: Any) -> None:

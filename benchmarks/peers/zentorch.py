@@ -14,6 +14,7 @@ from pytransformer.benchmarks.peers._peer import Peer
 
 def compiled(workload: Any) -> Callable[..., Any]:
     importlib.import_module("zentorch")
+    torch.compiler.reset()
     return torch.compile(workload.peer, backend="zentorch", dynamic=False)
 
 
