@@ -21,7 +21,7 @@ from pytransformer.benchmarks._file import SCHEMA, Results, resumable, save
 from pytransformer.benchmarks._peaks import peaks
 from pytransformer.benchmarks._timing import Provider, flusher, measure
 
-SECONDS, QUICK_SECONDS = 1.0, 0.2  # of timing, for each case
+SECONDS, QUICK_SECONDS = 0.8, 0.16  # of timing, for each case
 PEER_SLACK = 4.0  # a peer a little less exact than eager torch is not wrong; ours is held to the rule itself
 
 Starting = Callable[[Case], None]

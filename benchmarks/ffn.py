@@ -24,7 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 FORWARD = (
     (BERT_BASE, 128), (BERT_BASE, 1024), (BERT_BASE, 2048), (TRANSFORMER_BASE, 1024), (GPT2, 512), (LLAMA_3_8B, 16)
 )  # fmt: skip
-BACKWARD = ((BERT_BASE, 1024), (TRANSFORMER_BASE, 1024))
+BACKWARD = ((BERT_BASE, 1024),)
 
 
 def cases(device: str = "cpu") -> Iterator[Case]:

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
 import pickle
 import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from rich.console import Console
 
 from pytransformer import cli
 from pytransformer.benchmarks import (
     SUITES,
     _contention,
+    _device,
     _figures,
+    _instructions,
     _memory,
     _peaks,
     _timing,
@@ -24,6 +32,7 @@ from pytransformer.benchmarks import (
     ffn,
     layer_norm,
     linear_cross_entropy,
+    peers,
     suite,
 )
 from pytransformer.benchmarks import _run as runner
@@ -31,8 +40,10 @@ from pytransformer.benchmarks._bert import EPS, plain_bert
 from pytransformer.benchmarks._case import DIRECTIONS, OURS, PEER, AbsentError, Case, Problem
 from pytransformer.benchmarks._file import load, save
 from pytransformer.benchmarks._models import Model
+from pytransformer.benchmarks._processes import Remote
 from pytransformer.benchmarks._run import run, run_case
 from pytransformer.benchmarks._suites import Chosen
+from pytransformer.benchmarks._table import LiveTable
 from pytransformer.benchmarks._training import case as training_case
 from pytransformer.benchmarks.markdown import BEGIN, END, markdown, write_into
 
@@ -228,6 +239,160 @@ def test_peaks(monkeypatch):
     assert found["operations"]["float32"] >= found["gemm"]["float32"] > 0
     assert found["operations"]["bfloat16"] >= found["operations"]["float32"]
     assert found["sources"].keys() == found["operations"].keys()
+
+
+class FakeEvent:
+    clock = 0.0
+
+    def __init__(self, enable_timing):
+        self.at = None
+
+    def record(self):
+        self.at = FakeEvent.clock
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return end.at - self.at
+
+
+class FakeStream:
+    def wait_stream(self, other):
+        pass
+
+
+@pytest.mark.parametrize("capturable", [True, False])
+def test_on_a_gpu_a_graph_is_replayed_where_the_call_can_be_captured(monkeypatch, capturable):
+    """Against a torch.cuda of paper: a call takes 3 ms, its replay 2 ms."""
+    calls = {"run": 0, "replay": 0}
+
+    def took(name, milliseconds):
+        calls[name] += 1
+        FakeEvent.clock += milliseconds
+
+    class Graph:
+        def replay(self):
+            took("replay", 2)
+
+    @contextmanager
+    def graph(_):
+        if not capturable:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        yield
+
+    fakes = {"Event": FakeEvent, "Stream": FakeStream, "current_stream": FakeStream, "synchronize": lambda: None,
+             "stream": lambda _: nullcontext(), "CUDAGraph": Graph, "graph": graph}  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    provider = _device.OnGpu(lambda: took("run", 3))
+    assert provider.sample(5).wall == pytest.approx(0.010 if capturable else 0.015)
+    assert calls["replay"] == (5 if capturable else 0)
+    assert provider.clock == "CUDA events" + (", graph replay" if capturable else "")
+
+
+def test_a_peer_in_a_process_of_its_own():
+    remote = Remote(partial(peers.build, "sdpa-math"), threads=1)
+    try:
+        case = CASES["attention"]("fwd")
+        remote.take(case)
+        assert all(found.ratio < runner.PEER_SLACK for found in case.build().check(remote()))
+        sample = remote.sample(3)
+        assert sample.wall > 0
+        with pytest.raises(AbsentError, match="it has no layer_norm"):
+            remote.take(CASES["layer_norm"]("fwd"))
+        remote.take(case)
+        remote.child.process.kill()
+        with pytest.raises(AbsentError, match="its process ended with code -9"):
+            remote()
+        assert not remote.alive()
+    finally:
+        remote.close()
+
+
+def test_peers_say_why_they_are_absent(monkeypatch):
+    assert peers.chosen("auto", suite_uses_peers=False) == ()
+    assert "openvino" in peers.chosen("auto", suite_uses_peers=True)
+    assert peers.chosen("sdpa-math,liger", False) == ("sdpa-math", "liger")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    found = peers.versions(["openvino", "flash-attn-2"])
+    assert found["openvino"] == {"absent": "openvino is not installed (pip install openvino)"}
+    row = run_case(tiny_case(), QUICK, peers.Peers(["openvino"]))
+    assert set(row["samples"]) == {OURS, PEER}
+
+
+def test_a_peer_that_cannot_serve_a_row_says_why():
+    case = CASES["attention"]("bwd")
+    workload = case.build().workload
+    found, absent = peers.Peers(["sdpa-math", "sdpa-flash"]).join(case, workload)
+    assert set(found) == {"sdpa-math", "sdpa-flash"}
+    assert not absent
+    inference = replace(peers.every()["sdpa-math"], inference=True)
+    with pytest.raises(AbsentError, match="it has no backward"):
+        inference.function(workload)
+    joined = peers.Peers(["sdpa-math"])
+    joined.peers = [inference]
+    assert joined.join(case, workload) == ({}, {"sdpa-math": "it has no backward"})
+    assert joined.join(replace(case, alone=True), workload) == ({}, {})
+
+
+def test_peak_memory_is_a_row(tmp_path):
+    row = run_case(replace(CASES["ffn"]("fwd+bwd"), metric="bytes"), QUICK)
+    if "case" in row["absent"]:
+        assert "memory" in row["absent"]["case"]
+        pytest.skip(row["absent"]["case"])
+    assert set(row["samples"]) == {OURS, PEER}
+    assert all(value >= 0 for samples in row["samples"].values() for value in samples["wall"])
+
+
+FAKE_TOOLS = {
+    "valgrind": """#!/bin/sh
+for word in "$@"; do case $word in --callgrind-out-file=*) echo "${word#*=}" > "$COUNTED/file";; esac; done
+while case $1 in -*) true;; *) false;; esac; do shift; done
+exec "$@"
+""",
+    "callgrind_control": """#!/bin/sh
+[ "$1" = -d ] || exit 0
+n=$(($(cat "$COUNTED/n" 2>/dev/null || echo 0) + 1)); echo $n > "$COUNTED/n"
+echo "totals: $((n * 1000))" > "$(cat "$COUNTED/file").$n"
+""",
+}
+
+
+def test_instructions_are_the_difference_of_two_counts(monkeypatch, tmp_path):
+    """The protocol, with tools that count dumps: each holds 1000 more than the one before."""
+    for name, text in FAKE_TOOLS.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("COUNTED", str(tmp_path))
+    found = _instructions.count(tiny_case())
+    assert found["calls"] == {OURS: 500.0, PEER: 500.0}
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(AbsentError, match="valgrind and callgrind_control not found"):
+        _instructions.count(tiny_case())
+
+
+def test_only_rows_too_noisy_to_time_are_counted(monkeypatch, tmp_path):
+    monkeypatch.setattr(_instructions, "count", lambda case: {"isa": "avx2", "calls": {OURS: 5.0, PEER: 7.0}})
+    cases = [tiny_case(16), tiny_case(32)]
+    monkeypatch.setattr(runner, "too_noisy", lambda results: [cases[1].name])
+    results = run(cases, tmp_path / "r.json", "test", QUICK, instructions=True)
+    assert ["instructions" in row for row in results["rows"]] == [False, True]
+    assert any("instructions of a call" in line for line in _figures.notes(results))
+
+
+def test_the_live_table_fits_80_columns(tmp_path):
+    terminal = Console(width=80, height=24, force_terminal=True, file=io.StringIO())
+    with LiveTable(2, terminal) as live:
+        run([tiny_case(16), tiny_case(32)], tmp_path / "r.json", "test", QUICK, starting=live.starting,
+            finished=live.finished)  # fmt: skip
+    paper = Console(width=200, file=io.StringIO(), record=True)
+    paper.print(live.live.get_renderable())
+    text = paper.export_text()
+    assert "2/2" in text
+    assert "tiny 16" in text
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
 
 
 def test_exponents_are_the_slopes():
