@@ -37,6 +37,7 @@ type: setup
 
 test: setup
 	$(BIN)/pytest
+	TRITON_INTERPRET=1 $(BIN)/pytest
 
 bench: setup
 	$(BIN)/pytransformer bench

@@ -1,8 +1,14 @@
-"""Fixtures of the tests: seeds, and every backend and instruction set that this machine runs."""
+"""Fixtures of the tests: seeds, and every backend and instruction set that this machine runs.
+
+Triton's interpreter is a matter of the process: triton reads ``TRITON_INTERPRET`` when it is imported. So it has a
+session of its own, ``TRITON_INTERPRET=1 pytest``, which runs the tests over backends on Triton kernels alone, and of
+long parametrisations a part, for the interpreter is slow. ``make test`` runs both sessions.
+"""
 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -12,8 +18,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # helpers.py and compare.py, under importlib's import mode
 
 from pytransformer import backends
+from pytransformer._parity import unwritten_is_nan
 from pytransformer.backends import cpu
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ISAS = cpu.isa_status() if backends.unavailable("cpu") is None else {}
 
 
@@ -22,13 +30,29 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["reference", *(f"cpu-{isa}" for isa in ISAS or ("not built",))])
+def backend_names():
+    if INTERPRETED:
+        return ["triton-interpreted"]
+    return ["reference", *(f"cpu-{isa}" for isa in ISAS or ("not built",))]
+
+
+@pytest.fixture(params=backend_names())
 def backend_isa(request, monkeypatch):
-    """The name of a backend; for the CPU kernels with one instruction set in use and its outputs poisoned."""
+    """The name of a backend, its outputs poisoned; for the CPU kernels with one instruction set in use."""
     name, _, isa = request.param.partition("-")
     if name == "reference":
         yield name
-        return
+    elif name == "triton":
+        if backends.unavailable(name) is not None:
+            pytest.skip(f"Triton kernels: {backends.unavailable(name)}")
+        monkeypatch.setitem(backends.ORDER, "cpu", ("cpu", "triton", "reference"))
+        with unwritten_is_nan():
+            yield name
+    else:
+        yield from _with_instruction_set(isa, monkeypatch)
+
+
+def _with_instruction_set(isa, monkeypatch):
     if not ISAS:
         pytest.skip(f"CPU kernels: {backends.unavailable('cpu')}")
     if not ISAS[isa]:
@@ -36,8 +60,28 @@ def backend_isa(request, monkeypatch):
     outer = cpu.isa()
     poison_outputs(monkeypatch)
     cpu.set_isa(isa)
-    yield name
+    yield "cpu"
     cpu.set_isa(outer)
+
+
+# Of a parametrised test with many cases the interpreter runs every n-th one.
+INTERPRETED_PART = {"test_every_combination": 7, "test_every_tail": 3, "test_rows": 3}
+
+
+def pytest_collection_modifyitems(config, items):
+    """Each session runs its own tests: those over backends, and those marked for it."""
+    seen = {}
+    kept, dropped = [], []
+    for item in items:
+        marked = item.get_closest_marker("interpreted") is not None
+        wanted = marked or "backend_isa" in item.fixturenames if INTERPRETED else not marked
+        if INTERPRETED and wanted:
+            count = seen[item.originalname] = seen.get(item.originalname, -1) + 1
+            wanted = count % INTERPRETED_PART.get(item.originalname, 1) == 0
+        (kept if wanted else dropped).append(item)
+    items[:] = kept
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
 
 
 class _PoisonedTorch:
