@@ -71,3 +71,18 @@ def test_layer_norm_moves_no_more_than_it_must(monkeypatch, case, width):
     for name, moved, floor in (("forward", forward, forward_floor), ("backward", backward, backward_floor)):
         per_element = sum(moved.values()) / (N * width)
         assert floor <= per_element <= 1.05 * floor, f"{name} moves {per_element:.2f} bytes an element, floor {floor}"
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_embedding_moves_no_more_than_it_must(monkeypatch, dropout_p):
+    B, T, V, width = 16, 32, 40, 256
+    tokens = torch.randint(V, (B, T))
+    weight, positions = randn(V, width, dtype=torch.float16).requires_grad_(), randn(T, width, dtype=torch.float16)
+    with counted(monkeypatch) as forward:
+        y = ops.embedding(tokens, weight, positions, dropout_p=dropout_p, seed=1, backend="triton")
+    with counted(monkeypatch) as backward:
+        (dweight,) = torch.autograd.grad(y, weight, torch.ones_like(y))
+    # A row of the table for each token, positions and outputs once; the gradient of the table likewise.
+    floors = 4 * y.numel() + 2 * positions.numel(), 2 * y.numel() + 2 * weight.numel()
+    for name, moved, floor in zip(("forward", "backward"), (forward, backward), floors, strict=True):
+        assert floor <= sum(moved.values()) <= 1.05 * floor, f"{name} moves {sum(moved.values())} bytes, floor {floor}"
