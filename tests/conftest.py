@@ -82,7 +82,7 @@ INTERPRETED_PART = {
     "test_lse_and_weights": 4,
     "test_activations": 4,
     "test_extreme_hidden": 5,
-    "test_several_tiles": 0,  # of attention: far too slow here
+    "test_several_tiles": 0,
     "test_shapes": 3,
 }
 
