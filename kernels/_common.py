@@ -86,11 +86,14 @@ def dropout_threshold(p: float) -> tuple[int, float]:
     return min(int(p * 2**32 + 0.5), 2**32 - 1) - 2**31, 0.0 if p >= 1 else 1.0 / (1.0 - p)
 
 
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 2 for the interpreter."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 2
+
+
 def program_count(work: int, device: torch.device, per_processor: int) -> int:
     """Programs of a kernel whose programs loop over ``work`` items: what a GPU holds at a time, or fewer."""
-    if device.type != "cuda":  # the interpreter
-        return min(work, 4)
-    return min(work, torch.cuda.get_device_properties(device).multi_processor_count * per_processor)
+    return min(work, 4 if device.type != "cuda" else processors(device) * per_processor)
 
 
 def float32_precision() -> str:

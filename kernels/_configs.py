@@ -41,30 +41,47 @@ def layer_norm(direction: str, width: int, arch: str) -> Config:
     return Config((rows, columns), num_warps=min(max(rows * columns // 512, 4), 16))
 
 
-# (queries, keys) of a tile, by architecture, kernel, 16 or 32 bits, and head dim up to 64, 128 or 256.
-_ATTENTION: dict[str, dict[str, dict[tuple[int, int], Config]]] = {
+# (queries, keys) of a tile, by architecture, kernel, 16 or 32 bits, and head dim up to 64, 128 or 256. What stands
+# under "rich" serves calls with a bool mask, a bias, dropout or a soft cap, which take registers of their own.
+_Attention = dict[str, dict[tuple[int, int], Config]]
+_PLAIN: dict[str, _Attention] = {
     "sm80": {
         "fwd": {
             (16, 64): Config((128, 64), 4, 3),
             (16, 128): Config((128, 64), 8, 3),
             (16, 256): Config((64, 64), 8, 2),
-            (32, 64): Config((64, 64), 8, 2),
-            (32, 128): Config((64, 32), 8, 2),
-            (32, 256): Config((32, 32), 8, 1),
         },
-        "dq": {
-            (16, 64): Config((128, 64), 8, 2),
+        "dq": {(16, 64): Config((128, 64), 8, 2), (16, 128): Config((64, 64), 8, 2), (16, 256): Config((64, 32), 8, 1)},
+        "dkv": {
+            (16, 64): Config((64, 128), 8, 2),
+            (16, 128): Config((32, 128), 8, 2),
+            (16, 256): Config((32, 64), 8, 1),
+        },
+    },
+}
+_RICH: dict[str, _Attention] = {
+    "sm80": {
+        "fwd": {
+            (16, 64): Config((64, 64), 8, 2),
             (16, 128): Config((64, 64), 8, 2),
             (16, 256): Config((64, 32), 8, 1),
             (32, 64): Config((64, 32), 8, 1),
             (32, 128): Config((32, 32), 8, 1),
             (32, 256): Config((32, 32), 8, 1),
         },
+        "dq": {
+            (16, 64): Config((64, 64), 8, 2),
+            (16, 128): Config((64, 64), 8, 1),
+            (16, 256): Config((64, 32), 8, 1),
+            (32, 64): Config((32, 32), 8, 1),
+            (32, 128): Config((32, 32), 8, 1),
+            (32, 256): Config((32, 32), 8, 1),
+        },
         "dkv": {
-            (16, 64): Config((64, 128), 8, 2),
-            (16, 128): Config((32, 128), 8, 2),
+            (16, 64): Config((64, 64), 8, 2),
+            (16, 128): Config((64, 64), 8, 1),
             (16, 256): Config((32, 64), 8, 1),
-            (32, 64): Config((32, 64), 8, 1),
+            (32, 64): Config((32, 32), 8, 1),
             (32, 128): Config((32, 32), 8, 1),
             (32, 256): Config((32, 32), 8, 1),
         },
@@ -73,13 +90,18 @@ _ATTENTION: dict[str, dict[str, dict[tuple[int, int], Config]]] = {
 _INTERPRETED_TILE = Config((64, 64), 4)
 
 
-def attention(kernel: str, dtype: torch.dtype, head_dim: int, arch: str) -> Config:
-    """``(queries, keys)`` of a tile of the kernels ``"fwd"``, ``"dq"`` and ``"dkv"``."""
+def attention(kernel: str, dtype: torch.dtype, head_dim: int, rich: bool, arch: str) -> Config:
+    """``(queries, keys)`` of a tile of the kernels ``"fwd"``, ``"dq"``, ``"dkv"`` and ``"decode"`` (keys alone).
+
+    ``rich`` calls have a bool mask, a bias, dropout or a soft cap; in 32 bits all calls are taken as rich.
+    """
     if arch == INTERPRETER:
         return _INTERPRETED_TILE
+    if kernel == "decode":
+        return Config((0, 64 if head_dim <= 128 and dtype.itemsize == 2 else 32), 4, 2)
     size = next(size for size in (64, 128, 256) if head_dim <= size)
-    table = _ATTENTION.get(arch, _ATTENTION["sm80"])
-    return table[kernel][8 * dtype.itemsize, size]
+    tables = _RICH if rich or dtype.itemsize == 4 else _PLAIN
+    return tables.get(arch, tables["sm80"])[kernel][8 * dtype.itemsize, size]
 
 
 # (rows, columns, depth) of a tile of a matrix product, by architecture, 16 or 32 bits, and right operands (1, or 2
@@ -119,6 +141,20 @@ def embedding(width: int, arch: str) -> Config:
     """``(rows, columns)`` of a tile of the embedding's kernels."""
     columns = min(power_of_2(width), 256)
     return Config((64, columns) if arch == INTERPRETER else (max(2048 // columns, 1), columns), 4)
+
+
+def cross_entropy(classes: int, arch: str) -> Config:
+    """``(rows, classes)`` of a tile of logits: on a GPU one row a program, and four running numbers a lane."""
+    if arch == INTERPRETER:
+        return Config((64, 64), 4)
+    return Config((1, min(power_of_2(classes), 4096)), 8)
+
+
+def logits_rows(rows: int, row_bytes: int, arch: str) -> int:
+    """Rows of logits that are stored at a time: 128 MiB, enough to fill a GPU with a product's tiles."""
+    limit = 2**13 if arch == INTERPRETER else 2**27
+    chunks = -(-rows * row_bytes // limit)
+    return -(-rows // max(chunks, 1))
 
 
 def power_of_2(n: int, least: int = 16) -> int:

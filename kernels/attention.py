@@ -208,6 +208,11 @@ def shape_of(query: Tensor, key: Tensor, value: Tensor) -> dict[str, int]:
     return {"GROUP": query.shape[1] // key.shape[1], "D": D, "Dv": Dv, "BLOCK_D": block_d, "BLOCK_DV": block_dv}
 
 
+def is_rich(masks: Masking, softmax: Softmax) -> bool:
+    """Does the call have what takes registers of its own: a bool mask, a bias, dropout or a soft cap?"""
+    return masks.bits is not None or masks.bias is not None or softmax.rng is not None or softmax.softcap > 0
+
+
 def bias_strides(bias: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0, 0) if bias is None else bias.stride()
 
@@ -225,7 +230,8 @@ def attention_fwd(query: Tensor, key: Tensor, value: Tensor, masks: Masking, sof
     S, Dv = value.shape[2:]
     out = torch.empty(B, H, T, Dv, dtype=query.dtype, device=query.device)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=query.device)
-    config = _configs.attention("fwd", query.dtype, max(D, Dv), _configs.architecture(query.device))
+    rich = is_rich(masks, softmax)
+    config = _configs.attention("fwd", query.dtype, max(D, Dv), rich, _configs.architecture(query.device))
     block_t, block_s = config.tile
     pointers, strides, n_inner = mask_arguments(masks, masks.tiles(block_t, block_s))
     forward_kernel[(triton.cdiv(T, block_t) * B * H,)](

@@ -34,7 +34,7 @@ from pytransformer.kernels._attention import (
     visible,
 )
 from pytransformer.kernels._common import dot, dropout_threshold, empty_like, load, rounded, store
-from pytransformer.kernels.attention import LENGTHS, Masking, Softmax, bias_strides, mask_arguments, shape_of
+from pytransformer.kernels.attention import LENGTHS, Masking, Softmax, bias_strides, is_rich, mask_arguments, shape_of
 
 
 @triton.jit(do_not_specialize=["H", "T"])
@@ -349,7 +349,7 @@ def attention_bwd(
         dout, out, delta, *dout.stride()[:3], H, T, Dv=Dv, BLOCK_DV=shape["BLOCK_DV"], BLOCK_T=rows, num_warps=4
     )
     for kernel, name, grads in ((dq_kernel, "dq", (dq,)), (dkv_kernel, "dkv", (dk, dv))):
-        config = _configs.attention(name, query.dtype, max(D, Dv), arch)
+        config = _configs.attention(name, query.dtype, max(D, Dv), is_rich(masks, softmax), arch)
         block_t, block_s = config.tile
         by_keys = name == "dkv"
         pointers, strides, n_inner = mask_arguments(masks, masks.tiles(block_t, block_s, by_keys))
@@ -381,7 +381,7 @@ def attention_dbias(
     B, H, T, D = query.shape
     S, Dv = value.shape[2:]
     bias_b, bias_h, bias_t, bias_s = bias_shape
-    config = _configs.attention("dq", query.dtype, max(D, Dv), _configs.architecture(query.device))
+    config = _configs.attention("dq", query.dtype, max(D, Dv), True, _configs.architecture(query.device))
     block_t, block_s = config.tile
     n_t = triton.cdiv(T, block_t)
     sum_t = bias_t == 1 and T > 1

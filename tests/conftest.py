@@ -83,6 +83,7 @@ INTERPRETED_PART = {
     "test_activations": 4,
     "test_extreme_hidden": 5,
     "test_several_tiles": 0,
+    "test_sizes": 0,
     "test_shapes": 3,
 }
 

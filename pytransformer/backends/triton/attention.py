@@ -10,6 +10,7 @@ from torch import Tensor
 from pytransformer.backends.triton._arguments import unsupported_dtype
 from pytransformer.kernels import attention as forward_kernels
 from pytransformer.kernels import attention_bwd as backward_kernels
+from pytransformer.kernels import attention_decode as decode_kernels
 
 WIDEST_HEAD = 256
 
@@ -35,7 +36,11 @@ def attention_fwd(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tupl
     """The arguments of ``reference.attention``; returns ``(out, lse)``."""
     query, key, value = (_unit_stride(x) for x in (query, key, value))
     query, masks, softmax = _arguments(query, key, *rest)
-    out, lse = forward_kernels.attention_fwd(query, key, value, masks, softmax)
+    splits = decode_kernels.splits_of(query, key, softmax)
+    if splits > 1:
+        out, lse = decode_kernels.attention_decode(query, key, value, masks, softmax, splits)
+    else:
+        out, lse = forward_kernels.attention_fwd(query, key, value, masks, softmax)
     return out, lse
 
 
