@@ -35,7 +35,7 @@ def layer_norm(direction: str, width: int, arch: str) -> Config:
     About 2,048 elements a tile, so that each thread has 16 to 32 in flight; the backward carries three column sums
     beside them in registers and takes half as many. The interpreter is fast on large tiles only.
     """
-    columns = min(power_of_2(width), WHOLE_ROW)
+    columns = power_of_2(width) if width <= WHOLE_ROW else WHOLE_ROW // 2
     elements = 8192 if arch == INTERPRETER else 2048 if direction == "fwd" else 1024
     rows = min(max(1, elements // columns), 64)  # beyond that one row's column sums would be long chains
     return Config((rows, columns), num_warps=min(max(rows * columns // 512, 4), 16))
@@ -71,7 +71,7 @@ _RICH: dict[str, _Attention] = {
         },
         "dq": {
             (16, 64): Config((64, 64), 8, 2),
-            (16, 128): Config((64, 64), 8, 1),
+            (16, 128): Config((64, 32), 8, 1),
             (16, 256): Config((64, 32), 8, 1),
             (32, 64): Config((32, 32), 8, 1),
             (32, 128): Config((32, 32), 8, 1),
@@ -79,7 +79,7 @@ _RICH: dict[str, _Attention] = {
         },
         "dkv": {
             (16, 64): Config((64, 64), 8, 2),
-            (16, 128): Config((64, 64), 8, 1),
+            (16, 128): Config((32, 64), 8, 1),
             (16, 256): Config((32, 64), 8, 1),
             (32, 64): Config((32, 32), 8, 1),
             (32, 128): Config((32, 32), 8, 1),
