@@ -108,8 +108,8 @@ def attention(kernel: str, dtype: torch.dtype, head_dim: int, rich: bool, arch: 
 # with a gate).
 _MATMUL: dict[str, dict[tuple[int, int], Config]] = {
     "sm80": {
-        (16, 1): Config((128, 128, 32), 4, 4),
-        (16, 2): Config((128, 64, 32), 4, 4),
+        (16, 1): Config((128, 128, 32), 8, 4),
+        (16, 2): Config((128, 64, 32), 8, 4),
         (32, 1): Config((64, 64, 32), 4, 2),
         (32, 2): Config((64, 32, 32), 4, 2),
     },
