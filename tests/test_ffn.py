@@ -137,11 +137,19 @@ def test_nan_and_inf_stay_in_their_row(backend_isa):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [*DTYPES.values(), torch.float64], ids=str)
-def test_gated(activation, dtype):
+def test_gated_of_the_reference(activation, dtype):
     tensors = make((4, 3), 8, 12, 6, dtype, gated=True)
     x, w1, b1, w2, b2, wg, bg = tensors.values()
     wanted = F.linear(ACTIVATIONS[activation](F.linear(x, w1, b1)) * F.linear(x, wg, bg), w2, b2)
-    torch.testing.assert_close(ops.ffn(**tensors, activation=activation), wanted)
+    torch.testing.assert_close(ops.ffn(**tensors, activation=activation, backend="reference"), wanted)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("biases", [True, False], ids=["biases", "no_biases"])
+def test_gated(backend_isa, activation, dtype, biases):
+    tensors = make((67,), 33, 150, 20, dtype, biases=biases, gated=True)
+    check("ffn", tensors, {"activation": activation, "dropout_p": 0.2 if biases else 0.0, "seed": 5}, backend_isa)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

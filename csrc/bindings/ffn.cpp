@@ -32,8 +32,9 @@ void check_vector(const TensorView& view, int64_t size, const char* name) {
 }
 
 void forward(const TensorView& input, const TensorView& weight1, const TensorView& bias1, const TensorView& weight2,
-             const TensorView& bias2, const std::string& activation, uint64_t seed, uint64_t offset, float dropout_p,
-             const TensorView& output, const TensorView& hidden) {
+             const TensorView& bias2, const TensorView& weight_gate, const TensorView& bias_gate,
+             const std::string& activation, uint64_t seed, uint64_t offset, float dropout_p, const TensorView& output,
+             const TensorView& hidden) {
   const int64_t N = input.shape[0], E = input.shape[1], F = weight1.shape[0], O = weight2.shape[0];
   check_matrix(input, input, N, E, "input");
   check_matrix(weight1, input, F, E, "weight1");
@@ -42,16 +43,21 @@ void forward(const TensorView& input, const TensorView& weight1, const TensorVie
   check_matrix(hidden, input, N, F, "hidden");
   check_vector(bias1, F, "bias1");
   check_vector(bias2, O, "bias2");
-  const FfnForward a{input, weight1, bias1,    weight2, bias2, output, hidden, activation_from(activation),
-                     seed,  offset,  dropout_p};
+  check_matrix(weight_gate, input, F, E, "weight_gate");
+  check_vector(bias_gate, F, "bias_gate");
+  const FfnForward a{input,       weight1,   bias1,    weight2, bias2,
+                     weight_gate, bias_gate, output,   hidden,  activation_from(activation),
+                     seed,        offset,    dropout_p};
   py::gil_scoped_release released;
   kernels().ffn_fwd(a);
 }
 
 void backward(const TensorView& grad_output, const TensorView& input, const TensorView& weight1,
-              const TensorView& weight2, const TensorView& hidden, const std::string& activation, uint64_t seed,
-              uint64_t offset, float dropout_p, const TensorView& grad_input, const TensorView& grad_weight1,
-              const TensorView& grad_bias1, const TensorView& grad_weight2, const TensorView& grad_bias2) {
+              const TensorView& weight2, const TensorView& weight_gate, const TensorView& bias_gate,
+              const TensorView& hidden, const std::string& activation, uint64_t seed, uint64_t offset, float dropout_p,
+              const TensorView& grad_input, const TensorView& grad_weight1, const TensorView& grad_bias1,
+              const TensorView& grad_weight2, const TensorView& grad_bias2, const TensorView& grad_weight_gate,
+              const TensorView& grad_bias_gate) {
   const int64_t N = input.shape[0], E = input.shape[1], F = weight1.shape[0], O = weight2.shape[0];
   check_matrix(input, input, N, E, "input");
   check_matrix(weight1, input, F, E, "weight1");
@@ -63,20 +69,14 @@ void backward(const TensorView& grad_output, const TensorView& input, const Tens
   check_matrix(grad_weight2, input, O, F, "grad_weight2");
   check_vector(grad_bias1, F, "grad_bias1");
   check_vector(grad_bias2, O, "grad_bias2");
-  const FfnBackward a{grad_output,
-                      input,
-                      weight1,
-                      weight2,
-                      hidden,
-                      grad_input,
-                      grad_weight1,
-                      grad_bias1,
-                      grad_weight2,
-                      grad_bias2,
-                      activation_from(activation),
-                      seed,
-                      offset,
-                      dropout_p};
+  check_matrix(weight_gate, input, F, E, "weight_gate");
+  check_vector(bias_gate, F, "bias_gate");
+  check_matrix(grad_weight_gate, input, F, E, "grad_weight_gate");
+  check_vector(grad_bias_gate, F, "grad_bias_gate");
+  const FfnBackward a{grad_output,  input,      weight1,          weight2,        weight_gate,
+                      bias_gate,    hidden,     grad_input,       grad_weight1,   grad_bias1,
+                      grad_weight2, grad_bias2, grad_weight_gate, grad_bias_gate, activation_from(activation),
+                      seed,         offset,     dropout_p};
   py::gil_scoped_release released;
   kernels().ffn_bwd(a);
 }

@@ -17,6 +17,8 @@
 //     grad_weight2 = (a grad_output)^T                    grad_bias2 = column sums of grad_output
 //     grad_weight1 = grad_hidden x                        grad_bias1 = row sums of grad_hidden
 //     grad_input   = (W1^T grad_hidden)^T
+// A gate g, computed by a product of its own before the hidden layer (and again in backward), multiplies a and
+// grad_hidden, and has a gradient, (W2^T grad_output^T) act(h) m, that goes on as grad_hidden does.
 // The left operands of the middle two are a and grad_hidden as the epilogue stored them. It takes chunks
 // of tokens too; the gradients of the weights are summed over chunks in float32, in order. The
 // activation is applied to the float32 sums in forward and to the stored h in backward: for bfloat16 the
@@ -58,21 +60,22 @@ struct Gelu {
 struct GeluTanh {
   static constexpr float linear = 1.5957691216057308f, cubic = 0.044715f * linear;
 
-  static Vec gate(Vec x) { return sigmoid(x * fma(x * x, Vec::set1(cubic), Vec::set1(linear))); }
-  static Vec value(Vec x) { return x * gate(x); }
+  static Sigmoid gate(Vec x) { return sigmoid(x * fma(x * x, Vec::set1(cubic), Vec::set1(linear))); }
+  static Vec value(Vec x) { return x * gate(x).value; }
   static void both(Vec x, Vec grad, Vec& y, Vec& dx) {
-    const Vec s = gate(x), slope = fma(x * x, Vec::set1(3 * cubic), Vec::set1(linear));
-    y = x * s;
-    dx = grad * fma(y * (Vec::set1(1.0f) - s), slope, s);
+    const Sigmoid s = gate(x);
+    const Vec slope = fma(x * x, Vec::set1(3 * cubic), Vec::set1(linear));
+    y = x * s.value;
+    dx = grad * fma(y * s.complement, slope, s.value);
   }
 };
 
 struct Silu {
-  static Vec value(Vec x) { return x * sigmoid(x); }
+  static Vec value(Vec x) { return x * sigmoid(x).value; }
   static void both(Vec x, Vec grad, Vec& y, Vec& dx) {
-    const Vec s = sigmoid(x);
-    y = x * s;
-    dx = grad * fma(y, Vec::set1(1.0f) - s, s);
+    const Sigmoid s = sigmoid(x);
+    y = x * s.value;
+    dx = grad * fma(y, s.complement, s.value);
   }
 };
 
@@ -111,6 +114,10 @@ void activate_backward(Activation activation, float* values, float* grad, int64_
 template <class From, class To>
 inline void copy_row(const From* from, int64_t count, To* to) {
   for_vectors(count, [&](int64_t c, int n) { store(to + c, load(from + c, n), n); });
+}
+
+inline void multiply_row(float* values, const float* by, int64_t count) {
+  for_vectors(count, [&](int64_t c, int n) { store(values + c, load(values + c, n) * load(by + c, n), n); });
 }
 
 template <class T>
@@ -205,6 +212,74 @@ struct Chunks {
   int64_t size(int64_t chunk, int64_t N) const { return N - begin(chunk) < rows ? N - begin(chunk) : rows; }
 };
 
+// A matrix [features, tokens] of a chunk, as a left operand in place: rows end on a whole vector and are no
+// multiple of a page apart.
+template <class Operand>
+class FeatureRows {
+ public:
+  FeatureRows(int64_t features, int64_t tokens)
+      : stride_(round_up(tokens, lanes) + lanes), data_(features > 0 ? features * stride_ : 0) {}
+
+  // Values beyond the last token, up to a whole vector, are zeros.
+  void put(const Block& block, const float* sums) const {
+    for (int64_t i = 0; i < block.rows; ++i) {
+      for_vectors(block.columns,
+                  [&](int64_t c, int n) { load(sums + i * block_columns + c, n).store(at(block, i) + c); });
+    }
+  }
+
+  void multiply(const Block& block, float* values) const {
+    for (int64_t i = 0; i < block.rows; ++i) multiply_row(values + i * block_columns, at(block, i), block.columns);
+  }
+
+  void add_to(const Block& block, float* values) const {
+    for (int64_t i = 0; i < block.rows; ++i) add_row(values + i * block_columns, at(block, i), block.columns);
+  }
+
+  LeftView<Operand> as_left(int64_t tokens) const { return {data_.get(), tokens, stride_, 0, false}; }
+
+ private:
+  Operand* at(const Block& block, int64_t i) const { return data_.get() + (block.row + i) * stride_ + block.column; }
+
+  int64_t stride_;
+  Scratch<Operand> data_;
+};
+
+// The gate of a chunk of tokens, features in rows; empty where there is none.
+template <class T>
+class Gate {
+  using Operand = operand_t<T>;
+
+ public:
+  template <class Parameters>
+  Gate(const Parameters& a, int64_t F, int64_t E, int64_t tokens)
+      : defined_(a.weight_gate),
+        F_(F),
+        bias_(a.bias_gate),
+        weight_(a.weight_gate.template ptr<const T>(), E, defined_ ? F : 0, E, tokens),
+        values_(defined_ ? F : 0, tokens) {}
+
+  // For the tokens of `input`.
+  void compute(const Packed<Operand>& input, int64_t tokens) const {
+    if (!defined_) return;
+    gemm<Operand>(F_, tokens, weight_, input, [&](const Block& block, float* sums) {
+      bias_.add_to(block, sums);
+      values_.put(block, sums);
+    });
+  }
+
+  void multiply(const Block& strip, float* values) const {
+    if (defined_) values_.multiply(strip, values);
+  }
+
+ private:
+  bool defined_;
+  int64_t F_;
+  Bias bias_;
+  LeftRows<Operand, T> weight_;
+  FeatureRows<float> values_;
+};
+
 // A product's transpose to its place: out[column] + block.row holds the block's column.
 template <class T>
 void store_output(const Block& block, float* sums, T* out, int64_t stride) {
@@ -217,7 +292,8 @@ void forward(const FfnForward& a) {
   const int64_t N = a.input.shape[0], E = a.input.shape[1], F = a.weight1.shape[0], O = a.weight2.shape[0];
   const Bias bias1(a.bias1), bias2(a.bias2);
   const Dropout dropout = Dropout::make(a.dropout_p, {a.seed, a.offset});
-  const Chunks chunks(N, F, 1);
+  const Chunks chunks(N, F, a.weight_gate ? 2 : 1);
+  const Gate<T> gate(a, F, E, chunks.rows);
   const LeftRows<Operand, T> weight1(a.weight1.ptr<const T>(), E, F, E, chunks.rows);
   const LeftRows<Operand, T> weight2(a.weight2.ptr<const T>(), F, O, F, chunks.rows);
 
@@ -226,12 +302,14 @@ void forward(const FfnForward& a) {
     const Packed<Operand> activated(tokens, F, tile_width);
     {
       const Packed<Operand> input(right_transposed<Operand>(a.input.ptr<const T>() + begin * E, E), tokens, E);
+      gate.compute(input, tokens);
       gemm<Operand>(F, tokens, weight1, input, [&](const Block& block, float* sums) {
         const BlockDropout drop(dropout, F, begin, block);
         by_strips(block, sums, [&](const Block& strip, float* values) {
           bias1.add_to(strip, values);
           if (a.hidden) store_output(strip, values, a.hidden.ptr<T>() + begin * F, F);
           for (int64_t i = 0; i < strip.rows; ++i) activate(a.activation, values + i * block_columns, strip.columns);
+          gate.multiply(strip, values);
           drop.apply(strip, values);
           activated.store_depths(strip.row, strip.rows, strip.column, strip.columns, values, block_columns);
         });
@@ -307,118 +385,159 @@ void column_sums(const T* matrix, int64_t rows, int64_t columns, float* sums, bo
   });
 }
 
-// A matrix [features, tokens] of a chunk, as a left operand in place: rows end on a whole vector and are no
-// multiple of a page apart.
-template <class Operand>
-class FeatureRows {
+// One sum for every tile_width tokens, however the blocks were cut: sums [tokens / tile_width][F].
+void sum_rows(const Block& strip, const float* values, int64_t F, float* sums) {
+  for (int64_t i = 0; i < strip.rows; ++i) {
+    for (int64_t c = 0; c < strip.columns; c += tile_width) {
+      const int64_t count = strip.columns - c < tile_width ? strip.columns - c : tile_width;
+      Vec sum = Vec::zero();
+      for_vectors(count, [&](int64_t j, int n) { sum = sum + load(values + i * block_columns + c + j, n); });
+      sums[(strip.column + c) / tile_width * F + strip.row + i] = sum.sum();
+    }
+  }
+}
+
+// The gradient of hidden or gate, of one chunk, in the forms in which it goes on: as left operand for the
+// gradient of the weight, as right operand for that of the input, and summed for that of the bias.
+template <class T>
+class InnerGradient {
+  using Operand = operand_t<T>;
+
  public:
-  FeatureRows(int64_t features, int64_t tokens)
-      : stride_(round_up(tokens, lanes) + lanes), data_(features > 0 ? features * stride_ : 0) {}
+  InnerGradient(const TensorView& weight, const TensorView& grad_weight, const TensorView& grad_bias, bool for_input,
+                int64_t chunk_rows, int64_t chunks)
+      : F_(weight ? weight.shape[0] : 0),
+        E_(weight ? weight.shape[1] : 0),
+        for_input_(weight && for_input),
+        for_bias_(grad_bias),
+        for_weight_(grad_weight),
+        grad_bias_(grad_bias),
+        grad_weight_(grad_weight, false, chunks),
+        weight_(left_transposed<Operand>(weight.ptr<const T>(), E_), for_input_ ? E_ : 0, F_),
+        rows_(for_weight_ ? F_ : 0, chunk_rows),
+        operand_(for_input_ ? chunk_rows : 0, F_, tile_width),
+        bias_sums_(for_bias_ ? ceil_div(chunk_rows, tile_width) * F_ : 0) {}
 
-  Operand* row(int64_t i) const { return data_.get() + i * stride_; }
+  bool wanted() const { return for_input_ || for_bias_ || for_weight_; }
 
-  // Values beyond the last token, up to a whole vector, are zeros.
-  void store(const Block& block, const float* sums) const {
-    for (int64_t i = 0; i < block.rows; ++i) {
-      for_vectors(block.columns, [&](int64_t c, int n) {
-        load(sums + i * block_columns + c, n).store(row(block.row + i) + block.column + c);
-      });
+  void put(const Block& strip, const float* grad) const {
+    if (for_weight_) rows_.put(strip, grad);
+    if (for_input_) operand_.store_depths(strip.row, strip.rows, strip.column, strip.columns, grad, block_columns);
+    if (for_bias_) sum_rows(strip, grad, F_, bias_sums_.get());
+  }
+
+  // The gradients of weight and bias, when all strips of the chunk are in.
+  void reduce(const T* input, int64_t tokens, int64_t chunk) const {
+    if (for_weight_) {
+      const Packed<Operand> right_input(right<Operand>(input, E_), E_, tokens);
+      gemm<Operand>(F_, E_, rows_.as_left(tokens), right_input, grad_weight_.add_chunk(chunk));
+    }
+    if (for_bias_) {
+      column_sums(bias_sums_.get(), ceil_div(tokens, tile_width), F_, grad_bias_.template ptr<float>(), chunk > 0);
     }
   }
 
-  LeftView<Operand> as_left(int64_t tokens) const { return {data_.get(), tokens, stride_, 0, false}; }
+  // epilogue(block, sums) for blocks of weight^T grad, the share of the input's gradient, turned.
+  template <class Epilogue>
+  void to_input(int64_t tokens, const Epilogue& epilogue) const {
+    gemm<Operand>(E_, tokens, weight_, operand_, epilogue);
+  }
 
  private:
-  int64_t stride_;
-  Scratch<Operand> data_;
+  int64_t F_, E_;
+  bool for_input_, for_bias_, for_weight_;
+  TensorView grad_bias_;
+  WeightGradient<T> grad_weight_;
+  Packed<Operand> weight_;
+  FeatureRows<Operand> rows_;
+  Packed<Operand> operand_;
+  Scratch<float> bias_sums_;
 };
 
-// What backward derives from a chunk of the hidden layer, where it is wanted.
+// The epilogue that takes blocks of W2^T grad_output^T to everything between the two products.
 template <class T>
 struct HiddenBackward {
-  using Operand = operand_t<T>;
-
   const FfnBackward& a;
   const Dropout& dropout;
+  const Gate<T>& gate;
   int64_t F, begin;
-  const FeatureRows<Operand>&activated, &grad_hidden;
-  const Packed<Operand>& grad_operand;  // grad_hidden again, as the right operand of grad_input's product
-  float* bias_sums;                     // [tokens / tile_width][F]
+  const FeatureRows<operand_t<T>>& activated;
+  const InnerGradient<T>&grad_hidden, &grad_gate;
 
-  // `sums` come in as a block of W2^T grad_output^T.
   void operator()(const Block& block, float* sums) const {
     const BlockDropout drop(dropout, F, begin, block);
     by_strips(block, sums, [&](const Block& strip, float* grad) {
-      float values[lanes * block_columns];
-      const T* hidden = a.hidden.ptr<const T>() + (begin + strip.column) * F + strip.row;
-      load_turned(hidden, F, strip.rows, strip.columns, values);
-      for (int64_t i = 0; i < strip.rows; ++i) {
-        float* row = values + i * block_columns;
-        activate_backward(a.activation, row, grad + i * block_columns, strip.columns);
+      float values[lanes * block_columns], through_gate[lanes * block_columns];
+      load_turned(a.hidden.ptr<const T>() + (begin + strip.column) * F + strip.row, F, strip.rows, strip.columns,
+                  values);
+      if (grad_gate.wanted()) copy_row(grad, strip.rows * block_columns, through_gate);
+      for (int64_t i = 0; i < strip.rows * block_columns; i += block_columns) {
+        activate_backward(a.activation, values + i, grad + i, strip.columns);
+        if (grad_gate.wanted()) multiply_row(through_gate + i, values + i, strip.columns);
       }
+      gate.multiply(strip, values);
+      gate.multiply(strip, grad);
       drop.apply(strip, values);
       drop.apply(strip, grad);
-      if (a.grad_weight2) activated.store(strip, values);
-      if (a.grad_weight1) grad_hidden.store(strip, grad);
-      if (a.grad_input) {
-        grad_operand.store_depths(strip.row, strip.rows, strip.column, strip.columns, grad, block_columns);
-      }
-      if (a.grad_bias1) sum_rows(strip, grad);
+      if (a.grad_weight2) activated.put(strip, values);
+      grad_hidden.put(strip, grad);
+      if (!grad_gate.wanted()) return;
+      drop.apply(strip, through_gate);
+      grad_gate.put(strip, through_gate);
     });
   }
-
-  // One sum for every tile_width tokens, however the blocks were cut.
-  void sum_rows(const Block& strip, const float* grad) const {
-    for (int64_t i = 0; i < strip.rows; ++i) {
-      for (int64_t c = 0; c < strip.columns; c += tile_width) {
-        const int64_t count = strip.columns - c < tile_width ? strip.columns - c : tile_width;
-        Vec sum = Vec::zero();
-        for_vectors(count, [&](int64_t j, int n) { sum = sum + load(grad + i * block_columns + c + j, n); });
-        bias_sums[(strip.column + c) / tile_width * F + strip.row + i] = sum.sum();
-      }
-    }
-  }
 };
+
+// grad_input = (W1^T grad_hidden + Wg^T grad_gate)^T, for the tokens from `begin` on.
+template <class T>
+void input_gradient(const FfnBackward& a, const InnerGradient<T>& grad_hidden, const InnerGradient<T>& grad_gate,
+                    int64_t begin, int64_t tokens) {
+  const int64_t E = a.input.shape[1];
+  const FeatureRows<float> share(a.weight_gate ? E : 0, tokens);
+  if (a.weight_gate) {
+    grad_gate.to_input(tokens, [&](const Block& block, float* sums) { share.put(block, sums); });
+  }
+  grad_hidden.to_input(tokens, [&](const Block& block, float* sums) {
+    if (a.weight_gate) share.add_to(block, sums);
+    store_output(block, sums, a.grad_input.ptr<T>() + begin * E, E);
+  });
+}
 
 template <class T>
 void backward(const FfnBackward& a) {
   using Operand = operand_t<T>;
   const int64_t N = a.input.shape[0], E = a.input.shape[1], F = a.weight1.shape[0], O = a.weight2.shape[0];
-  const bool need_hidden = a.grad_input || a.grad_weight1 || a.grad_bias1 || a.grad_weight2;
   const Dropout dropout = Dropout::make(a.dropout_p, {a.seed, a.offset});
-  const Chunks chunks(N, F, 2);
-  const WeightGradient<T> grad1(a.grad_weight1, false, chunks.count), grad2(a.grad_weight2, true, chunks.count);
+  const Chunks chunks(N, F, a.weight_gate ? 4 : 2);
+  const bool for_input = a.grad_input.defined;
+  const InnerGradient<T> grad_hidden(a.weight1, a.grad_weight1, a.grad_bias1, for_input, chunks.rows, chunks.count);
+  const InnerGradient<T> grad_gate(a.weight_gate, a.grad_weight_gate, a.grad_bias_gate, for_input, chunks.rows,
+                                   chunks.count);
+  const WeightGradient<T> grad2(a.grad_weight2, true, chunks.count);
   const FeatureRows<Operand> activated(a.grad_weight2 ? F : 0, chunks.rows);
-  const FeatureRows<Operand> grad_hidden(a.grad_weight1 ? F : 0, chunks.rows);
+  const bool need_hidden = grad_hidden.wanted() || grad_gate.wanted() || a.grad_weight2;
   const Packed<Operand> weight2(left_transposed<Operand>(a.weight2.ptr<const T>(), F), need_hidden ? F : 0, O);
-  const Packed<Operand> weight1(left_transposed<Operand>(a.weight1.ptr<const T>(), E), a.grad_input ? E : 0, F);
+  const Gate<T> gate(a, F, E, chunks.rows);
 
   for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
     const int64_t begin = chunks.begin(chunk), tokens = chunks.size(chunk, N);
     const T* input = a.input.ptr<const T>() + begin * E;
     const T* grad_output = a.grad_output.ptr<const T>() + begin * O;
-    const Packed<Operand> grad_operand(a.grad_input ? tokens : 0, F, tile_width);
-    const int64_t groups = ceil_div(tokens, tile_width);
-    const Scratch<float> bias_sums(a.grad_bias1 ? groups * F : 0);
+    if (a.weight_gate && need_hidden) {
+      gate.compute(Packed<Operand>(right_transposed<Operand>(input, E), tokens, E), tokens);
+    }
     if (need_hidden) {
       const Packed<Operand> upstream(right_transposed<Operand>(grad_output, O), tokens, O);
-      const HiddenBackward<T> hidden{a, dropout, F, begin, activated, grad_hidden, grad_operand, bias_sums.get()};
+      const HiddenBackward<T> hidden{a, dropout, gate, F, begin, activated, grad_hidden, grad_gate};
       gemm<Operand>(F, tokens, weight2, upstream, hidden);
     }
     if (a.grad_weight2) {
       gemm<Operand>(F, O, activated.as_left(tokens), Packed<Operand>(right<Operand>(grad_output, O), O, tokens),
                     grad2.add_chunk(chunk));
     }
-    if (a.grad_weight1) {
-      gemm<Operand>(F, E, grad_hidden.as_left(tokens), Packed<Operand>(right<Operand>(input, E), E, tokens),
-                    grad1.add_chunk(chunk));
-    }
-    if (a.grad_input) {
-      gemm<Operand>(E, tokens, weight1, grad_operand, [&](const Block& block, float* sums) {
-        store_output(block, sums, a.grad_input.ptr<T>() + begin * E, E);
-      });
-    }
-    if (a.grad_bias1) column_sums(bias_sums.get(), groups, F, a.grad_bias1.ptr<float>(), chunk > 0);
+    grad_hidden.reduce(input, tokens, chunk);
+    grad_gate.reduce(input, tokens, chunk);
+    if (for_input) input_gradient(a, grad_hidden, grad_gate, begin, tokens);
     if (a.grad_bias2) column_sums(grad_output, tokens, O, a.grad_bias2.ptr<float>(), chunk > 0);
   }
 }

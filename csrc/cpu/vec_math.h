@@ -51,14 +51,19 @@ inline Vec exp2(Vec x) {
   return exp2_normal<Degree>(max(Vec::set1(-127.0f), x));  // in this order NaN passes through
 }
 
-// 1 / (1 + e^-x). The exponential is taken of -|x|, so it never overflows, and both tails keep their
-// relative accuracy. Below -87 the result is 0, not a denormal, which would cost an assist.
-inline Vec sigmoid(Vec x) {
+// `value` = 1 / (1 + e^-x) and `complement` = 1 - value, each with its relative accuracy in both tails: the
+// exponential is taken of -|x|, so it never overflows. Below -87 it is 0, not a denormal, which would cost an assist.
+struct Sigmoid {
+  Vec value, complement;
+};
+
+inline Sigmoid sigmoid(Vec x) {
   const Vec one = Vec::set1(1.0f), limit = Vec::set1(87.0f);
   const Vec z = min(limit, abs(x));  // in this order NaN passes through
   const Vec e = select(z >= limit, Vec::zero(), exp2<5>(z * Vec::set1(-log2_e)));
-  const Vec inverse = one / (one + e);
-  return select(x < Vec::zero(), e * inverse, inverse);
+  const Vec near = one / (one + e), far = e * near;
+  const Mask negative = x < Vec::zero();
+  return {select(negative, far, near), select(negative, near, far)};
 }
 
 // tanh x = (1 - e) / (1 + e) with e = e^(-2|x|), and near 0, where that cancels, x + x^3 P(x^2) with P

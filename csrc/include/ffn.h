@@ -1,6 +1,7 @@
-// ffn: hidden = input weight1^T + bias1;  output = dropout(activation(hidden)) weight2^T + bias2
+// ffn: hidden = input weight1^T + bias1;  output = dropout(activation(hidden) * gate) weight2^T + bias2
 //
-// input [N,E], weight1 [F,E], weight2 [O,F] (nn.Linear's layout), all contiguous and of one type;
+// gate = input weight_gate^T + bias_gate, or 1 where there is no weight_gate.
+// input [N,E], weight1 and weight_gate [F,E], weight2 [O,F] (nn.Linear's layout), all contiguous and of one type;
 // biases of that type or float32.
 #pragma once
 
@@ -11,8 +12,8 @@ namespace pytransformer {
 enum class Activation : int32_t { relu, gelu, gelu_tanh, silu };
 
 struct FfnForward {
-  TensorView input, weight1, bias1, weight2, bias2;  // biases optional
-  TensorView output;                                 // [N,O]
+  TensorView input, weight1, bias1, weight2, bias2, weight_gate, bias_gate;  // biases and gate optional
+  TensorView output;                                                         // [N,O]
   TensorView hidden;  // [N,F] before the activation; written where it is defined (for the backward)
   Activation activation = Activation::relu;
   uint64_t seed = 0, offset = 0;
@@ -20,9 +21,9 @@ struct FfnForward {
 };
 
 struct FfnBackward {
-  TensorView grad_output, input, weight1, weight2, hidden;
-  // Written where they are defined. grad_bias1 and grad_bias2 are float32.
-  TensorView grad_input, grad_weight1, grad_bias1, grad_weight2, grad_bias2;
+  TensorView grad_output, input, weight1, weight2, weight_gate, bias_gate, hidden;
+  // Written where they are defined. The gradients of biases are float32.
+  TensorView grad_input, grad_weight1, grad_bias1, grad_weight2, grad_bias2, grad_weight_gate, grad_bias_gate;
   Activation activation = Activation::relu;
   uint64_t seed = 0, offset = 0;
   float dropout_p = 0;

@@ -11,18 +11,9 @@ from pytransformer.backends.cpu._arguments import contiguous, philox_key, rows, 
 
 def why_not(
     input: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    weight_gate: Tensor | None,
     *rest: object,
 ) -> str | None:
-    if (reason := unsupported_dtype(input)) is not None:
-        return reason
-    if weight_gate is not None:
-        return "it has no gated forms yet"
-    return None
+    return unsupported_dtype(input)
 
 
 def ffn_fwd(
@@ -47,6 +38,8 @@ def ffn_fwd(
         contiguous(bias1),
         contiguous(weight2),
         contiguous(bias2),
+        contiguous(weight_gate),
+        contiguous(bias_gate),
         activation,
         *philox_key(rng),
         dropout_p,
@@ -71,17 +64,21 @@ def ffn_bwd(
     dropout_p: float,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    needs_input, needs_weight1, needs_bias1, needs_weight2, needs_bias2, *_ = needs
+    needs_input, needs_weight1, needs_bias1, needs_weight2, needs_bias2, needs_gate, needs_bias_gate = needs
     grad_input = torch.empty(input.shape if needs_input else (0,), dtype=input.dtype)
     grad_weight1 = torch.empty(weight1.shape if needs_weight1 else (0,), dtype=weight1.dtype)
     grad_weight2 = torch.empty(weight2.shape if needs_weight2 else (0,), dtype=weight2.dtype)
     grad_bias1 = torch.empty(weight1.shape[0] if needs_bias1 else 0)
     grad_bias2 = torch.empty(weight2.shape[0] if needs_bias2 else 0)
+    grad_gate = torch.empty(weight1.shape if needs_gate else (0,), dtype=weight1.dtype)
+    grad_bias_gate = torch.empty(weight1.shape[0] if needs_bias_gate else 0)
     _cpu.ffn_bwd(
         rows(grad_output),
         rows(input),
         contiguous(weight1),
         contiguous(weight2),
+        contiguous(weight_gate),
+        contiguous(bias_gate),
         rows(hidden),
         activation,
         *philox_key(rng),
@@ -91,7 +88,9 @@ def ffn_bwd(
         grad_bias1 if needs_bias1 else None,
         grad_weight2 if needs_weight2 else None,
         grad_bias2 if needs_bias2 else None,
+        grad_gate if needs_gate else None,
+        grad_bias_gate if needs_bias_gate else None,
     )
-    biases = (grad_bias1.to(input.dtype), grad_bias2.to(input.dtype))
-    empty = input.new_empty(0)
-    return grad_input, grad_weight1, biases[0], grad_weight2, biases[1], empty, empty.clone()
+    biases = (x.to(input.dtype) for x in (grad_bias1, grad_bias2, grad_bias_gate))
+    bias1_grad, bias2_grad, bias_gate_grad = biases
+    return grad_input, grad_weight1, bias1_grad, grad_weight2, bias2_grad, grad_gate, bias_gate_grad
