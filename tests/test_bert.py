@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pytransformer
-from pytransformer.models import Bert, BertConfig, SentenceEncoder, load_minilm, minilm
+from pytransformer.models import Bert, BertConfig, BertForPreTraining, SentenceEncoder, load_minilm, minilm
 
 transformers = pytest.importorskip("transformers")
 
@@ -247,7 +247,79 @@ def test_a_row_of_padding_is_finite_and_disturbs_nobody():
     inputs["attention_mask"][1] = 0
     found = model(**inputs).last_hidden_state
     assert found.isfinite().all()
-    assert torch.equal(found[[0, 2]], wanted[[0, 2]])
+    torch.testing.assert_close(found[[0, 2]], wanted[[0, 2]], rtol=1e-5, atol=1e-5)
+
+
+def pretraining(directory):
+    """A random BertForPreTraining and ours from its checkpoint."""
+    torch.manual_seed(0)
+    theirs = transformers.BertForPreTraining(transformers.BertConfig(**SIZES, attn_implementation="eager")).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    theirs.save_pretrained(directory)
+    return theirs, BertForPreTraining.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("pad", ["none", "right", "left"])
+def test_pretraining_parity(tmp_path, pad):
+    theirs, ours = pretraining(tmp_path)
+    inputs, real = batch(pad), batch(pad)["attention_mask"]
+    wanted = theirs(**inputs, output_attentions=True)
+    with torch.no_grad():
+        found = ours(**inputs)
+        seen = ours.bert(**inputs, output_attentions=True).attentions
+    for x, y in zip(seen, wanted.attentions, strict=True):
+        rows = real[:, None, :, None]
+        torch.testing.assert_close(x * rows, y * rows, rtol=1e-4, atol=1e-5)
+    logits = wanted.prediction_logits * real[..., None]
+    torch.testing.assert_close(found.prediction_logits * real[..., None], logits, rtol=1e-4, atol=1e-4)
+    if pad != "left":  # the pooler reads position 0, which is padding there
+        logits = wanted.seq_relationship_logits
+        torch.testing.assert_close(found.next_sentence_logits, logits, rtol=1e-4, atol=1e-5)
+    labels = torch.where((torch.arange(27).view(3, 9) % 3 == 1) & (real == 1), inputs["input_ids"], -100)
+    follows = torch.tensor([1, 0, 1])
+    if pad == "left":
+        inputs, labels, follows = ({k: v[1:2] for k, v in inputs.items()}, labels[1:2], follows[1:2])
+    wanted = theirs(**inputs, labels=labels, next_sentence_label=follows)
+    found = ours(**inputs, labels=labels, next_sentence_label=follows)
+    assert found.prediction_logits is None
+    torch.testing.assert_close(found.loss, wanted.loss, rtol=1e-5, atol=1e-5)
+    wanted.loss.backward()
+    found.loss.backward()
+    for name, (grad, other) in pack_gradients(theirs, ours).items():
+        torch.testing.assert_close(grad, other, rtol=1e-4, atol=5e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_pretraining_checkpoints(tmp_path):
+    theirs, ours = pretraining(tmp_path)
+    named = ours.to_hf_state_dict()
+    assert named.keys() == theirs.state_dict().keys()
+    for name, x in theirs.state_dict().items():
+        assert torch.equal(named[name], x), name
+    assert torch.equal(Bert.from_pretrained(tmp_path).pooler.weight, ours.bert.pooler.weight)
+    named.pop("cls.seq_relationship.bias")
+    named["cls.extra"] = torch.zeros(2)
+    save_file(named, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="do not fit") as info:
+        BertForPreTraining.from_pretrained(tmp_path)
+    assert "missing cls.seq_relationship.bias [2]" in str(info.value)
+    assert "surplus cls.extra [2]" in str(info.value)
+    named["cls.predictions.decoder.weight"] += 1
+    save_file(named, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"cls\.predictions\.decoder\.weight in .* with which it is tied; it differs"):
+        BertForPreTraining.from_pretrained(tmp_path)
+
+
+def test_pretraining_bad_labels():
+    model = BertForPreTraining(BertConfig.from_dict(SIZES))
+    ids = torch.ones(2, 5, dtype=torch.long)
+    with pytest.raises(IndexError, match=r"BertForPreTraining: labels must lie in \[0, vocab_size = 50\), got 50"):
+        model(ids, labels=50 * ids)
+    with pytest.raises(ValueError, match=r"labels must have input_ids' shape \[2, 5\], got \[2, 4\]"):
+        model(ids, labels=ids[:, 1:])
+    with pytest.raises(ValueError, match=r"next_sentence_label must be \[B\] = \[2\], got \[3\]"):
+        model(ids, next_sentence_label=torch.zeros(3, dtype=torch.long))
 
 
 SENTENCES = [
@@ -298,6 +370,13 @@ def test_minilm_batches_keep_order(encoder):
         encoder.encode("one string")
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         encoder.encode(SENTENCES, batch_size=0)
+
+
+@needs_weights
+def test_a_tokenizer_that_disagrees(encoder):
+    small = Bert(BertConfig.from_dict(SIZES))
+    with pytest.raises(ValueError, match="tokenizer has 30522 tokens and the model's vocab_size is 50"):
+        SentenceEncoder(small, encoder._tokenizer)
 
 
 @needs_weights

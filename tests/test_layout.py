@@ -25,6 +25,7 @@ LAYERS = {
     "nn": {"nn", "ops", "masks", "backends"},
     "models": {"models", "nn", "ops", "masks", "backends"},
     "generation": {"generation", "models", "nn", "ops", "masks", "backends"},
+    "viz": set(),
     "integrations": {"integrations", "models", "nn", "ops", "masks", "backends"},
 }
 

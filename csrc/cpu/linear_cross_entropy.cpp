@@ -28,6 +28,7 @@
 #include "gemm.h"
 #include "parallel.h"
 #include "simd.h"
+#include "softcap.h"
 #include "tile.h"
 #include "vec_math.h"
 
@@ -121,18 +122,6 @@ struct Chunk {
 };
 
 // ---- The logits of a chunk and their sums.
-
-struct Softcap {
-  float cap;  // 0: none
-
-  explicit operator bool() const { return cap > 0; }
-  Vec value(Vec x) const { return Vec::set1(cap) * tanh(x / Vec::set1(cap)); }
-  // The derivative, from the value.
-  Vec slope(Vec value) const {
-    const Vec t = value / Vec::set1(cap);
-    return fnma(t, t, Vec::set1(1.0f));
-  }
-};
 
 // Of some logits of a row: their maximum, the sum of exp(logit - max), the sum of the logits.
 struct Sums {

@@ -18,16 +18,40 @@ from torch import Tensor, nn
 
 from pytransformer import masks, ops
 from pytransformer.models import _hf
+from pytransformer.models._attention import attention_weights
+from pytransformer.models._checks import (
+    ACTIVATIONS,
+    check_activation,
+    check_divides,
+    check_fields,
+    check_same_shape,
+    check_tokens,
+    check_wanted,
+)
 from pytransformer.nn import LayerNorm, TransformerEncoderLayer
+from pytransformer.nn._packing import Packed
+from pytransformer.nn.embedding import check_ids
+from pytransformer.nn.encoder import skippable_rows
 
-_ACTIVATIONS = {
-    "relu": "relu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "silu": "silu",
-    "swish": "silu",
-}
+NAMES = _hf.Names(
+    renamed=(
+        ("embeddings.LayerNorm.", "embeddings.norm."),
+        ("encoder.layer.", "layers."),
+        (".attention.output.dense.", ".self_attn.out_proj."),
+        (".attention.output.LayerNorm.", ".norm1."),
+        (".intermediate.dense.", ".linear1."),
+        (".output.dense.", ".linear2."),
+        (".output.LayerNorm.", ".norm2."),
+        ("pooler.dense.", "pooler."),
+    ),
+    packed=tuple(
+        (f".self_attn.in_proj_{kind}", tuple(f".attention.self.{name}.{kind}" for name in ("query", "key", "value")))
+        for kind in ("weight", "bias")
+    ),
+)
+# What a checkpoint may hold besides: heads, and a buffer that old versions stored.
+_HEADS = ("cls.", "classifier.", "qa_outputs.")
+_BUFFERS = ("embeddings.position_ids",)
 
 
 @dataclass(frozen=True)
@@ -53,20 +77,9 @@ class BertConfig:
     layer_norm_eps: float = 1e-12
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"BertConfig: {field.name} must be a positive integer, got {value!r}")
-            if field.type == "float" and (not isinstance(value, (int, float)) or not 0 <= value <= 1):
-                raise ValueError(f"BertConfig: {field.name} must be a number in [0, 1], got {value!r}")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"BertConfig: num_attention_heads must divide hidden_size, got {self.num_attention_heads} and"
-                f" {self.hidden_size}"
-            )
-        if self.hidden_act not in _ACTIVATIONS:
-            known = ", ".join(map(repr, _ACTIVATIONS))
-            raise ValueError(f"BertConfig: hidden_act must be one of {known}; got {self.hidden_act!r}")
+        check_fields(self)
+        check_divides(self, "num_attention_heads", "hidden_size")
+        check_activation(self, "hidden_act")
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> BertConfig:
@@ -75,14 +88,13 @@ class BertConfig:
         Raises:
             ValueError: the model is of another type, or of a form of BERT that this class is not.
         """
-        for name, wanted in (
-            ("model_type", "bert"),
-            ("position_embedding_type", "absolute"),
-            ("is_decoder", False),
-            ("add_cross_attention", False),
-        ):
-            if config.get(name, wanted) not in (wanted, None):
-                raise ValueError(f"BertConfig: {name} must be {wanted!r}, got {config[name]!r}")
+        wanted = {
+            "model_type": "bert",
+            "position_embedding_type": "absolute",
+            "is_decoder": False,
+            "add_cross_attention": False,
+        }
+        check_wanted(cls.__name__, config, wanted)
         return cls(**{f.name: config[f.name] for f in fields(cls) if f.name in config})
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,11 +109,13 @@ class BertOutput(NamedTuple):
         last_hidden_state: [B,T,E].
         pooler_output: [B,E], or None without a pooler.
         hidden_states: the embeddings and each layer's output, [B,T,E] each, if asked for.
+        attentions: the attention weights of each layer, [B,H,T,T] each, if asked for.
     """
 
     last_hidden_state: Tensor
     pooler_output: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 class BertEmbeddings(nn.Module):
@@ -158,15 +172,18 @@ class Bert(nn.Module):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         output_hidden_states: bool = False,
+        output_attentions: bool = False,
     ) -> BertOutput:
         """Encodes a batch of token sequences.
 
         Args:
             input_ids: int32 or int64 [B,T], T at most ``max_position_embeddings``.
-            attention_mask: [B,T], bool or numbers, true or nonzero for a real token; padding may stand anywhere.
-                A position counts from the start of the row, padding included, as in ``transformers``.
+            attention_mask: [B,T], bool or numbers, true or nonzero for a real token; padding may stand anywhere,
+                is not computed (see ``nn.TransformerEncoder``) and gives hidden states of 0. A position counts
+                from the start of the row, padding included, as in ``transformers``.
             token_type_ids: int32 or int64 [B,T]; all 0 where None.
             output_hidden_states: also return every layer's input and the last one's output.
+            output_attentions: also return every layer's attention weights.
 
         Returns:
             A ``BertOutput``.
@@ -176,14 +193,34 @@ class Bert(nn.Module):
             IndexError: an id lies outside its table (on CPU, in eager mode).
         """
         self._check(input_ids, attention_mask, token_type_ids)
-        mask = None if attention_mask is None else masks.padding(attention_mask.bool())
         x = self.embeddings(input_ids, token_type_ids)
+        with attention_weights(self if output_attentions else None) as seen:
+            states = self._encode(x, attention_mask, output_hidden_states)
+        pooled = None if self.pooler is None else torch.tanh(self.pooler(states[-1][:, 0]))
+        weights = tuple(seen.values()) if output_attentions else None
+        return BertOutput(states[-1], pooled, tuple(states) if output_hidden_states else None, weights)
+
+    def _encode(self, x: Tensor, attention_mask: Tensor | None, every_state: bool) -> list[Tensor]:
+        """The last hidden state, after all others if wanted; 0 at padding, which is not computed where possible."""
+        mask: Any = None
+        rows = computed = None
+        if attention_mask is not None:
+            real = attention_mask.bool()
+            mask, computed = masks.padding(real), real.clone()
+            if self.pooler is not None:
+                computed[:, 0] = True  # the pooler reads it, padding or not
+            rows = skippable_rows(self.layers, computed, x)
+        if rows is not None:
+            mask, x = Packed(rows, rows, mask), rows.gather(x)
         states = [x]
         for layer in self.layers:
             x = layer(x, src_mask=mask)
-            states.append(x)
-        pooled = None if self.pooler is None else torch.tanh(self.pooler(x[:, 0]))
-        return BertOutput(x, pooled, tuple(states) if output_hidden_states else None)
+            states = [*states, x] if every_state else [x]
+        if rows is not None:
+            return [rows.scatter(state) for state in states]
+        if computed is not None:
+            return [state.masked_fill(~computed[..., None], 0) for state in states]
+        return states
 
     @classmethod
     def from_pretrained(
@@ -210,46 +247,48 @@ class Bert(nn.Module):
                 misshapen key is named. Heads over BERT and position_ids are left aside.
             ImportError: ``safetensors`` is not installed.
         """
-        config_dict, weights = _hf.read_directory(path)
-        config = BertConfig.from_dict(config_dict)
-        weights = _hf.canonical(weights)
+        config_dict, weights = _hf.read_directory(cls.__name__, path)
+        config, weights = BertConfig.from_dict(config_dict), canonical(weights)
         has_pooler = any(name.startswith("pooler.") for name in weights)
         pooler = has_pooler if add_pooling_layer is None else add_pooling_layer
         if not pooler:
             weights = {name: x for name, x in weights.items() if not name.startswith("pooler.")}
-        with torch.device("meta"):
-            model = cls(config, pooler)
-        state = _hf.to_own(weights, model.state_dict(), os.fspath(path))
-        state = {name: x.to(device, dtype) for name, x in state.items()}
-        model.load_state_dict(state, assign=True)
-        return model.eval()
+        return _hf.load(lambda: cls(config, pooler), weights, NAMES, os.fspath(path), dtype, device)
 
     def to_hf_state_dict(self) -> dict[str, Tensor]:
         """The weights under the names of ``transformers.BertModel``: copies, contiguous, detached."""
-        return _hf.from_own(self.state_dict())
+        return _hf.from_own(self.state_dict(), NAMES)
 
     def _check(self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None) -> None:
-        config = self.config
-        for name, ids in (("input_ids", input_ids), ("token_type_ids", token_type_ids)):
-            if ids is not None and ids.dtype not in (torch.int32, torch.int64):
-                raise TypeError(f"Bert: {name} must be int32 or int64 [B,T], got {ids.dtype} {list(ids.shape)}")
-        if input_ids.dim() != 2 or input_ids.shape[1] < 1:
-            raise ValueError(f"Bert: input_ids must be [B,T] with T at least 1, got {list(input_ids.shape)}")
+        name, config = type(self).__name__, self.config
+        check_tokens(name, "input_ids", input_ids)
         if input_ids.shape[1] > config.max_position_embeddings:
             raise ValueError(
-                f"Bert: input_ids has {input_ids.shape[1]} tokens a row, and max_position_embeddings is"
+                f"{name}: input_ids has {input_ids.shape[1]} tokens a row, and max_position_embeddings is"
                 f" {config.max_position_embeddings}"
             )
-        for name, x in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
-            if x is not None and x.shape != input_ids.shape:
-                raise ValueError(
-                    f"Bert: {name} must have input_ids' shape {list(input_ids.shape)}, got {list(x.shape)}"
-                )
-        if torch.compiler.is_compiling():
-            return
-        _check_range("input_ids", input_ids, "vocab_size", config.vocab_size)
+        for what, x in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
+            if x is not None:
+                check_same_shape(name, what, x, "input_ids", input_ids)
+        check_ids(name, "input_ids", input_ids, "vocab_size", config.vocab_size)
         if token_type_ids is not None:
-            _check_range("token_type_ids", token_type_ids, "type_vocab_size", config.type_vocab_size)
+            check_tokens(name, "token_type_ids", token_type_ids)
+            check_ids(name, "token_type_ids", token_type_ids, "type_vocab_size", config.type_vocab_size)
+
+
+def canonical(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``BertModel``'s own names: without the prefix and the heads of other checkpoints."""
+    bare = {name.removeprefix("bert."): x for name, x in weights.items() if not name.startswith(_HEADS)}
+    return modern_names(bare)
+
+
+def modern_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the buffers and the spellings of old files."""
+    return {
+        name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): x
+        for name, x in weights.items()
+        if not name.endswith(_BUFFERS)
+    }
 
 
 def _layer(config: BertConfig) -> TransformerEncoderLayer:
@@ -259,21 +298,10 @@ def _layer(config: BertConfig) -> TransformerEncoderLayer:
         config.num_attention_heads,
         config.intermediate_size,
         dropout=config.hidden_dropout_prob,
-        activation=_ACTIVATIONS[config.hidden_act],
+        activation=ACTIVATIONS[config.hidden_act],
         layer_norm_eps=config.layer_norm_eps,
         batch_first=True,
     )
     layer.self_attn.dropout = config.attention_probs_dropout_prob
     layer.dropout.p = 0.0
     return layer
-
-
-def _check_range(name: str, ids: Tensor, table: str, size: int) -> None:
-    """On CPU only: anywhere else looking at the ids would stall the device."""
-    if ids.device.type != "cpu" or ids.numel() == 0:
-        return
-    low, high = (int(x) for x in torch.aminmax(ids))
-    if low < 0 or high >= size:
-        value = low if low < 0 else high
-        row, column = (ids == value).nonzero()[0].tolist()
-        raise IndexError(f"Bert: {name} must lie in [0, {table} = {size}), got {value} at [{row}, {column}]")

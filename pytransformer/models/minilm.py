@@ -33,9 +33,17 @@ class SentenceEncoder:
 
     Attributes:
         model: the ``Bert``, in evaluation mode unless you change it.
+
+    Raises:
+        ValueError: the tokenizer has more tokens than the model has embeddings.
     """
 
     def __init__(self, model: Bert, tokenizer: Any, max_tokens: int = 256) -> None:
+        if tokenizer.get_vocab_size() > model.config.vocab_size:
+            raise ValueError(
+                f"SentenceEncoder: tokenizer has {tokenizer.get_vocab_size()} tokens and the model's vocab_size is"
+                f" {model.config.vocab_size}: they do not belong together"
+            )
         self.model = model
         self._tokenizer = tokenizer
         self._tokenizer.enable_truncation(min(max_tokens, model.config.max_position_embeddings))

@@ -7,15 +7,28 @@ hold. docs/differences.md lists where the behaviour differs from torch's, and wh
 """
 
 from pytransformer.nn.attention import MultiheadAttention
+from pytransformer.nn.decoder import TransformerDecoder, TransformerDecoderLayer
+from pytransformer.nn.embedding import Embedding, PositionalEncoding
+from pytransformer.nn.encoder import TransformerEncoder, TransformerEncoderLayer
 from pytransformer.nn.ffn import FeedForward
 from pytransformer.nn.layer_norm import LayerNorm, RMSNorm
-from pytransformer.nn.transformer import TransformerEncoder, TransformerEncoderLayer
+from pytransformer.nn.loss import LinearCrossEntropyLoss
+from pytransformer.nn.scores import AdditiveAttention, CosineAttention
+from pytransformer.nn.transformer import Transformer
 
 __all__ = [
+    "AdditiveAttention",
+    "CosineAttention",
+    "Embedding",
     "FeedForward",
     "LayerNorm",
+    "LinearCrossEntropyLoss",
     "MultiheadAttention",
+    "PositionalEncoding",
     "RMSNorm",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
     "TransformerEncoder",
     "TransformerEncoderLayer",
 ]

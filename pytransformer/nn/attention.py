@@ -11,6 +11,9 @@ from torch import Tensor
 from pytransformer import ops
 from pytransformer.masks import Mask, dense
 from pytransformer.nn._masks import combine
+from pytransformer.nn._packing import Packed
+from pytransformer.nn._plain import LINEAR, is_plain
+from pytransformer.nn.cache import CrossAttentionCache, SelfAttentionCache
 from pytransformer.ops.attention import visible_keys
 
 
@@ -40,6 +43,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         attn_mask: Tensor | Mask | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
+        *,
+        cache: SelfAttentionCache | CrossAttentionCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attends from ``query`` to ``key`` and ``value``.
 
@@ -52,7 +57,12 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             attn_mask: [L,S] or [B*H,L,S], bool (True = masked out) or floating point (added; differentiable);
                 or a ``pytransformer.masks.Mask`` (True = attend), which torch does not know.
             average_attn_weights: average the weights over the heads.
-            is_causal: in addition to ``attn_mask``, which must be given, no query sees a key after its position.
+            is_causal: in addition to ``attn_mask``, which must be given (unless there is a cache), no query sees a
+                key after its position.
+            cache: see ``pytransformer.nn.cache``. One of self-attention holds n keys: query, key and value are the
+                new tokens alone, S is n + L in masks and weights, and causal masks and windows put the last query
+                at the last key. One of cross-attention is asked for the projected key and value, which are then
+                looked at in the first call alone; causal masks and windows have no meaning there.
 
         Returns:
             ``(out, weights)``: ``out`` in the query's layout; ``weights`` [B,L,S] averaged or [B,H,L,S], after
@@ -66,19 +76,22 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             TypeError, ValueError: an argument's type, dtype or shape is wrong.
             RuntimeError: ``is_causal`` without ``attn_mask``.
         """
-        batched = self._check(query, key, value)
-        packed = query is key and key is value
+        if isinstance(attn_mask, Packed):
+            return self._forward_rows(query, key, attn_mask), None
+        batched = self._check(query, key, value, cache)
         if not batched:
-            axis = 0 if self.batch_first else 1
-            query, key, value = (x.unsqueeze(axis) for x in (query, key, value))
+            query, key, value = self._with_batch(query, key, value)
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-        q, k, v = self._project(query, key, value, packed)
-        mask, added = combine(attn_mask, key_padding_mask, is_causal, (*q.shape[:3], k.shape[2]))
+        q, k, v, align = self._project_and_keep(query, key, value, cache)
+        mask, added = combine(attn_mask, key_padding_mask, is_causal, (*q.shape[:3], k.shape[2]), align)
+        if cache is not None and align is None and mask.band(1, 1) != (None, None):
+            raise ValueError(
+                f"{type(self).__name__}: a causal mask or window over cached memory, where a query's position is"
+                " unknown; pass its rows of attn_mask as a tensor"
+            )
         if self.bias_k is not None or self.add_zero_attn:
             k, v, mask, added = self._append_keys(q, k, v, mask, added)
-        dropout_p = self.dropout if self.training else 0.0
-        found = ops.attention(q, k, v, mask, dropout_p, bias=added, return_weights=need_weights)
-        out, weights = found if need_weights else (found, None)
+        out, weights = self._attend(q, k, v, mask, added, need_weights)
         out = self.out_proj(self._join_heads(out))
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
@@ -87,7 +100,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             weights = None if weights is None else weights[0]
         return out, weights
 
-    def _check(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+    def _check(self, query: Tensor, key: Tensor, value: Tensor, cache: Any) -> bool:
         """Shapes as wanted? True if batched."""
         name, axis = type(self).__name__, 0 if self.batch_first else 1
         for what, x, size in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
@@ -100,6 +113,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                     f" (query is {list(query.shape)})"
                 )
         batched = query.dim() == 3
+        if cache is not None and not hasattr(cache, "append"):
+            return batched  # key and value may have been projected long ago, for fewer rows
         if key.shape[:-1] != value.shape[:-1] or (batched and key.shape[axis] != query.shape[axis]):
             raise ValueError(
                 f"{name}: batch and length must agree, got query {list(query.shape)}, key {list(key.shape)} and"
@@ -107,19 +122,59 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             )
         return batched
 
-    def _project(self, query: Tensor, key: Tensor, value: Tensor, packed: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each [B,H,length,D]: views of the projections, nothing is copied."""
-        weight, bias = self.in_proj_weight, self.in_proj_bias
-        if packed and weight is not None:
-            q, k, v = F.linear(query, weight, bias).chunk(3, -1)
-            return self._split_heads(q), self._split_heads(k), self._split_heads(v)
-        if weight is not None:
-            weights: Any = weight.chunk(3)
+    def _with_batch(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Unbatched inputs with a batch of one; what was one tensor stays one."""
+        axis = 0 if self.batch_first else 1
+        batched_query = query.unsqueeze(axis)
+        batched_key = batched_query if key is query else key.unsqueeze(axis)
+        return batched_query, batched_key, batched_key if value is key else value.unsqueeze(axis)
+
+    def _project_and_keep(
+        self, query: Tensor, key: Tensor, value: Tensor, cache: Any
+    ) -> tuple[Tensor, Tensor, Tensor, str | None]:
+        """Queries, all keys and all values, each [B,H,length,D], and the alignment of causal masks."""
+        if cache is None:
+            return *self._project(query, key, value), None
+        if hasattr(cache, "append"):
+            q, k, v = self._project(query, key, value)
+            k, v = cache.append(k, v)
+            align = "bottom_right"
+        elif hasattr(cache, "get"):
+            q = self._project_query(query)
+            k, v = cache.get(lambda: self._project_memory(key, value))
+            align = None
         else:
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        biases: Any = (None, None, None) if bias is None else bias.chunk(3)
-        q, k, v = (F.linear(*args) for args in zip((query, key, value), weights, biases, strict=True))
-        return self._split_heads(q), self._split_heads(k), self._split_heads(v)
+            raise TypeError(
+                f"{type(self).__name__}: cache must have append (self-attention) or get (cross-attention), got a"
+                f" {type(cache).__name__}; a stack takes the whole cache, a layer cache.layer(i)"
+            )
+        if k.shape[0] != q.shape[0]:
+            raise ValueError(
+                f"{type(self).__name__}: cache holds a batch of {k.shape[0]}, query has one of {q.shape[0]}"
+            )
+        return q, k, v, align
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each [B,H,length,D]: views of the projections, nothing is copied."""
+        if query is key and key is value and self.in_proj_weight is not None:
+            q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+            return self._split_heads(q), self._split_heads(k), self._split_heads(v)
+        return self._project_query(query), *self._project_memory(key, value)
+
+    def _project_query(self, query: Tensor) -> Tensor:
+        E, bias = self.embed_dim, self.in_proj_bias
+        weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight[:E]
+        return self._split_heads(F.linear(query, weight, None if bias is None else bias[:E]))
+
+    def _project_memory(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        E, weight, bias = self.embed_dim, self.in_proj_weight, self.in_proj_bias
+        if key is value and weight is not None:
+            k, v = F.linear(key, weight[E:], None if bias is None else bias[E:]).chunk(2, -1)
+        else:
+            weights = (self.k_proj_weight, self.v_proj_weight) if weight is None else weight[E:].chunk(2)
+            biases = (None, None) if bias is None else bias[E:].chunk(2)
+            k, v = (F.linear(*args) for args in zip((key, value), weights, biases, strict=True))
+        return self._split_heads(k), self._split_heads(v)
 
     def _split_heads(self, x: Tensor) -> Tensor:
         heads = x.view(*x.shape[:-1], self.num_heads, self.head_dim)
@@ -128,6 +183,40 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     def _join_heads(self, x: Tensor) -> Tensor:
         heads_last = x.transpose(1, 2) if self.batch_first else x.permute(2, 0, 1, 3)
         return heads_last.reshape(*heads_last.shape[:2], self.embed_dim)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, added: Tensor | None, need_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """``(out [B,H,L,D], weights [B,H,L,S])``. A subclass with other scores overrides this."""
+        return self._fused(q, k, v, mask, added, need_weights)
+
+    def _fused(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Mask,
+        added: Tensor | None,
+        need_weights: bool,
+        scale: float | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        dropout_p = self.dropout if self.training else 0.0
+        found = ops.attention(q, k, v, mask, dropout_p, scale=scale, bias=added, return_weights=need_weights)
+        return found if need_weights else (found, None)
+
+    def _forward_rows(self, query: Tensor, memory: Tensor, packed: Packed) -> Tensor:
+        """The output [N,E] of a query [N,E] and a memory [M,E] of rows; attention itself sees the whole batch."""
+        E, weight, bias = self.embed_dim, self.in_proj_weight, self.in_proj_bias
+        if query is memory:
+            projected = packed.queries.scatter(F.linear(query, weight, bias)).chunk(3, -1)
+        else:
+            q_bias, kv_bias = (None, None) if bias is None else (bias[:E], bias[E:])
+            keys_values = packed.keys.scatter(F.linear(memory, weight[E:], kv_bias)).chunk(2, -1)
+            projected = (packed.queries.scatter(F.linear(query, weight[:E], q_bias)), *keys_values)
+        q, k, v = (x.view(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2) for x in projected)
+        attended = self._attend(q, k, v, packed.mask, packed.added, need_weights=False)[0]
+        out: Tensor = self.out_proj(packed.queries.gather(attended.transpose(1, 2).flatten(2)))
+        return out
 
     def _append_keys(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, added: Tensor | None
@@ -147,3 +236,14 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         count = k.shape[2] - before
         mask = Mask() if visible is None else dense(F.pad(visible, (0, count), value=True))
         return k, v, mask, None if added is None else F.pad(added, (0, count))
+
+
+def attention_takes_rows(attention: Any) -> bool:
+    """Can ``attention`` be given rows and a ``Packed``?"""
+    return (
+        is_plain(attention, (MultiheadAttention,))
+        and attention.in_proj_weight is not None
+        and attention.bias_k is None
+        and not attention.add_zero_attn
+        and is_plain(attention.out_proj, LINEAR)
+    )

@@ -1,9 +1,4 @@
-"""TransformerEncoderLayer and TransformerEncoder: torch's modules on the fused ops.
-
-A post-norm layer runs as four ops: attention, dropout + residual + norm, feed-forward, dropout + residual + norm.
-A submodule that somebody hooked, replaced or wrapped is called as a module instead, so hooks fire and adapters
-work; so is an overridden ``_sa_block`` or ``_ff_block``.
-"""
+"""Transformer: torch's encoder-decoder on the fused encoder and decoder."""
 
 from __future__ import annotations
 
@@ -13,43 +8,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pytransformer import masks
 from pytransformer.masks import Mask
-from pytransformer.nn._masks import NO_MASK, combine, is_causal_mask
-from pytransformer.nn._plain import DROPOUT, active_dropout, is_plain
-from pytransformer.nn.attention import MultiheadAttention
-from pytransformer.nn.ffn import Activation, activation_function, activation_name, feed_forward
-from pytransformer.nn.layer_norm import LayerNorm, add_norm, add_prenorm
+from pytransformer.nn.decoder import TransformerDecoder, TransformerDecoderLayer
+from pytransformer.nn.encoder import TransformerEncoder, TransformerEncoderLayer
+from pytransformer.nn.ffn import Activation
+from pytransformer.nn.layer_norm import LayerNorm
 
 
-class TransformerEncoderLayer(nn.TransformerEncoderLayer):
-    """Post-norm: ``y = norm1(x + SA(x))``, ``out = norm2(y + FF(y))``;
-    pre-norm: ``y = x + SA(norm1(x))``, ``out = y + FF(norm2(y))``.
+class Transformer(nn.Transformer):
+    """``out = decoder(tgt, encoder(src))``, both with a final norm.
 
-    Constructor, parameters, initial weights and ``state_dict`` are those of ``torch.nn.TransformerEncoderLayer``;
-    the fused form serves training and inference, every mask and both layouts alike.
+    Constructor, parameters, initial weights and ``state_dict`` are those of ``torch.nn.Transformer``. Embeddings,
+    positions and the projection to a vocabulary are not part of it; ``pytransformer.models.Transformer`` has them.
 
     Args:
-        d_model: E. nhead: H, a divisor of E. dim_feedforward: F.
-        dropout: probability for attention weights, hidden and both branches, in training mode.
-        activation: ``"relu"``, ``"gelu"``, ``"gelu_tanh"``, ``"silu"``, or a callable; torch's own relu, gelu and
-            silu are fused, another callable runs between two products.
+        d_model: E. nhead: H, a divisor of E. num_encoder_layers, num_decoder_layers: of each stack.
+        dim_feedforward: F. dropout: probability, in training mode. activation: see ``TransformerEncoderLayer``.
+        custom_encoder, custom_decoder: modules in place of the stacks.
         layer_norm_eps: added to the variance. batch_first: [B,L,E] instead of [L,B,E].
         norm_first: pre-norm. bias: give projections and norms biases. device, dtype: of the parameters.
 
     Raises:
         ValueError: the activation's name is unknown.
 
-    Source: Vaswani et al., "Attention Is All You Need", 2017, sec. 3.1; pre-norm: Xiong et al., 2020, fig. 1.
+    Source: Vaswani et al., "Attention Is All You Need", 2017, sec. 3.1.
     """
 
     def __init__(
         self,
-        d_model: int,
-        nhead: int,
+        d_model: int = 512,
+        nhead: int = 8,
+        num_encoder_layers: int = 6,
+        num_decoder_layers: int = 6,
         dim_feedforward: int = 2048,
         dropout: float = 0.1,
         activation: Activation = F.relu,
+        custom_encoder: Any | None = None,
+        custom_decoder: Any | None = None,
         layer_norm_eps: float = 1e-5,
         batch_first: bool = False,
         norm_first: bool = False,
@@ -59,186 +54,81 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
     ) -> None:
         nn.Module.__init__(self)
         kwargs: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
-        # In torch's order, so that one seed gives the same initial weights.
-        self.self_attn = MultiheadAttention(d_model, nhead, dropout, batch_first=batch_first, **kwargs)
-        self.linear1 = nn.Linear(d_model, dim_feedforward, **kwargs)
-        self.dropout = nn.Dropout(dropout)
-        self.linear2 = nn.Linear(dim_feedforward, d_model, **kwargs)
-        self.norm_first = norm_first
-        self.norm1 = LayerNorm(d_model, layer_norm_eps, **kwargs)
-        self.norm2 = LayerNorm(d_model, layer_norm_eps, **kwargs)
-        self.dropout1 = nn.Dropout(dropout)
-        self.dropout2 = nn.Dropout(dropout)
-        self.activation = activation_function(activation)
-        # What torch's class keeps for its fast path; other code reads it.
-        self.activation_relu_or_gelu = {"relu": 1, "gelu": 2}.get(activation_name(self.activation) or "", 0)
+        sizes = (d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first)
+
+        if custom_encoder is None:  # in torch's order, so that one seed gives the same initial weights
+            encoder_layer = TransformerEncoderLayer(*sizes, **kwargs)
+            norm = LayerNorm(d_model, layer_norm_eps, **kwargs)
+            custom_encoder = TransformerEncoder(encoder_layer, num_encoder_layers, norm)
+        if custom_decoder is None:
+            decoder_layer = TransformerDecoderLayer(*sizes, **kwargs)
+            norm = LayerNorm(d_model, layer_norm_eps, **kwargs)
+            custom_decoder = TransformerDecoder(decoder_layer, num_decoder_layers, norm)
+        self.encoder, self.decoder = custom_encoder, custom_decoder
+        self._reset_parameters()
+        self.d_model = d_model
+        self.nhead = nhead
+        self.batch_first = batch_first
 
     def forward(
         self,
         src: Tensor,
+        tgt: Tensor,
         src_mask: Tensor | Mask | None = None,
+        tgt_mask: Tensor | Mask | None = None,
+        memory_mask: Tensor | Mask | None = None,
         src_key_padding_mask: Tensor | None = None,
-        is_causal: bool = False,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        src_is_causal: bool | None = None,
+        tgt_is_causal: bool | None = None,
+        memory_is_causal: bool = False,
     ) -> Tensor:
         """Args:
-            src: [L,B,E], [B,L,E] with ``batch_first``, or [L,E] unbatched; floating point.
-            src_mask: [L,L] or [B*H,L,L], bool (True = masked out) or floating point (added); or a
-                ``pytransformer.masks.Mask`` (True = attend).
-            src_key_padding_mask: [B,L], or [L] unbatched: bool (True = padding) or floating point (added).
-            is_causal: in addition to ``src_mask``, which must be given, no query sees a key after its position.
+            src: [S,B,E], [B,S,E] with ``batch_first``, or [S,E] unbatched; floating point.
+            tgt: the same with length T.
+            src_mask, tgt_mask, memory_mask: [S,S], [T,T] and [T,S], or [B*H,...] of these, bool (True = masked
+                out) or floating point (added); or a ``pytransformer.masks.Mask`` (True = attend).
+            src_key_padding_mask, tgt_key_padding_mask, memory_key_padding_mask: [B,S], [B,T] and [B,S], without B
+                when unbatched: bool (True = padding) or floating point (added). As in torch, the memory is not
+                masked by ``src_key_padding_mask``; pass it for both, and padding in ``src`` is not computed.
+            src_is_causal, tgt_is_causal, memory_is_causal: in addition to the mask, which must be given, no query
+                sees a key after its position. With None a causal mask is recognised.
 
         Returns:
-            The shape and layout of ``src``.
+            The shape and layout of ``tgt``.
 
         Raises:
             TypeError, ValueError: an argument's type, dtype or shape is wrong.
-            RuntimeError: ``is_causal`` without ``src_mask``.
+            RuntimeError: a causal hint without its mask.
         """
-        x = src
-        if self.norm_first:
-            branch, dropout_p = self._attention_branch(self.norm1(x), src_mask, src_key_padding_mask, is_causal)
-            normed, x = add_prenorm(self.norm2, branch, x, dropout_p)
-            branch, dropout_p = self._feed_forward_branch(normed)
-            return x + F.dropout(branch, dropout_p)
-        branch, dropout_p = self._attention_branch(x, src_mask, src_key_padding_mask, is_causal)
-        x = add_norm(self.norm1, branch, x, dropout_p)
-        branch, dropout_p = self._feed_forward_branch(x)
-        return add_norm(self.norm2, branch, x, dropout_p)
-
-    def _sa_block(self, x: Tensor, attn_mask: Any, key_padding_mask: Tensor | None, is_causal: bool = False) -> Tensor:
-        out: Tensor = self.dropout1(self._attend(x, attn_mask, key_padding_mask, is_causal))
+        self._check(src, tgt)
+        # A memory that is read at padded positions too must have been computed there.
+        whole = memory_key_padding_mask is None and isinstance(self.encoder, TransformerEncoder)
+        memory = self.encoder(
+            src,
+            mask=src_mask,
+            src_key_padding_mask=src_key_padding_mask,
+            is_causal=src_is_causal,
+            **({"skip_padding": False} if whole else {}),
+        )
+        out: Tensor = self.decoder(
+            tgt,
+            memory,
+            tgt_mask=tgt_mask,
+            memory_mask=memory_mask,
+            tgt_key_padding_mask=tgt_key_padding_mask,
+            memory_key_padding_mask=memory_key_padding_mask,
+            tgt_is_causal=tgt_is_causal,
+            memory_is_causal=memory_is_causal,
+        )
         return out
 
-    def _ff_block(self, x: Tensor) -> Tensor:
-        out: Tensor = self.dropout2(self._feed_forward(x))
-        return out
-
-    def _attention_branch(self, x: Tensor, *args: Any) -> tuple[Tensor, float]:
-        """The attention block's output, and the probability of the dropout that is still to be applied to it."""
-        if _own(self, "_sa_block") and is_plain(self.dropout1, DROPOUT):
-            return self._attend(x, *args), active_dropout(self.dropout1)
-        attn_mask, key_padding_mask, is_causal = args
-        return self._sa_block(x, attn_mask, key_padding_mask, is_causal=is_causal), 0.0
-
-    def _feed_forward_branch(self, x: Tensor) -> tuple[Tensor, float]:
-        if _own(self, "_ff_block") and is_plain(self.dropout2, DROPOUT):
-            return self._feed_forward(x), active_dropout(self.dropout2)
-        return self._ff_block(x), 0.0
-
-    def _attend(self, x: Tensor, attn_mask: Any, key_padding_mask: Tensor | None, is_causal: bool) -> Tensor:
-        out: Tensor = self.self_attn(
-            x,
-            x,
-            x,
-            attn_mask=attn_mask,
-            key_padding_mask=key_padding_mask,
-            need_weights=False,
-            is_causal=is_causal,
-        )[0]
-        return out
-
-    def _feed_forward(self, x: Tensor) -> Tensor:
-        return feed_forward(x, self.linear1, self.activation, self.dropout, self.linear2)
-
-
-class TransformerEncoder(nn.TransformerEncoder):
-    """``out = norm(layer_N(... layer_1(src)))``.
-
-    Constructor, parameters and ``state_dict`` are those of ``torch.nn.TransformerEncoder``. Padding is skipped by
-    the attention itself, in training and inference, so nothing is converted to nested tensors:
-    ``enable_nested_tensor`` and ``mask_check`` are taken and change nothing. Masks are prepared once and handed to
-    every layer.
-
-    Args:
-        encoder_layer: the layer to copy ``num_layers`` times; all copies start with its weights, as in torch.
-        num_layers: N. norm: applied at the end, or None.
-        enable_nested_tensor, mask_check: no effect.
-
-    Source: Vaswani et al., "Attention Is All You Need", 2017, sec. 3.1.
-    """
-
-    def __init__(
-        self,
-        encoder_layer: nn.Module,
-        num_layers: int,
-        norm: nn.Module | None = None,
-        enable_nested_tensor: bool = True,
-        mask_check: bool = True,
-    ) -> None:
-        # False: torch's class would go through its fast path's conditions and warn about them.
-        super().__init__(encoder_layer, num_layers, norm, False, mask_check)  # type: ignore[arg-type]
-        self.enable_nested_tensor = enable_nested_tensor
-
-    def forward(
-        self,
-        src: Tensor,
-        mask: Tensor | Mask | None = None,
-        src_key_padding_mask: Tensor | None = None,
-        is_causal: bool | None = None,
-    ) -> Tensor:
-        """Args:
-            src: [L,B,E], [B,L,E] where the layers are ``batch_first``, or [L,E] unbatched; floating point.
-            mask: [L,L] or [B*H,L,L], bool (True = masked out) or floating point (added); or a
-                ``pytransformer.masks.Mask`` (True = attend).
-            src_key_padding_mask: [B,L], or [L] unbatched: bool (True = padding) or floating point (added).
-            is_causal: in addition to ``mask``, which must be given, no query sees a key after its position. With
-                None a causal ``mask`` is recognised and not read any further (in eager mode).
-
-        Returns:
-            The shape and layout of ``src``.
-
-        Raises:
-            TypeError, ValueError: an argument's type, dtype or shape is wrong.
-            RuntimeError: ``is_causal`` without ``mask``.
-        """
-        if src.is_nested:
-            raise TypeError(f"{type(self).__name__}: src is a nested tensor, which is not supported; pass a padded one")
-        if is_causal and mask is None:
-            raise RuntimeError(f"{NO_MASK}: pass the mask, or pytransformer.masks.causal()")
-        mask, src_key_padding_mask, is_causal = self._prepare(src, mask, src_key_padding_mask, bool(is_causal))
-        output = src
-        for layer in self.layers:
-            output = layer(output, src_mask=mask, is_causal=is_causal, src_key_padding_mask=src_key_padding_mask)
-        return output if self.norm is None else self.norm(output)
-
-    def _prepare(
-        self, src: Tensor, mask: Any, key_padding_mask: Tensor | None, is_causal: bool
-    ) -> tuple[Any, Tensor | None, bool]:
-        """The masks as every layer takes them, with what all layers would do to them done once."""
-        batched, first = src.dim() == 3, self.layers[0].self_attn
-        batch_axis = 0 if first.batch_first else 1
-        L = src.shape[1 - batch_axis if batched else 0]
-        mergeable = all(_takes_masks(layer) for layer in self.layers)
-        if _is_constant_square(mask, L) and not torch.compiler.is_compiling() and is_causal_mask(mask):
-            is_causal = True
-            mask = masks.causal() if mergeable else mask
-        if not mergeable or _is_additive(mask) or _is_additive(key_padding_mask):
-            return mask, key_padding_mask, is_causal
-        if mask is None and key_padding_mask is None:
-            return None, None, False
-        if key_padding_mask is not None and not batched:
-            key_padding_mask = key_padding_mask[None]
-        shape = (src.shape[batch_axis] if batched else 1, first.num_heads, L, L)
-        return combine(mask, key_padding_mask, is_causal, shape)[0], None, False
-
-
-def _is_constant_square(mask: Any, length: int) -> bool:
-    return isinstance(mask, Tensor) and tuple(mask.shape) == (length, length) and not mask.requires_grad
-
-
-def _is_additive(mask: Any) -> bool:
-    return isinstance(mask, Tensor) and mask.is_floating_point()
-
-
-def _own(layer: TransformerEncoderLayer, method: str) -> bool:
-    """Is the method this module's own, not a subclass's or an instance's?"""
-    return method not in layer.__dict__ and getattr(type(layer), method) is getattr(TransformerEncoderLayer, method)
-
-
-def _takes_masks(layer: Any) -> bool:
-    """May ``layer`` be handed a ``Mask`` in place of a tensor, with nobody else seeing it?"""
-    return (
-        is_plain(layer, (TransformerEncoderLayer,))
-        and is_plain(layer.self_attn, (MultiheadAttention,))
-        and "_sa_block" not in layer.__dict__
-    )
+    def _check(self, src: Tensor, tgt: Tensor) -> None:
+        axis = 0 if self.batch_first else 1
+        same_batch = src.dim() == tgt.dim() == 2 or (src.dim() == tgt.dim() == 3 and src.shape[axis] == tgt.shape[axis])
+        if not same_batch or src.shape[-1] != self.d_model or tgt.shape[-1] != self.d_model:
+            raise ValueError(
+                f"{type(self).__name__}: src and tgt must have one batch and size d_model = {self.d_model} last, got"
+                f" {list(src.shape)} and {list(tgt.shape)} with batch_first={self.batch_first}"
+            )
