@@ -8,7 +8,7 @@ SOURCES := $(wildcard csrc/*/*) setup.py pyproject.toml constraints.txt
 # The root of the repository stays off sys.path: the folder kernels/ would shadow a package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: setup build lint format type test bench clean
+.PHONY: setup build lint format type test bench neon clean
 
 setup: $(STAMP)
 
@@ -40,6 +40,10 @@ test: setup
 
 bench: setup
 	$(BIN)/pytransformer bench
+
+# The CPU kernels on AArch64 under an emulator: tests/native/Makefile says what it needs.
+neon:
+	$(MAKE) -C tests/native neon
 
 clean:
 	rm -rf $(VENV) build *.egg-info pytransformer/*.so
