@@ -5,6 +5,7 @@ from torch import Tensor
 def isa() -> str: ...
 def set_isa(name: str) -> None: ...
 def isa_status() -> dict[str, bool]: ...
+def peak_rate(paired: bool, seconds: float) -> float: ...
 def attention_fwd(
     query: Tensor,
     key: Tensor,
@@ -15,6 +16,10 @@ def attention_fwd(
     band_lower: int | None,
     band_upper: int | None,
     scale: float,
+    softcap: float,
+    seed: int,
+    offset: int,
+    dropout_p: float,
     out: Tensor,
     lse: Tensor,
 ) -> None: ...
@@ -28,6 +33,10 @@ def attention_bwd(
     band_lower: int | None,
     band_upper: int | None,
     scale: float,
+    softcap: float,
+    seed: int,
+    offset: int,
+    dropout_p: float,
     out: Tensor,
     lse: Tensor,
     grad_out: Tensor,

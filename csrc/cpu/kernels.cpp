@@ -13,6 +13,7 @@ void linear_cross_entropy_fwd(const LinearCrossEntropyForward&);
 void linear_cross_entropy_bwd(const LinearCrossEntropyBackward&);
 void embedding_fwd(const EmbeddingForward&);
 void embedding_bwd(const EmbeddingBackward&);
+double peak_rate(bool paired, double seconds);
 
 #define PYTRANSFORMER_STRING_(x) #x
 #define PYTRANSFORMER_STRING(x) PYTRANSFORMER_STRING_(x)
@@ -30,6 +31,7 @@ const KernelTable table = {
     linear_cross_entropy_bwd,
     embedding_fwd,
     embedding_bwd,
+    peak_rate,
 };
 
 }  // namespace pytransformer::PYTRANSFORMER_ISA

@@ -32,6 +32,7 @@ struct KernelTable {
   void (*linear_cross_entropy_bwd)(const LinearCrossEntropyBackward&);
   void (*embedding_fwd)(const EmbeddingForward&);
   void (*embedding_bwd)(const EmbeddingBackward&);
+  double (*peak_rate)(bool paired, double seconds);
 };
 
 // The table in use. At the first call: the one PYTRANSFORMER_ISA names, else the best the CPU runs.
