@@ -1,7 +1,7 @@
 // Every CPU kernel, without Python: each instruction set against the first (scalar) on the same random inputs.
 //
-// For machines and builds that the Python tests do not reach: other architectures under an emulator, and the thread
-// sanitizer. Outputs start as NaN. Prints one line a case; exits with 1 if any set differs from the first by more
+// For machines and builds that the Python tests do not reach: other architectures under an emulator, and
+// sanitizers. Outputs start as NaN. Prints one line a case; exits with 1 if any set differs from the first by more
 // than its rounding explains. The scalar set is what the Python tests judge against the float64 oracle.
 #include <cmath>
 #include <cstdio>
