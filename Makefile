@@ -8,7 +8,7 @@ SOURCES := $(wildcard csrc/*/*) setup.py pyproject.toml constraints.txt
 # The root of the repository stays off sys.path: the folder kernels/ would shadow a package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: setup build lint format type test triton-table bench bench-table bench-regress clean
+.PHONY: setup build lint format type test triton-table bench bench-table bench-regress sanitize neon clean
 
 setup: $(STAMP)
 
@@ -56,6 +56,14 @@ bench-regress: setup
 	$(BIN)/pytest -o addopts="-q --import-mode=importlib -p no:cacheprovider" tests/bench_regress.py --benchmark-only \
 	    --benchmark-autosave --benchmark-columns=median,iqr,rounds --benchmark-group-by=group \
 	    $$(ls .benchmarks/*/*.json >/dev/null 2>&1 && echo --benchmark-compare --benchmark-compare-fail=median:10%)
+
+# The CPU kernels without Python: under AddressSanitizer and UndefinedBehaviorSanitizer, and on AArch64 under an
+# emulator. tests/native/Makefile says what they need.
+sanitize:
+	$(MAKE) -C tests/native asan
+
+neon:
+	$(MAKE) -C tests/native neon
 
 clean:
 	rm -rf $(VENV) build *.egg-info pytransformer/*.so

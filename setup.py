@@ -55,6 +55,7 @@ INSTRUCTION_SETS: dict[str, dict[str, list[str]]] = {
         "avx512": AVX512,
         "avx512_bf16": [*AVX512, "-mavx512bf16"],
     },
+    "aarch64": {"scalar": [], "neon": ["-DPYTRANSFORMER_NEON"]},
 }
 EMULATED_SETS = {"x86_64": {"avx512_bf16_emulated": [*AVX512, "-DPYTRANSFORMER_EMULATE_BF16"]}}
 
@@ -96,7 +97,7 @@ def find_compiler() -> str:
 
 
 def instruction_sets(compiler: str) -> dict[str, list[str]]:
-    machine = {"amd64": "x86_64"}.get(platform.machine().lower(), platform.machine())
+    machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine())
     sets = dict(INSTRUCTION_SETS.get(machine, {"scalar": []}))
     if os.environ.get("PYTRANSFORMER_EMULATED_ISA") == "1":
         sets.update(EMULATED_SETS.get(machine, {}))

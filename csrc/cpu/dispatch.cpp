@@ -49,7 +49,7 @@ CpuFeatures detect() {
 
 bool supported(const std::string& isa) {
   static const CpuFeatures has = detect();
-  if (isa == "scalar") return true;
+  if (isa == "scalar" || isa == "neon") return true;  // parts of what their architectures always have
   if (isa == "avx2") return has.avx2;
   if (isa == "avx512" || isa == "avx512_bf16_emulated") return has.avx512;
   if (isa == "avx512_bf16") return has.avx512_bf16;

@@ -3,7 +3,7 @@
 // The logits [N,V] are the largest matrix of a language model's step; torch stores them, their log-softmax and
 // two gradients of that shape. Here rows are taken in chunks. The logits of a chunk are computed for a block of
 // the vocabulary at a time; the epilogue of the product adds the bias, caps, takes the maximum and the sum of
-// exponentials of each piece of a row while it is in cache, and stores the logits of the chunk, rounded to the
+// exponentials of its block of each row while that is in cache, and stores the logits of the chunk, rounded to the
 // type of the input: sums are of the rounded ones, so that the probabilities derived from them add up to 1. When the
 // chunk's log-sum-exps are known, its logits become their own gradient, in place, and two more products give what the
 // chunk adds to the gradients of input and weight. (Hsu et al., "Liger Kernel", 2024, sec. 3.2, whose chunks keep their
@@ -111,32 +111,37 @@ class CountedRows {
   int64_t count_ = 0, chunks_ = 0, chunk_rows_ = 0;
 };
 
+// Rows of one chunk. Their logits lie turned, [V][stride], one class after the other, so that what is done to them
+// is done to rows in lanes, and so that they and the weight are read where they lie by all but one product.
+template <class T>
+struct Chunk {
+  const int64_t* row_of;  // where in the input a row of the chunk lies
+  int64_t rows, stride;
+  const int64_t* target;
+  T* logits;  // null where no gradient is wanted
+};
+
 // ---- The logits of a chunk and their sums.
 
-// Of a piece of a row of logits: its maximum, the sum of exp(logit - max), the sum of the logits.
+// Of some logits of a row: their maximum, the sum of exp(logit - max), the sum of the logits.
 struct Sums {
   float max = -infinity, exponentials = 0, logits = 0;
 };
 
+// The sums of `classes` logits of each of `count` rows in lanes, at logits[class * block_columns + row].
 template <int Degree>
-Sums sums_of(const float* logits, int64_t count, bool total) {
+void sums_of(const float* logits, int64_t classes, int count, bool total, Sums* sums) {
   Vec top = Vec::set1(-infinity), sum = Vec::zero(), plain = Vec::zero();
-  for_vectors(count, [&](int64_t c, int n) {
-    const Vec x = load(logits + c, n);
-    top = max(n == Vec::lanes ? x : select(Mask::first(n), x, top), top);  // in this order NaN is left out
-  });
-  Sums found;
-  found.max = top.max();
-  const Vec centre = Vec::set1(found.max == -infinity ? 0.0f : found.max), scale = Vec::set1(log2_e);
-  for_vectors(count, [&](int64_t c, int n) {
-    const Vec x = load(logits + c, n);
-    const Vec e = exp2<Degree>((x - centre) * scale);
-    sum = sum + (n == Vec::lanes ? e : select(Mask::first(n), e, Vec::zero()));
+  for (int64_t i = 0; i < classes; ++i) top = max(Vec::load(logits + i * block_columns), top);  // leaves NaN out
+  const Vec centre = select(top == Vec::set1(-infinity), Vec::zero(), top), scale = Vec::set1(log2_e);
+  for (int64_t i = 0; i < classes; ++i) {
+    const Vec x = Vec::load(logits + i * block_columns);
+    sum = sum + exp2<Degree>((x - centre) * scale);
     if (total) plain = plain + x;
-  });
-  found.exponentials = sum.sum();
-  found.logits = plain.sum();
-  return found;
+  }
+  float tops[Vec::lanes], exponentials[Vec::lanes], totals[Vec::lanes];
+  top.store(tops), sum.store(exponentials), plain.store(totals);
+  for (int i = 0; i < count; ++i) sums[i] = {tops[i], exponentials[i], totals[i]};
 }
 
 // The running sums of a row over the vocabulary.
@@ -159,44 +164,59 @@ struct RowSums {
   double lse() const { return max + std::log(exponentials); }
 };
 
-// Computes the logits of the rows packed in `x` and their sums; `logits` [rows,V] is written unless it is null.
-// `target` [rows] has the rows' own targets.
+// What is done to a block of products, [classes][rows], once: bias, cap, storing, sums. The block begins at class
+// `first`; `pieces` and `sums` are those of its first row.
 template <class T>
-void compute_logits(const Problem<T>& p, const Packed<operand_t<T>>& x, int64_t rows, const int64_t* target, T* logits,
-                    RowSums* sums) {
-  using Operand = operand_t<T>;
+void finish_logits(const Problem<T>& p, const Chunk<T>& chunk, const Block& block, int64_t first, float* values,
+                   Sums* pieces, RowSums* sums) {
   const Softcap cap{p.options.softcap};
-  const bool total = p.options.label_smoothing > 0;
   const T* bias = p.bias.template ptr<const T>();
-  const Scratch<Sums> pieces(rows * (vocabulary_block / tile_width));
+  for (int64_t i = 0; i < block.rows; ++i) {
+    float* row = values + i * block_columns;
+    const Vec addend = Vec::set1(bias ? to_float(bias[first + i]) : 0.0f);
+    for_vectors(block.columns, [&](int64_t c, int n) {
+      const Vec x = load(row + c, n) + addend;
+      store(row + c, cap ? cap.value(x) : x, n);
+    });
+    T unstored[block_columns];
+    T* stored = chunk.logits ? chunk.logits + (first + i) * chunk.stride + block.column : unstored;
+    copy_row(row, block.columns, stored);
+    if (sizeof(T) != sizeof(float)) copy_row(stored, block.columns, row);  // sums of what the gradient will see
+  }
+  for_vectors(block.columns, [&](int64_t c, int n) {
+    sums_of<sum_degree<T>>(values + c, block.rows, n, p.options.label_smoothing > 0, pieces + c);
+  });
+  for (int64_t c = 0; c < block.columns; ++c) {
+    const int64_t at = chunk.target[block.column + c] - first;
+    if (at >= 0 && at < block.rows) sums[c].target_logit = values[at * block_columns + c];
+  }
+}
 
+// Computes the logits of the rows packed in `x`, their transpose being weight x^T, and their sums.
+template <class T>
+void compute_logits(const Problem<T>& p, const Chunk<T>& chunk, const Packed<operand_t<T>>& x, RowSums* sums) {
+  using Operand = operand_t<T>;
+  const int64_t rows = chunk.rows;
   for (int64_t begin = 0; begin < p.V; begin += vocabulary_block) {
     const int64_t classes = p.V - begin < vocabulary_block ? p.V - begin : vocabulary_block;
-    const Packed<Operand> weight(right_transposed<Operand>(p.weight + begin * p.E, p.E), classes, p.E);
-    const BlockGrid grid(rows, classes, p.E, max_threads());  // as gemm has it: a piece is a row of one block
-    const auto piece = [&](int64_t row, int64_t column, int64_t count, float* values) {
-      const int64_t first = begin + column;
-      if (bias) add_row(values, bias + first, count);
-      if (cap) for_vectors(count, [&](int64_t c, int n) { store(values + c, cap.value(load(values + c, n)), n); });
-      T unstored[block_columns];
-      T* stored = logits ? logits + row * p.V + first : unstored;
-      copy_row(values, count, stored);
-      if (sizeof(T) != sizeof(float)) copy_row(stored, count, values);  // sums of what the gradient will see
-      pieces.get()[row * grid.blocks_across + column / grid.columns] = sums_of<sum_degree<T>>(values, count, total);
-      if (target[row] >= first && target[row] < first + count) sums[row].target_logit = values[target[row] - first];
-    };
-    gemm<Operand>(rows, classes, x, weight, by_rows(piece));
+    const BlockGrid grid(classes, rows, p.E, max_threads());  // as gemm has it
+    const Scratch<Sums> pieces(grid.blocks_down * rows);
+    gemm<Operand>(classes, rows, LeftRows<Operand, T>(p.weight + begin * p.E, p.E, classes, p.E, rows), x,
+                  [&](const Block& block, float* values) {
+                    Sums* found = pieces.get() + block.row / grid.rows * rows + block.column;
+                    finish_logits(p, chunk, block, begin + block.row, values, found, sums + block.column);
+                  });
     parallel_ranges(rows, max_threads(), [&](int64_t first, int64_t last, int) {
       for (int64_t r = first; r < last; ++r) {
-        for (int64_t i = 0; i < grid.blocks_across; ++i) sums[r].add(pieces.get()[r * grid.blocks_across + i]);
+        for (int64_t i = 0; i < grid.blocks_down; ++i) sums[r].add(pieces.get()[i * rows + r]);
       }
     });
   }
 }
 
 template <class T>
-void write_loss(const Problem<T>& p, int64_t n, const RowSums& sums, double lse) {
-  const double e = p.options.label_smoothing;
+void write_loss(const Problem<T>& p, int64_t n, const RowSums& sums) {
+  const double e = p.options.label_smoothing, lse = sums.lse();
   double loss = lse - (1 - e) * sums.target_logit + p.options.z_loss * lse * lse;
   if (e > 0) loss -= e / double(p.V) * sums.logits;
   p.lse[n] = float(lse);
@@ -205,30 +225,52 @@ void write_loss(const Problem<T>& p, int64_t n, const RowSums& sums, double lse)
 
 // ---- Gradients.
 
-// Turns a piece of a row of logits, classes [begin, begin + count), into the gradient of the loss of row n:
+// What makes the gradient of the logits of a chunk's rows out of the logits, row by row:
 //     grad_loss ((1 + 2 z lse) p - e / V - (1 - e) [class = target]) cap'
 // Where the classifier is sure of its target, p - 1 cancels: lse is taken in two parts, of a float32 each, and the
-// target's own p in double.
-template <class T>
-void logit_gradients(const Problem<T>& p, int64_t n, double lse, int64_t begin, int64_t count, const T* logits,
-                     float* grad) {
-  const double e = p.options.label_smoothing, upstream = p.row_grad_loss ? p.row_grad_loss[n] : p.grad_loss;
-  const double factor = upstream * (1 + 2 * p.options.z_loss * lse), spread = upstream * e / double(p.V);
-  const Vec factors = Vec::set1(float(factor)), spreads = Vec::set1(float(spread)), lowest = Vec::set1(-126.0f);
-  const Vec large = Vec::set1(float(lse)), small = Vec::set1(float(lse - float(lse))), scale = Vec::set1(log2_e);
-  for_vectors(count, [&](int64_t c, int m) {
-    const Vec x = load(logits + c, m), z = ((x - large) - small) * scale;
-    const Vec exponential = exp2_normal<gradient_degree<T>>(max(lowest, z));  // in this order NaN passes through
-    store(grad + c, factors * select(z < lowest, Vec::zero(), exponential) - spreads, m);
-  });
-  const int64_t at = p.target[n] - begin;
-  if (at >= 0 && at < count) {
-    grad[at] = float(factor * std::exp(double(to_float(logits[at])) - lse) - spread - upstream * (1 - e));
+// gradient of the target's own logit is computed in double.
+class LogitGradients {
+ public:
+  template <class T>
+  LogitGradients(const Problem<T>& p, const Chunk<T>& chunk, const RowSums* sums)
+      : cap_{p.options.softcap}, rows_(chunk.rows), memory_(5 * chunk.rows) {
+    const double e = p.options.label_smoothing;
+    for (int64_t r = 0; r < rows_; ++r) {
+      const double lse = sums[r].lse(), logit = sums[r].target_logit;
+      const double upstream = p.row_grad_loss ? p.row_grad_loss[chunk.row_of[r]] : p.grad_loss;
+      const double factor = upstream * (1 + 2 * p.options.z_loss * lse), spread = upstream * e / double(p.V);
+      const double ratio = cap_ ? logit / cap_.cap : 0;
+      row(factors)[r] = float(factor);
+      row(spreads)[r] = float(spread);
+      row(large_lse)[r] = float(lse);
+      row(small_lse)[r] = float(lse - double(float(lse)));
+      row(targets)[r] = float((factor * std::exp(logit - lse) - spread - upstream * (1 - e)) * (1 - ratio * ratio));
+    }
   }
-  const Softcap cap{p.options.softcap};
-  if (!cap) return;
-  for_vectors(count, [&](int64_t c, int m) { store(grad + c, load(grad + c, m) * cap.slope(load(logits + c, m)), m); });
-}
+
+  // In place, the logits of all rows for one class; of no row the target.
+  template <class T>
+  void differentiate(T* logits) const {
+    const Vec scale = Vec::set1(log2_e), lowest = Vec::set1(-126.0f);
+    for_vectors(rows_, [&](int64_t c, int n) {
+      const Vec x = load(logits + c, n), z = ((x - load(row(large_lse) + c, n)) - load(row(small_lse) + c, n)) * scale;
+      const Vec exponential = exp2_normal<gradient_degree<T>>(max(lowest, z));  // in this order NaN passes through
+      const Vec p = select(z < lowest, Vec::zero(), exponential);
+      const Vec grad = load(row(factors) + c, n) * p - load(row(spreads) + c, n);
+      store(logits + c, cap_ ? grad * cap_.slope(x) : grad, n);
+    });
+  }
+
+  float of_target(int64_t r) const { return row(targets)[r]; }
+
+ private:
+  enum Part { factors, spreads, large_lse, small_lse, targets };
+  float* row(Part part) const { return memory_.get() + part * rows_; }
+
+  Softcap cap_;
+  int64_t rows_;
+  Scratch<float> memory_;
+};
 
 // The gradient of the weight, summed over chunks. A bfloat16 one is carried from chunk to chunk as the sum of two
 // bfloat16 matrices, the result itself and what rounding left over: 17 bits at half the cost of a float32 matrix.
@@ -263,80 +305,72 @@ class WeightGradient {
   std::unique_ptr<T[]> rest_;
 };
 
-// sums (+)= the column sums of [rows, columns], by groups of rows, which keeps the rounding error small.
 template <class T>
-void column_sums(const T* matrix, int64_t stride, int64_t rows, int64_t columns, float* sums, bool add) {
-  constexpr int64_t group = 16;
-  parallel_tasks(ceil_div(columns, block_columns), [&](int64_t task) {
-    const int64_t column = task * block_columns;
-    const int64_t count = columns - column < block_columns ? columns - column : block_columns;
-    float total[block_columns] = {};
-    for (int64_t r = 0; r < rows; r += group) {
-      float part[block_columns] = {};
-      for (int64_t i = r; i < rows && i < r + group; ++i) add_row(part, matrix + i * stride + column, count);
-      add_row(total, part, count);
-    }
-    if (add) add_row(total, sums + column, count);
-    copy_row(total, count, sums + column);
-  });
+float row_sum(const T* row, int64_t count) {
+  Vec sum = Vec::zero();
+  for_vectors(count, [&](int64_t c, int n) { sum = sum + load(row + c, n); });
+  return sum.sum();
 }
 
-// One chunk's share of the gradients. `logits` are overwritten by their gradient.
+// One chunk's share of the gradients. Its logits are overwritten by their gradient.
 template <class T>
 struct ChunkGradients {
   using Operand = operand_t<T>;
   const Problem<T>& p;
-  const int64_t* row_of;  // where in the input a row of the chunk lies
-  const double* lse;
-  int64_t rows, chunk;
-  T* logits;
+  const Chunk<T>& chunk;
+  int64_t number;     // of the chunk
   float* grad_input;  // [rows,E], for sums over the vocabulary
 
-  void add(const T* input, const WeightGradient<T>& grad_weight) const {
+  void add(const T* input, const LogitGradients& gradients, const WeightGradient<T>& grad_weight) const {
+    const int64_t rows = chunk.rows;
     const Packed<Operand> x(right<Operand>(input, p.E), p.E, p.grad.weight ? rows : 0);
     for (int64_t begin = 0; begin < p.V; begin += vocabulary_block) {
       const int64_t classes = p.V - begin < vocabulary_block ? p.V - begin : vocabulary_block;
-      T* block = logits + begin;
-      {
-        const Packed<Operand> grad(p.grad.input ? rows : 0, classes);
-        differentiate(begin, classes, grad);
-        if (p.grad.input) add_to_input(begin, classes, grad);
-      }
-      if (p.grad.weight) {
-        gemm<Operand>(classes, p.E, Packed<Operand>(left_transposed<Operand>(block, p.V), classes, rows), x,
-                      by_rows(grad_weight.add(begin, chunk)));
-      }
-      if (p.grad.bias) column_sums(block, p.V, rows, classes, p.grad.bias.template ptr<float>() + begin, chunk > 0);
+      const T* grad = chunk.logits + begin * chunk.stride;
+      differentiate(gradients, begin, classes);
+      if (p.grad.bias) add_to_bias(begin, classes);
+      if (p.grad.input) add_to_input(grad, begin, classes);
+      if (!p.grad.weight) continue;
+      gemm<Operand>(classes, p.E, LeftRows<Operand, T>(grad, chunk.stride, classes, rows, p.E), x,
+                    by_rows(grad_weight.add(begin, number)));
     }
   }
 
  private:
-  // Logits to gradients: in place, and as the left operand of the product for the input.
-  void differentiate(int64_t begin, int64_t classes, const Packed<Operand>& grad) const {
-    parallel_ranges(rows, max_threads(), [&](int64_t first, int64_t last, int) {
-      float values[vocabulary_block];
-      for (int64_t r = first; r < last; ++r) {
-        T* row = logits + r * p.V + begin;
-        logit_gradients(p, row_of[r], lse[r], begin, classes, row, values);
-        copy_row(values, classes, row);
-        if (p.grad.input) grad.store_row(r, 0, classes, values);
+  void differentiate(const LogitGradients& gradients, int64_t begin, int64_t classes) const {
+    parallel_ranges(classes, max_threads(), [&](int64_t first, int64_t last, int) {
+      for (int64_t i = begin + first; i < begin + last; ++i) gradients.differentiate(chunk.logits + i * chunk.stride);
+    });
+    for (int64_t r = 0; r < chunk.rows; ++r) {
+      const int64_t target = chunk.target[r];
+      if (target < begin || target >= begin + classes) continue;
+      chunk.logits[target * chunk.stride + r] = from_float<T>(gradients.of_target(r));
+    }
+  }
+
+  void add_to_bias(int64_t begin, int64_t classes) const {
+    float* out = p.grad.bias.template ptr<float>();
+    parallel_ranges(classes, max_threads(), [&](int64_t first, int64_t last, int) {
+      for (int64_t i = begin + first; i < begin + last; ++i) {
+        out[i] = (number > 0 ? out[i] : 0.0f) + row_sum(chunk.logits + i * chunk.stride, chunk.rows);
       }
     });
   }
 
-  void add_to_input(int64_t begin, int64_t classes, const Packed<Operand>& grad) const {
+  void add_to_input(const T* grad, int64_t begin, int64_t classes) const {
     const Packed<Operand> weight(right<Operand>(p.weight + begin * p.E, p.E), p.E, classes);
+    const Packed<Operand> turned(left_transposed<Operand>(grad, chunk.stride), chunk.rows, classes);
     const bool last = begin + classes == p.V;
-    const auto add_to_sums = [&](int64_t row, int64_t column, int64_t count, float* values) {
-      float* sums = grad_input + row * p.E + column;
-      if (begin > 0) add_row(values, sums, count);
-      if (last) {
-        copy_row(values, count, p.grad.input.template ptr<T>() + row_of[row] * p.E + column);
-      } else {
-        copy_row(values, count, sums);
-      }
-    };
-    gemm<Operand>(rows, p.E, grad, weight, by_rows(add_to_sums));
+    gemm<Operand>(chunk.rows, p.E, turned, weight,
+                  by_rows([&](int64_t row, int64_t column, int64_t count, float* values) {
+                    float* sums = grad_input + row * p.E + column;
+                    if (begin > 0) add_row(values, sums, count);
+                    if (last) {
+                      copy_row(values, count, p.grad.input.template ptr<T>() + chunk.row_of[row] * p.E + column);
+                    } else {
+                      copy_row(values, count, sums);
+                    }
+                  }));
   }
 };
 
@@ -353,6 +387,13 @@ void clear_uncounted(const Problem<T>& p, const CountedRows& counted) {
   if (p.grad.bias) std::memset(p.grad.bias.data, 0, size_t(p.V) * sizeof(float));
 }
 
+// The distance between the logits of two classes: whole cache lines, and not a multiple of what would let them fall
+// into the same sets of a cache.
+inline int64_t stride_for(int64_t rows) {
+  const int64_t stride = round_up(rows, 32);
+  return stride % 256 == 0 ? stride + 32 : stride;
+}
+
 template <class T>
 void run(const Problem<T>& p) {
   using Operand = operand_t<T>;
@@ -360,31 +401,25 @@ void run(const Problem<T>& p) {
   clear_uncounted(p, counted);
   const int64_t most = counted.chunk_rows();
   const WeightGradient<T> grad_weight(p.grad.weight, p.E, counted.chunks());
-  const auto logits = workspace<T>(p.grad ? most * p.V : 0);
+  const auto logits = workspace<T>(p.grad ? stride_for(most) * p.V : 0);
   const Scratch<float> grad_input(p.grad.input ? most * p.E : 0);
   const Scratch<T> input(most * p.E);
   const Scratch<int64_t> target(most);
   const Scratch<RowSums> sums(most);
-  const Scratch<double> lse(most);
 
-  for (int64_t chunk = 0; chunk < counted.chunks(); ++chunk) {
-    const int64_t rows = counted.size(chunk);
-    const int64_t* row_of = counted.of_chunk(chunk);
+  for (int64_t number = 0; number < counted.chunks(); ++number) {
+    const int64_t rows = counted.size(number);
+    const Chunk<T> chunk{counted.of_chunk(number), rows, stride_for(rows), target.get(), logits.get()};
     for (int64_t r = 0; r < rows; ++r) {
-      std::memcpy(input.get() + r * p.E, p.input + row_of[r] * p.E, size_t(p.E) * sizeof(T));
-      target.get()[r] = p.target[row_of[r]];
+      std::memcpy(input.get() + r * p.E, p.input + chunk.row_of[r] * p.E, size_t(p.E) * sizeof(T));
+      target.get()[r] = p.target[chunk.row_of[r]];
       sums.get()[r] = RowSums{};
     }
-    compute_logits(p, Packed<Operand>(left<Operand>(input.get(), p.E), rows, p.E), rows, target.get(), logits.get(),
-                   sums.get());
-    for (int64_t r = 0; r < rows; ++r) {
-      lse.get()[r] = sums.get()[r].lse();
-      if (p.loss) write_loss(p, row_of[r], sums.get()[r], lse.get()[r]);
-    }
-    if (p.grad) {
-      const ChunkGradients<T> gradients{p, row_of, lse.get(), rows, chunk, logits.get(), grad_input.get()};
-      gradients.add(input.get(), grad_weight);
-    }
+    compute_logits(p, chunk, Packed<Operand>(right_transposed<Operand>(input.get(), p.E), rows, p.E), sums.get());
+    for (int64_t r = 0; p.loss && r < rows; ++r) write_loss(p, chunk.row_of[r], sums.get()[r]);
+    if (!p.grad) continue;
+    const LogitGradients gradients(p, chunk, sums.get());
+    ChunkGradients<T>{p, chunk, number, grad_input.get()}.add(input.get(), gradients, grad_weight);
   }
 }
 

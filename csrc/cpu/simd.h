@@ -17,6 +17,8 @@
 #include "simd_avx512.h"
 #elif defined(__AVX2__)
 #include "simd_avx2.h"
+#elif defined(PYTRANSFORMER_NEON)
+#include "simd_neon.h"
 #else
 #include "simd_scalar.h"
 #endif

@@ -85,6 +85,9 @@ inline __attribute__((always_inline)) void interleave(Vec a, Vec b, Vec& low, Ve
   const __m256 even = _mm256_unpacklo_ps(a.v, b.v), odd = _mm256_unpackhi_ps(a.v, b.v);
   low = {_mm256_permute2f128_ps(even, odd, 0x20)};
   high = {_mm256_permute2f128_ps(even, odd, 0x31)};
+#elif defined(PYTRANSFORMER_NEON)
+  low = {vzip1q_f32(a.v, b.v)};
+  high = {vzip2q_f32(a.v, b.v)};
 #else
   low = {float4{a.v[0], b.v[0], a.v[1], b.v[1]}};
   high = {float4{a.v[2], b.v[2], a.v[3], b.v[3]}};

@@ -1,0 +1,259 @@
+// Every CPU kernel, without Python: each instruction set against the first (scalar) on the same random inputs.
+//
+// For machines and builds that the Python tests do not reach: other architectures under an emulator, and
+// sanitizers. Outputs start as NaN. Prints one line a case; exits with 1 if any set differs from the first by more
+// than its rounding explains. The scalar set is what the Python tests judge against the float64 oracle.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "attention.h"
+#include "embedding.h"
+#include "ffn.h"
+#include "kernels.h"
+#include "layer_norm.h"
+#include "linear_cross_entropy.h"
+
+using namespace pytransformer;
+
+namespace {
+
+constexpr float nan = std::numeric_limits<float>::quiet_NaN();
+
+float widened(bfloat16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+int64_t size_of(DType dtype) {
+  return dtype == DType::int64 ? 8 : dtype == DType::float32 ? 4 : dtype == DType::bfloat16 ? 2 : 1;
+}
+
+// A contiguous tensor that owns its memory.
+class Tensor {
+ public:
+  Tensor(DType dtype, std::vector<int64_t> shape) {
+    view_.dtype = dtype;
+    view_.ndim = int(shape.size());
+    view_.defined = true;
+    int64_t stride = 1;
+    for (int i = view_.ndim - 1; i >= 0; --i) {
+      view_.shape[i] = shape[size_t(i)];
+      view_.stride[i] = stride;
+      stride *= shape[size_t(i)];
+    }
+    // Exactly as many bytes as there are, so that AddressSanitizer sees a step beyond them.
+    memory_.reset(static_cast<char*>(::operator new(size_t(stride * size_of(dtype)))),
+                  [](char* p) { ::operator delete(p); });
+    view_.data = memory_.get();
+  }
+  const TensorView& view() const { return view_; }
+  operator const TensorView&() const { return view_; }
+
+  void set(int64_t i, float x) const {
+    if (view_.dtype == DType::float32) view_.ptr<float>()[i] = x;
+    if (view_.dtype == DType::bfloat16) {
+      uint32_t bits;
+      std::memcpy(&bits, &x, sizeof bits);
+      view_.ptr<bfloat16>()[i] = {uint16_t(bits >> 16)};
+    }
+    if (view_.dtype == DType::int64) view_.ptr<int64_t>()[i] = int64_t(x);
+    if (view_.dtype == DType::boolean) view_.ptr<bool>()[i] = x != 0;
+  }
+  float get(int64_t i) const {
+    return view_.dtype == DType::float32 ? view_.ptr<float>()[i] : widened(view_.ptr<bfloat16>()[i]);
+  }
+  const Tensor& fill(float x) const {
+    for (int64_t i = 0; i < view_.numel(); ++i) set(i, x);
+    return *this;
+  }
+
+ private:
+  TensorView view_;
+  std::shared_ptr<char> memory_;
+};
+
+uint64_t random_state = 1;
+float uniform() {  // in [0, 1)
+  random_state = random_state * 6364136223846793005u + 1442695040888963407u;
+  return float(random_state >> 40) / 16777216.0f;
+}
+
+Tensor random(DType dtype, std::vector<int64_t> shape, float scale = 1) {
+  Tensor x(dtype, std::move(shape));
+  for (int64_t i = 0; i < x.view().numel(); ++i) x.set(i, scale * 3.4f * (uniform() - 0.5f));
+  return x;
+}
+
+Tensor indices(int64_t count, int64_t below) {
+  Tensor x(DType::int64, {count});
+  for (int64_t i = 0; i < count; ++i) x.set(i, std::floor(uniform() * float(below)));
+  return x;
+}
+
+Tensor output(DType dtype, std::vector<int64_t> shape) {
+  return Tensor(dtype, std::move(shape)).fill(nan);
+}
+
+// A case calls kernels() and returns its outputs.
+using Case = std::function<std::vector<Tensor>()>;
+
+bool close(const Tensor& actual, const Tensor& wanted, std::string& why) {
+  const int64_t count = wanted.view().numel();
+  double square = 0, worst = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const double a = actual.get(i), b = wanted.get(i);
+    if (a == b) {
+      if (std::isfinite(b)) square += b * b;
+      continue;
+    }
+    if (!(std::fabs(a - b) < 1e30)) {
+      why = "element " + std::to_string(i) + " is " + std::to_string(a) + ", wanted " + std::to_string(b);
+      return false;
+    }
+    square += b * b;
+    worst = std::fmax(worst, std::fabs(a - b) / (1 + std::fabs(b)));
+  }
+  const double size = std::sqrt(square / double(count ? count : 1));
+  const double allowed = (wanted.view().dtype == DType::bfloat16 ? 2e-2 : 2e-5) * std::fmax(size, 1e-3) + 1e-6;
+  why = "error " + std::to_string(worst) + ", allowed " + std::to_string(allowed);
+  return worst <= allowed;
+}
+
+bool run(const std::string& name, const Case& body) {
+  bool good = true;
+  std::vector<Tensor> wanted;
+  for (const IsaStatus& isa : isa_status()) {
+    if (!isa.supported) continue;
+    set_isa(isa.name);
+    const std::vector<Tensor> found = body();
+    if (wanted.empty()) wanted = found;
+    for (size_t i = 0; i < found.size(); ++i) {
+      std::string why;
+      if (close(found[i], wanted[i], why)) continue;
+      std::printf("FAIL %s, %s, result %zu: %s\n", name.c_str(), isa.name.c_str(), i, why.c_str());
+      good = false;
+    }
+  }
+  std::printf("%s %s\n", good ? "ok  " : "FAIL", name.c_str());
+  return good;
+}
+
+Case layer_norm(DType T, int64_t N, int64_t E, bool rms) {
+  const Tensor x = random(T, {N, E}), r = random(T, {N, E}), w = random(T, {E}), b = random(T, {E});
+  const Tensor input_bias = random(T, {E}), dy = random(T, {N, E});
+  return [=] {
+    const Tensor y = output(T, {N, E}), sum = output(T, {N, E}), dr = output(T, {N, E}), dx = output(T, {N, E});
+    const Tensor mean = output(DType::float32, {N}).fill(0), rstd = output(DType::float32, {N});
+    const Tensor dw = output(DType::float32, {E}), db = output(DType::float32, {E}), di = output(DType::float32, {E});
+    kernels().layer_norm_fwd({x, w, b, r, input_bias, y, sum, mean, rstd, 7, 3, 0.2f, 1e-5f, rms});
+    kernels().layer_norm_bwd({dy, dy, sum, w, mean, rstd, dr, dx, dw, db, di, 7, 3, 0.2f, rms});
+    return std::vector<Tensor>{y, sum, mean, rstd, dr, dx, dw, db, di};
+  };
+}
+
+Case ffn(DType T, int64_t N, int64_t E, int64_t F, Activation activation) {
+  const Tensor x = random(T, {N, E}), w1 = random(T, {F, E}, 1 / std::sqrt(float(E))), b1 = random(T, {F});
+  const Tensor w2 = random(T, {E, F}, 1 / std::sqrt(float(F))), b2 = random(T, {E}), dy = random(T, {N, E});
+  return [=] {
+    const Tensor y = output(T, {N, E}), h = output(T, {N, F}), dx = output(T, {N, E});
+    const Tensor dw1 = output(T, {F, E}), dw2 = output(T, {E, F});
+    const Tensor db1 = output(DType::float32, {F}), db2 = output(DType::float32, {E});
+    kernels().ffn_fwd({x, w1, b1, w2, b2, y, h, activation, 7, 3, 0.1f});
+    kernels().ffn_bwd({dy, x, w1, w2, h, dx, dw1, db1, dw2, db2, activation, 7, 3, 0.1f});
+    return std::vector<Tensor>{y, h, dx, dw1, db1, dw2, db2};
+  };
+}
+
+Case linear_cross_entropy(DType T, int64_t N, int64_t E, int64_t V) {
+  const Tensor x = random(T, {N, E}), w = random(T, {V, E}, 1 / std::sqrt(float(E))), b = random(T, {V});
+  const Tensor target = indices(N, V), dloss = random(DType::float32, {N});
+  target.set(0, -100);
+  return [=] {
+    std::vector<Tensor> found;
+    const Tensor loss = output(DType::float32, {N}), lse = output(DType::float32, {N});
+    for (const bool forward : {true, false}) {
+      const Tensor dx = output(T, {N, E}), dw = output(T, {V, E}), db = output(DType::float32, {V});
+      const CrossEntropyOptions options{-100, 0.1f, 1e-2f, 8.0f};
+      if (forward) {
+        kernels().linear_cross_entropy_fwd({x, w, b, target, loss, lse, {dx, dw, db}, 0.5f, options});
+      } else {
+        kernels().linear_cross_entropy_bwd({dloss, x, w, b, target, {dx, dw, db}, options});
+      }
+      for (const Tensor& t : {dx, dw, db}) found.push_back(t);
+    }
+    found.push_back(loss);
+    found.push_back(lse);
+    return found;
+  };
+}
+
+Case embedding(DType T, int64_t N, int64_t E, int64_t V) {
+  const Tensor w = random(T, {V, E}), positions = random(T, {7, E}), types = random(T, {2, E}), dy = random(T, {N, E});
+  const Tensor tokens = indices(N, V), segments = indices(N, 2);
+  return [=] {
+    const Tensor y = output(T, {N, E}), dw = output(T, {V, E}), dp = output(T, {7, E}), dt = output(T, {2, E});
+    kernels().embedding_fwd({{w, tokens, 2}, {positions, {}, 1}, {types, segments, 1}, y, 7, 3, 0.1f});
+    kernels().embedding_bwd({dy, {dw, tokens, 2}, {dp, {}, 1}, {dt, segments, 1}, 7, 3, 0.1f});
+    return std::vector<Tensor>{y, dw, dp, dt};
+  };
+}
+
+Case attention(DType T, int64_t S, int64_t D, bool causal, bool masked) {
+  constexpr int64_t B = 2, H = 2;
+  const Tensor q = random(T, {B, H, S, D}), k = random(T, {B, 1, S, D}), v = random(T, {B, 1, S, D});
+  const Tensor dout = random(T, {B, H, S, D}), bias = random(DType::float32, {B, H, S, S});
+  const Tensor mask(DType::boolean, {B, H, S, S}), lengths(DType::int64, {B});
+  for (int64_t i = 0; i < mask.view().numel(); ++i) mask.set(i, uniform() < 0.7f);
+  lengths.set(0, float(S)), lengths.set(1, float(S / 2));
+  return [=] {
+    AttentionForward a;
+    a.query = q, a.key = k, a.value = v;
+    a.scale = 1 / std::sqrt(float(D)), a.dropout_p = 0.1f, a.seed = 7, a.offset = 3;
+    if (causal) a.band_upper = 0;
+    if (masked) a.mask = mask, a.bias = bias, a.key_lengths = lengths, a.softcap = 5;
+    const Tensor out = output(T, {B, H, S, D}), lse = output(DType::float32, {B, H, S});
+    a.out = out, a.lse = lse;
+    kernels().attention_fwd(a);
+    const Tensor dq = output(T, {B, H, S, D}), dk = output(T, {B, 1, S, D}), dv = output(T, {B, 1, S, D});
+    const Tensor dbias = Tensor(DType::float32, {B, H, S, S}).fill(0);
+    AttentionBackward b;
+    static_cast<AttentionProblem&>(b) = a;
+    b.out = out, b.lse = lse, b.grad_out = dout, b.grad_query = dq, b.grad_key = dk, b.grad_value = dv;
+    if (masked) b.grad_bias = dbias;
+    kernels().attention_bwd(b);
+    return std::vector<Tensor>{out, lse, dq, dk, dv, dbias};
+  };
+}
+
+}  // namespace
+
+int main() {
+  int failed = 0;
+  for (const DType T : {DType::float32, DType::bfloat16}) {
+    const std::string type = std::string(" ") + name_of(T);
+    const auto check = [&](const std::string& name, const Case& body) { failed += !run(name + type, body); };
+    check("layer_norm", layer_norm(T, 37, 67, false));
+    check("rms_norm", layer_norm(T, 600, 33, true));
+    for (const auto a : {Activation::relu, Activation::gelu, Activation::gelu_tanh, Activation::silu}) {
+      check("ffn", ffn(T, 61, 35, 77, a));
+    }
+    check("linear_cross_entropy", linear_cross_entropy(T, 61, 35, 277));
+    check("linear_cross_entropy, two blocks", linear_cross_entropy(T, 13, 9, 1100));
+    check("linear_cross_entropy, two chunks", linear_cross_entropy(T, 4200, 3, 5));
+    check("embedding", embedding(T, 350, 67, 50));
+    check("embedding, one row", embedding(T, 350, 600, 1));
+    check("attention", attention(T, 70, 24, false, false));
+    check("attention, causal", attention(T, 131, 33, true, false));
+    check("attention, masked", attention(T, 67, 16, false, true));
+  }
+  std::printf(failed ? "%d cases FAILED\n" : "all cases ok\n", failed);
+  return failed ? 1 : 0;
+}
