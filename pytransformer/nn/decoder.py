@@ -194,6 +194,8 @@ class TransformerDecoder(nn.TransformerDecoder):
     Source: Vaswani et al., "Attention Is All You Need", 2017, sec. 3.1.
     """
 
+    enable_nested_tensor = False  # of a torch decoder whose class was changed
+
     def __init__(
         self,
         decoder_layer: nn.Module,
