@@ -250,6 +250,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     def _forward_rows(self, query: Tensor, memory: Tensor, packed: Packed) -> Tensor:
         """The output [N,E] of a query [N,E] and a memory [M,E] of rows; attention itself sees the whole batch."""
         E, weight, bias = self.embed_dim, self.in_proj_weight, self.in_proj_bias
+        for x in (query, memory):
+            if x.shape[-1] != E:
+                raise ValueError(f"{type(self).__name__}: inputs must have size {E} last, got {x.shape[-1]}")
         if query is memory:
             projected = packed.queries.scatter(F.linear(query, weight, bias)).chunk(3, -1)
         else:
