@@ -291,7 +291,7 @@ def test_global_hooks_fire():
 
 def test_overridden_blocks_and_replaced_submodules_are_used():
     class Doubled(nn.TransformerEncoderLayer):
-        def _sa_block(self, x, attn_mask, key_padding_mask, is_causal=False):
+        def _sa_block(self, x, attn_mask, key_padding_mask, *, is_causal):
             return 2 * super()._sa_block(x, attn_mask, key_padding_mask, is_causal=is_causal)
 
         def _ff_block(self, x):
@@ -375,6 +375,7 @@ def test_bad_inputs_name_values():
         (TypeError, "int64", lambda: attention(x, x, x, attn_mask=torch.zeros(L, L, dtype=torch.int64))),
         (ValueError, r"got \[2, 7\]", lambda: attention(x, x, x, key_padding_mask=torch.zeros(2, L))),
         (TypeError, "list", lambda: attention(x, x, x, key_padding_mask=[0])),
+        (ValueError, "divide embed_dim, got 3 and 16", lambda: nn.TransformerEncoderLayer(E, 3)),
         (ValueError, "'swishy'", lambda: nn.TransformerEncoderLayer(E, H, activation="swishy")),
         (ValueError, r"\[\.\.\., \*\[16\]\], got \[3, 7, 15\]", lambda: nn.LayerNorm(E)(x[..., 1:])),
     ):

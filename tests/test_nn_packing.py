@@ -179,3 +179,17 @@ def test_padding_in_a_mask_object_is_padding(lengths, rows_seen):
     again = decoder(x, wanted, CAUSAL, None, padded, padded).masked_fill(padded[..., None], 0)
     assert_close(out, again)
     assert rows_seen[0] == [13, E]
+
+
+def test_bad_inputs_name_values():
+    _, ours = encoders(batch_first=True)
+    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(E, H, 24, batch_first=True), 1)
+    x, memory, given = torch.randn(B, L, E), torch.randn(B + 1, S, E), {"memory_key_padding_mask": padding()}
+    for words, bad_call in (
+        ("size 16 last, got 15", lambda: ours(x[..., 1:], src_key_padding_mask=PADDED)),
+        (r"got \[3, 5\]", lambda: ours(x, src_key_padding_mask=padding())),
+        (r"query \[3, 7, 16\], key \[4, 5, 16\]", lambda: decoder(x, memory, **given)),
+        ("size 16 last, got 15", lambda: decoder(x, memory[1:, :, 1:], **given)),
+    ):
+        with pytest.raises(ValueError, match=words):
+            bad_call()

@@ -21,10 +21,20 @@ from pytransformer.nn.layer_norm import NORMS
 
 
 def run_block(
-    layer: nn.Module, owner: type, name: str, inner: Callable[..., Tensor], dropout: Any, *args: Any, cache: Any = None
+    layer: nn.Module,
+    owner: type,
+    name: str,
+    inner: Callable[..., Tensor],
+    dropout: Any,
+    *args: Any,
+    cache: Any = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, float]:
-    """The output of block ``name``, and the probability of the dropout that is still to be applied to it."""
-    kwargs = {} if cache is None else {"cache": cache}
+    """The output of block ``name``, and the probability of the dropout that is still to be applied to it.
+
+    Arguments are passed by position and by keyword as torch's layer passes them: an override may insist on either.
+    """
+    kwargs = kwargs if cache is None else {**kwargs, "cache": cache}
     if is_own(layer, owner, name) and is_plain(dropout, DROPOUT):
         return inner(*args, **kwargs), active_dropout(dropout)
     return getattr(layer, name)(*args, **kwargs), 0.0

@@ -162,8 +162,9 @@ def padding_of(key_padding_mask: Tensor | None, mask: Any, shape: Shape, batched
 
 
 def _without_zeros(mask: Tensor) -> Tensor:
-    """A floating-point mask that adds nothing but 0 and -inf as bool, another as it is."""
-    if not mask.is_floating_point() or not _is_constant(mask):
+    """A floating-point mask that adds nothing but 0 and -inf as bool, another as it is. On CPU only: anywhere else
+    looking at it would stall the device."""
+    if not mask.is_floating_point() or mask.device.type != "cpu" or not _is_constant(mask):
         return mask
     hidden = hidden_keys(mask)
     return hidden if torch.equal(hidden, mask != 0) else mask

@@ -32,8 +32,33 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         batch_first: inputs and outputs are [B,L,E] instead of [L,B,E].
         device, dtype: of the parameters.
 
+    Raises:
+        ValueError: ``num_heads`` does not divide ``embed_dim``.
+
     Source: Vaswani et al., "Attention Is All You Need", 2017, sec. 3.2.2.
     """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
+            raise ValueError(
+                f"{type(self).__name__}: num_heads must be positive and divide embed_dim, got {num_heads} and"
+                f" {embed_dim}"
+            )
+        extras = (bias, add_bias_kv, add_zero_attn, kdim, vdim, batch_first, device, dtype)
+        super().__init__(embed_dim, num_heads, dropout, *extras)
 
     def forward(
         self,
@@ -225,6 +250,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     def _forward_rows(self, query: Tensor, memory: Tensor, packed: Packed) -> Tensor:
         """The output [N,E] of a query [N,E] and a memory [M,E] of rows; attention itself sees the whole batch."""
         E, weight, bias = self.embed_dim, self.in_proj_weight, self.in_proj_bias
+        for x in (query, memory):
+            if x.shape[-1] != E:
+                raise ValueError(f"{type(self).__name__}: inputs must have size {E} last, got {x.shape[-1]}")
         if query is memory:
             projected = packed.queries.scatter(F.linear(query, weight, bias)).chunk(3, -1)
         else:

@@ -194,6 +194,8 @@ class TransformerDecoder(nn.TransformerDecoder):
     Source: Vaswani et al., "Attention Is All You Need", 2017, sec. 3.1.
     """
 
+    enable_nested_tensor = False  # of a torch decoder whose class was changed
+
     def __init__(
         self,
         decoder_layer: nn.Module,
@@ -304,7 +306,10 @@ class TransformerDecoder(nn.TransformerDecoder):
         self, tgt: Tensor, memory: Tensor, hidden: Tensor | None, hidden_memory: Tensor | None, shape: Shape
     ) -> tuple[Rows, Rows] | None:
         """The rows to compute of target and memory, or None where that had better be all of them."""
-        if tgt.dim() != 3 or (hidden is None and hidden_memory is None):
+        batch_axis = 0 if self._first_attention.batch_first else 1
+        if tgt.dim() != 3 or memory.dim() != 3 or memory.shape[batch_axis] != tgt.shape[batch_axis]:
+            return None  # without a batch, or with two; the attention says so
+        if hidden is None and hidden_memory is None:
             return None
         if not all(_takes_masks(layer) and takes_rows(layer) for layer in self.layers):
             return None

@@ -111,15 +111,15 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             return to_nested(self.forward(x, None, padding), padding, src)
         attention = (self, TransformerEncoderLayer, "_sa_block", self._attend, self.dropout1)
         feed_forward = (self, TransformerEncoderLayer, "_ff_block", self._feed_forward, self.dropout2)
-        given = (src_mask, src_key_padding_mask, is_causal)
-        kept = None if cache is None else cache.self_attention
+        masks = (src_mask, src_key_padding_mask)
+        given: dict[str, Any] = {"is_causal": is_causal, "cache": None if cache is None else cache.self_attention}
         x = src
         if self.norm_first:
-            branch, dropout_p = run_block(*attention, self.norm1(x), *given, cache=kept)
+            branch, dropout_p = run_block(*attention, self.norm1(x), *masks, **given)
             normed, x = add_prenorm(self.norm2, branch, x, dropout_p)
             branch, dropout_p = run_block(*feed_forward, normed)
             return x + F.dropout(branch, dropout_p)
-        branch, dropout_p = run_block(*attention, x, *given, cache=kept)
+        branch, dropout_p = run_block(*attention, x, *masks, **given)
         x = add_norm(self.norm1, branch, x, dropout_p)
         branch, dropout_p = run_block(*feed_forward, x)
         return add_norm(self.norm2, branch, x, dropout_p)
