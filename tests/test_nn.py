@@ -164,7 +164,7 @@ def test_encoder(norm_first, with_norm):
     norms = pair("LayerNorm", E) if with_norm else (None, None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ours = nn.TransformerEncoder(layers[1], 2, norms[1])
+        ours = nn.TransformerEncoder(layers[1], 2, norms[1], enable_nested_tensor=False)
     theirs = torch.nn.TransformerEncoder(layers[0], 2, norms[0], enable_nested_tensor=False)
     shake(theirs)
     ours.load_state_dict(theirs.state_dict())
@@ -195,12 +195,12 @@ def test_encoder_takes_unbatched_input_and_recognises_a_causal_mask():
     def given(mask):
         return LayerMasks(mask, None, False)
 
-    prepared = ours._prepare(x, given(causal)).attn_mask
+    prepared = ours._prepare(x, given(causal))[0].attn_mask
     assert isinstance(prepared, masks.Mask)
     assert prepared.causal
     assert prepared.keep is None
     learned = causal.clone().requires_grad_()
-    assert ours._prepare(x, given(learned)).attn_mask is learned
+    assert ours._prepare(x, given(learned))[0].attn_mask is learned
 
 
 def test_encoder_runs_torch_layers():

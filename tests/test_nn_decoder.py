@@ -115,7 +115,7 @@ def test_masks_reach_the_layers_as_patterns():
     decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(E, H, 24, batch_first=True), 2).eval()
     tgt, memory = inputs(True)
     target = LayerMasks(torch.nn.Transformer.generate_square_subsequent_mask(L), padding(L), False)
-    target, source = decoder._prepare(tgt, memory, target, LayerMasks(None, padding(), False), None)
+    (target, _), (source, _) = decoder._prepare(tgt, memory, target, LayerMasks(None, padding(), False), None)
     assert target.attn_mask.causal
     assert target.attn_mask.keep.shape == (B, 1, 1, L)
     assert source.attn_mask.keep.shape == (B, 1, 1, S)

@@ -86,6 +86,17 @@ inline int threads_for(int64_t rows, int64_t columns) {
   return worth < max_threads() ? int(worth) : max_threads();
 }
 
+// Asks for the row after this one: input and output are streams, several at once, and by itself the
+// hardware looks too short a way ahead. Asking beyond the end does no harm.
+template <class T>
+inline __attribute__((always_inline)) void prefetch_next(const T* p, int64_t columns) {
+  __builtin_prefetch(p + columns);
+}
+template <class T>
+inline __attribute__((always_inline)) void prefetch_next_store(const T* p, int64_t columns) {
+  __builtin_prefetch(p + columns, 1);
+}
+
 // The sum of a row, into `row` and, where it is wanted, `sum`; returns its mean.
 // Pointers are locals here and below: a vector store may alias anything, so what is read through a
 // reference inside the loop would be read again for every vector.
@@ -94,10 +105,14 @@ float add_row(const T* x, const T* residual, const float* input_bias, const floa
               float* row) {
   Vec total = Vec::zero();
   for_vectors(columns, [&](int64_t c, auto n) {
+    prefetch_next(x + c, columns);
     Vec z = load(x + c, n);
     if (input_bias) z = z + load(input_bias + c, n);
     if (keep) z = z * load(keep + c, n);
-    if (residual) z = z + load(residual + c, n);
+    if (residual) {
+      prefetch_next(residual + c, columns);
+      z = z + load(residual + c, n);
+    }
     if (sum) {
       // Backward reads the stored sum: normalise what it will see, not what was rounded away.
       store(sum + c, z, n);
@@ -133,6 +148,7 @@ void normalise_row(const float* row, float mean, float rstd, const float* weight
     Vec y = (load(row + c, n) - centre) * scale;
     if (weight) y = y * load(weight + c, n);
     if (bias) y = y + load(bias + c, n);
+    prefetch_next_store(out + c, columns);
     store(out + c, y, n);
   });
 }
@@ -193,6 +209,8 @@ void backward_row(const LayerNormBackward& a, int64_t r, int64_t columns, const 
 
   Vec g_total = Vec::zero(), gx_total = Vec::zero();
   for_vectors(columns, [&](int64_t c, auto n) {
+    prefetch_next(dy + c, columns);
+    prefetch_next(z + c, columns);
     const Vec upstream = load(dy + c, n);
     const Vec xhat = (load(z + c, n) - mean) * Vec::set1(rstd);
     const Vec g = weight ? upstream * load(weight + c, n) : upstream;
@@ -211,6 +229,7 @@ void backward_row(const LayerNormBackward& a, int64_t r, int64_t columns, const 
     const Vec g = weight ? upstream * load(weight + c, n) : upstream;
     Vec d = (g - g_mean - xhat * gx_mean) * Vec::set1(rstd);
     if (from_sum) d = d + load(from_sum + c, n);
+    prefetch_next_store(dz + c, columns);
     store(dz + c, d, n);
     if (keep) d = d * load(keep + c, n);
     if (dx) store(dx + c, d, n);

@@ -39,12 +39,13 @@ inline __m256i round_to_bfloat16(__m512 v) {
   return (__m256i)_mm512_cvtneps_pbh(v);
 #else
   __m512i bits = _mm512_castps_si512(v);
-  __m512i upper = _mm512_srli_epi32(bits, 16);
-  __m512i bias = _mm512_add_epi32(_mm512_and_si512(upper, _mm512_set1_epi32(1)), _mm512_set1_epi32(0x7fff));
-  __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, bias), 16);
+  __m512i odd = _mm512_and_epi32(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
   __mmask16 unordered = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-  rounded = _mm512_mask_or_epi32(rounded, unordered, upper, _mm512_set1_epi32(0x40));
-  return _mm512_cvtepi32_epi16(rounded);
+  rounded = _mm512_mask_or_epi32(rounded, unordered, bits, _mm512_set1_epi32(0x400000));
+  const __m512i upper_halves = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0x1f001d, 0x1b0019, 0x170015, 0x130011, 0xf000d,
+                                                0xb0009, 0x70005, 0x30001);
+  return _mm512_castsi512_si256(_mm512_permutexvar_epi16(upper_halves, rounded));
 #endif
 }
 

@@ -29,7 +29,9 @@ from pytransformer.models._checks import (
     check_wanted,
 )
 from pytransformer.nn import LayerNorm, TransformerEncoderLayer
+from pytransformer.nn._packing import Packed
 from pytransformer.nn.embedding import check_ids
+from pytransformer.nn.encoder import skippable_rows
 
 NAMES = _hf.Names(
     renamed=(
@@ -176,8 +178,9 @@ class Bert(nn.Module):
 
         Args:
             input_ids: int32 or int64 [B,T], T at most ``max_position_embeddings``.
-            attention_mask: [B,T], bool or numbers, true or nonzero for a real token; padding may stand anywhere.
-                A position counts from the start of the row, padding included, as in ``transformers``.
+            attention_mask: [B,T], bool or numbers, true or nonzero for a real token; padding may stand anywhere,
+                is not computed (see ``nn.TransformerEncoder``) and gives hidden states of 0. A position counts
+                from the start of the row, padding included, as in ``transformers``.
             token_type_ids: int32 or int64 [B,T]; all 0 where None.
             output_hidden_states: also return every layer's input and the last one's output.
             output_attentions: also return every layer's attention weights.
@@ -190,16 +193,34 @@ class Bert(nn.Module):
             IndexError: an id lies outside its table (on CPU, in eager mode).
         """
         self._check(input_ids, attention_mask, token_type_ids)
-        mask = None if attention_mask is None else masks.padding(attention_mask.bool())
         x = self.embeddings(input_ids, token_type_ids)
-        states = [x]
         with attention_weights(self if output_attentions else None) as seen:
-            for layer in self.layers:
-                x = layer(x, src_mask=mask)
-                states.append(x)
-        pooled = None if self.pooler is None else torch.tanh(self.pooler(x[:, 0]))
+            states = self._encode(x, attention_mask, output_hidden_states)
+        pooled = None if self.pooler is None else torch.tanh(self.pooler(states[-1][:, 0]))
         weights = tuple(seen.values()) if output_attentions else None
-        return BertOutput(x, pooled, tuple(states) if output_hidden_states else None, weights)
+        return BertOutput(states[-1], pooled, tuple(states) if output_hidden_states else None, weights)
+
+    def _encode(self, x: Tensor, attention_mask: Tensor | None, every_state: bool) -> list[Tensor]:
+        """The last hidden state, after all others if wanted; 0 at padding, which is not computed where possible."""
+        mask: Any = None
+        rows = computed = None
+        if attention_mask is not None:
+            real = attention_mask.bool()
+            mask, computed = masks.padding(real), real.clone()
+            if self.pooler is not None:
+                computed[:, 0] = True  # the pooler reads it, padding or not
+            rows = skippable_rows(self.layers, computed, x)
+        if rows is not None:
+            mask, x = Packed(rows, rows, mask), rows.gather(x)
+        states = [x]
+        for layer in self.layers:
+            x = layer(x, src_mask=mask)
+            states = [*states, x] if every_state else [x]
+        if rows is not None:
+            return [rows.scatter(state) for state in states]
+        if computed is not None:
+            return [state.masked_fill(~computed[..., None], 0) for state in states]
+        return states
 
     @classmethod
     def from_pretrained(

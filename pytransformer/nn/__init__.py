@@ -13,9 +13,12 @@ from pytransformer.nn.encoder import TransformerEncoder, TransformerEncoderLayer
 from pytransformer.nn.ffn import FeedForward
 from pytransformer.nn.layer_norm import LayerNorm, RMSNorm
 from pytransformer.nn.loss import LinearCrossEntropyLoss
+from pytransformer.nn.scores import AdditiveAttention, CosineAttention
 from pytransformer.nn.transformer import Transformer
 
 __all__ = [
+    "AdditiveAttention",
+    "CosineAttention",
     "Embedding",
     "FeedForward",
     "LayerNorm",

@@ -13,9 +13,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pytransformer.nn._plain import DROPOUT, active_dropout, is_plain
+from pytransformer.nn._plain import DROPOUT, LINEAR, active_dropout, is_plain
+from pytransformer.nn.attention import MultiheadAttention, attention_takes_rows
 from pytransformer.nn.cache import CrossAttentionCache, SelfAttentionCache
-from pytransformer.nn.ffn import feed_forward
+from pytransformer.nn.ffn import ACTIVATIONS, activation_name, feed_forward
+from pytransformer.nn.layer_norm import NORMS
 
 
 def run_block(
@@ -55,6 +57,25 @@ def attend(
         **kwargs,
     )[0]
     return out
+
+
+def takes_rows(layer: Any) -> bool:
+    """Would nobody notice if ``layer``, whose masks nobody else sees, got rows [N,E] in place of a batch [B,L,E]?"""
+    return (
+        activation_name(layer.activation) is not None
+        and "_ff_block" not in layer.__dict__
+        and all(_child_takes_rows(child) for child in layer.children())
+    )
+
+
+def _child_takes_rows(module: Any) -> bool:
+    if isinstance(module, MultiheadAttention):
+        return attention_takes_rows(module)
+    return norm_takes_rows(module) or is_plain(module, (*LINEAR, *DROPOUT, *ACTIVATIONS))
+
+
+def norm_takes_rows(norm: Any) -> bool:
+    return is_plain(norm, NORMS) and len(norm.normalized_shape) == 1
 
 
 def layer_feed_forward(layer: Any, x: Tensor) -> Tensor:

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from pytransformer.masks import Mask, causal, dense, padding
+from pytransformer.ops._op import plain_eager
+
+Shape = tuple[int, int, int, int]  # of scores, [B,H,L,S]
 
 
 class LayerMasks(NamedTuple):
@@ -38,7 +41,7 @@ def combine(
     attn_mask: Tensor | Mask | None,
     key_padding_mask: Tensor | None,
     is_causal: bool,
-    shape: tuple[int, int, int, int],
+    shape: Shape,
     align: str | None = None,
 ) -> tuple[Mask, Tensor | None]:
     """One mask and one addend for a call whose scores are ``shape`` = [B,H,L,S].
@@ -90,7 +93,7 @@ def _split(mask: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def layer_masks(
     given: LayerMasks,
-    shape: tuple[int, int, int, int],
+    shape: Shape,
     mergeable: bool,
     batched: bool,
     *,
@@ -103,17 +106,17 @@ def layer_masks(
         given: the masks of the stack. shape: of the scores.
         mergeable: every layer takes a ``Mask``, and nobody else sees it.
         batched: is ``key_padding_mask`` [B,S], or [S]?
-        recognise: look whether the mask is causal. One pass over it, and in eager mode only: what a tensor holds
-            would break a traced graph.
+        recognise: look whether the mask is causal. One pass over it, and in plain eager mode only: looking at what
+            a tensor holds would break a traced graph.
         align: as in ``combine``.
     """
     mask, key_padding_mask, is_causal = given
-    if (
-        recognise
-        and isinstance(mask, Tensor)
-        and not torch.compiler.is_compiling()
-        and is_causal_mask(mask, *shape[2:])
-    ):
+    B, _, L, S = shape
+    if key_padding_mask is not None:
+        wanted, letters = ((B, S), "[B,S]") if batched else ((S,), "[S]")
+        check_mask("key_padding_mask", key_padding_mask, (wanted,), letters)
+        key_padding_mask = _without_zeros(key_padding_mask) if mergeable else key_padding_mask
+    if recognise and isinstance(mask, Tensor) and is_causal_mask(mask, L, S):
         mask, is_causal = causal() if mergeable else mask, True
     if not mergeable or _is_additive(mask) or _is_additive(key_padding_mask):
         return LayerMasks(mask, key_padding_mask, is_causal)
@@ -125,14 +128,32 @@ def layer_masks(
 
 
 def is_causal_mask(mask: Tensor, query_length: int, key_length: int) -> bool:
-    """Does an [L,S] mask that wants no gradient mask out exactly the keys after each query, the last query at the
-    last key?"""
-    if tuple(mask.shape) != (query_length, key_length) or query_length > key_length or mask.requires_grad:
+    """Does an [L,S] mask mask out exactly the keys after each query, the last query at the last key? No, for one
+    that wants a gradient or that nobody may look into."""
+    if tuple(mask.shape) != (query_length, key_length) or query_length > key_length or not _is_constant(mask):
         return False
     later = torch.ones(mask.shape, dtype=torch.bool, device=mask.device).triu_(1 + key_length - query_length)
     if mask.dtype == torch.bool:
         return torch.equal(mask, later)
     return torch.equal(mask, torch.zeros_like(mask).masked_fill_(later, -torch.inf))
+
+
+def hidden_keys(key_padding_mask: Tensor) -> Tensor:
+    """bool: which keys does a mask in torch.nn's convention hide?"""
+    return key_padding_mask if key_padding_mask.dtype == torch.bool else key_padding_mask == -torch.inf
+
+
+def _without_zeros(mask: Tensor) -> Tensor:
+    """A floating-point mask that adds nothing but 0 and -inf as bool, another as it is."""
+    if not mask.is_floating_point() or not _is_constant(mask):
+        return mask
+    hidden = hidden_keys(mask)
+    return hidden if torch.equal(hidden, mask != 0) else mask
+
+
+def _is_constant(mask: Tensor) -> bool:
+    """Is it known what the mask holds, and the same for every call?"""
+    return not mask.requires_grad and plain_eager((mask,))
 
 
 def _is_additive(mask: Any) -> bool:

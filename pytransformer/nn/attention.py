@@ -11,6 +11,8 @@ from torch import Tensor
 from pytransformer import ops
 from pytransformer.masks import Mask, dense
 from pytransformer.nn._masks import combine
+from pytransformer.nn._packing import Packed
+from pytransformer.nn._plain import LINEAR, is_plain
 from pytransformer.nn.cache import CrossAttentionCache, SelfAttentionCache
 from pytransformer.ops.attention import visible_keys
 
@@ -74,6 +76,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             TypeError, ValueError: an argument's type, dtype or shape is wrong.
             RuntimeError: ``is_causal`` without ``attn_mask``.
         """
+        if isinstance(attn_mask, Packed):
+            return self._forward_rows(query, key, attn_mask), None
         batched = self._check(query, key, value, cache)
         if not batched:
             query, key, value = self._with_batch(query, key, value)
@@ -87,9 +91,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             )
         if self.bias_k is not None or self.add_zero_attn:
             k, v, mask, added = self._append_keys(q, k, v, mask, added)
-        dropout_p = self.dropout if self.training else 0.0
-        found = ops.attention(q, k, v, mask, dropout_p, bias=added, return_weights=need_weights)
-        out, weights = found if need_weights else (found, None)
+        out, weights = self._attend(q, k, v, mask, added, need_weights)
         out = self.out_proj(self._join_heads(out))
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
@@ -182,6 +184,40 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         heads_last = x.transpose(1, 2) if self.batch_first else x.permute(2, 0, 1, 3)
         return heads_last.reshape(*heads_last.shape[:2], self.embed_dim)
 
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, added: Tensor | None, need_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """``(out [B,H,L,D], weights [B,H,L,S])``. A subclass with other scores overrides this."""
+        return self._fused(q, k, v, mask, added, need_weights)
+
+    def _fused(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Mask,
+        added: Tensor | None,
+        need_weights: bool,
+        scale: float | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        dropout_p = self.dropout if self.training else 0.0
+        found = ops.attention(q, k, v, mask, dropout_p, scale=scale, bias=added, return_weights=need_weights)
+        return found if need_weights else (found, None)
+
+    def _forward_rows(self, query: Tensor, memory: Tensor, packed: Packed) -> Tensor:
+        """The output [N,E] of a query [N,E] and a memory [M,E] of rows; attention itself sees the whole batch."""
+        E, weight, bias = self.embed_dim, self.in_proj_weight, self.in_proj_bias
+        if query is memory:
+            projected = packed.queries.scatter(F.linear(query, weight, bias)).chunk(3, -1)
+        else:
+            q_bias, kv_bias = (None, None) if bias is None else (bias[:E], bias[E:])
+            keys_values = packed.keys.scatter(F.linear(memory, weight[E:], kv_bias)).chunk(2, -1)
+            projected = (packed.queries.scatter(F.linear(query, weight[:E], q_bias)), *keys_values)
+        q, k, v = (x.view(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2) for x in projected)
+        attended = self._attend(q, k, v, packed.mask, packed.added, need_weights=False)[0]
+        out: Tensor = self.out_proj(packed.queries.gather(attended.transpose(1, 2).flatten(2)))
+        return out
+
     def _append_keys(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, added: Tensor | None
     ) -> tuple[Tensor, Tensor, Mask, Tensor | None]:
@@ -200,3 +236,14 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         count = k.shape[2] - before
         mask = Mask() if visible is None else dense(F.pad(visible, (0, count), value=True))
         return k, v, mask, None if added is None else F.pad(added, (0, count))
+
+
+def attention_takes_rows(attention: Any) -> bool:
+    """Can ``attention`` be given rows and a ``Packed``?"""
+    return (
+        is_plain(attention, (MultiheadAttention,))
+        and attention.in_proj_weight is not None
+        and attention.bias_k is None
+        and not attention.add_zero_attn
+        and is_plain(attention.out_proj, LINEAR)
+    )

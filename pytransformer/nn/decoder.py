@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pytransformer.masks import Mask
-from pytransformer.nn._blocks import attend, layer_feed_forward, run_block
-from pytransformer.nn._masks import LayerMasks, layer_masks
+from pytransformer.nn._blocks import attend, layer_feed_forward, norm_takes_rows, run_block, takes_rows
+from pytransformer.nn._masks import LayerMasks, Shape, combine, hidden_keys, layer_masks
+from pytransformer.nn._packing import Packed, Rows, worthwhile_rows
 from pytransformer.nn._plain import is_plain
 from pytransformer.nn.attention import MultiheadAttention
 from pytransformer.nn.cache import Cache, CrossAttentionCache, LayerCache, SelfAttentionCache
@@ -178,17 +179,28 @@ class TransformerDecoder(nn.TransformerDecoder):
     """``out = norm(layer_N(... layer_1(tgt, memory), memory))``.
 
     Constructor, parameters and ``state_dict`` are those of ``torch.nn.TransformerDecoder``. Masks are prepared once
-    and handed to every layer.
+    and handed to every layer. What ``memory_key_padding_mask`` hides of the memory is not projected, and padding in
+    the target not computed if that is wanted; see ``pytransformer.nn._packing`` for when.
 
     Args:
         decoder_layer: the layer to copy ``num_layers`` times; all copies start with its weights, as in torch.
         num_layers: N. norm: applied at the end, or None.
+        enable_nested_tensor: not of torch: skip what ``tgt_key_padding_mask`` hides; the output is then 0 there,
+            always. By default it is computed like anything else.
 
     Source: Vaswani et al., "Attention Is All You Need", 2017, sec. 3.1.
     """
 
-    def __init__(self, decoder_layer: nn.Module, num_layers: int, norm: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        decoder_layer: nn.Module,
+        num_layers: int,
+        norm: nn.Module | None = None,
+        *,
+        enable_nested_tensor: bool = False,
+    ) -> None:
         super().__init__(decoder_layer, num_layers, norm)  # type: ignore[arg-type]
+        self.enable_nested_tensor = enable_nested_tensor
 
     def forward(
         self,
@@ -202,6 +214,7 @@ class TransformerDecoder(nn.TransformerDecoder):
         memory_is_causal: bool = False,
         *,
         cache: Cache | None = None,
+        skip_padding: bool | None = None,
     ) -> Tensor:
         """Args:
             tgt: [T,B,E], [B,T,E] where the layers are ``batch_first``, or [T,E] unbatched; floating point.
@@ -216,7 +229,9 @@ class TransformerDecoder(nn.TransformerDecoder):
                 sees a key after its position. With None a causal ``tgt_mask`` is recognised and not read any
                 further (in eager mode), and with a cache None means True.
             memory_is_causal: the same for the memory and ``memory_mask``; not with a cache.
-            cache: of all layers, see ``pytransformer.nn.cache``; ``tgt`` then holds the new tokens alone.
+            cache: of all layers, see ``pytransformer.nn.cache``; ``tgt`` then holds the new tokens alone, and padding
+                is computed.
+            skip_padding: ``enable_nested_tensor``, for this call.
 
         Returns:
             The shape and layout of ``tgt``.
@@ -226,18 +241,34 @@ class TransformerDecoder(nn.TransformerDecoder):
             RuntimeError: a causal hint without its mask.
         """
         is_causal = cache is not None if tgt_is_causal is None else tgt_is_causal
-        target, source = self._prepare(
-            tgt,
-            memory,
-            LayerMasks(tgt_mask, tgt_key_padding_mask, is_causal),
-            LayerMasks(memory_mask, memory_key_padding_mask, memory_is_causal),
-            cache,
-        )
-        output = tgt
+        target = LayerMasks(tgt_mask, tgt_key_padding_mask, is_causal)
+        source = LayerMasks(memory_mask, memory_key_padding_mask, memory_is_causal)
+        (target, shape), (source, memory_shape) = self._prepare(tgt, memory, target, source, cache)
+        skip = self.enable_nested_tensor if skip_padding is None else skip_padding
+        hidden = None
+        if skip and cache is None and tgt_key_padding_mask is not None:
+            hidden = hidden_keys(tgt_key_padding_mask)
+        batch_second = tgt.dim() == 3 and not self._first_attention.batch_first
+        found = None if cache is not None else self._rows(tgt, memory, hidden, memory_key_padding_mask, shape)
+        if found is None:
+            out = self._run(tgt, memory, target, source, cache)
+            return out if hidden is None else out.masked_fill((hidden.mT if batch_second else hidden)[..., None], 0)
+        rows, memory_rows = found
+        own: Any = Packed(rows, rows, *combine(*target, shape))
+        cross: Any = Packed(rows, memory_rows, *combine(*source, memory_shape))
+        x, m = (x.transpose(0, 1) if batch_second else x for x in (tgt, memory))
+        packed = LayerMasks(own, None, False), LayerMasks(cross, None, False)
+        out = rows.scatter(self._run(rows.gather(x), memory_rows.gather(m), *packed))
+        return out.transpose(0, 1) if batch_second else out
+
+    def _run(
+        self, x: Tensor, memory: Tensor, target: LayerMasks, source: LayerMasks, cache: Cache | None = None
+    ) -> Tensor:
+        """All layers and the norm."""
         for index, layer in enumerate(self.layers):
             kwargs = {} if cache is None else {"cache": cache.layer(index)}
-            output = layer(
-                output,
+            x = layer(
+                x,
                 memory,
                 tgt_mask=target.attn_mask,
                 memory_mask=source.attn_mask,
@@ -247,24 +278,45 @@ class TransformerDecoder(nn.TransformerDecoder):
                 memory_is_causal=source.is_causal,
                 **kwargs,
             )
-        return output if self.norm is None else self.norm(output)
+        return x if self.norm is None else self.norm(x)
 
     def _prepare(
         self, tgt: Tensor, memory: Tensor, target: LayerMasks, source: LayerMasks, cache: Cache | None
-    ) -> tuple[LayerMasks, LayerMasks]:
-        """Both kinds of masks as every layer takes them, with what all layers would do to them done once."""
-        first: Any = self.layers[0].self_attn
+    ) -> tuple[tuple[LayerMasks, Shape], tuple[LayerMasks, Shape]]:
+        """Both kinds of masks as every layer takes them, each with the shape of its scores."""
         batched = tgt.dim() == 3
-        axis = 1 if batched and first.batch_first else 0
+        axis = 1 if batched and self._first_attention.batch_first else 0
         B, T, S = tgt.shape[1 - axis] if batched else 1, tgt.shape[axis], memory.shape[axis]
         held = 0 if cache is None else cache.layer(0).self_attention.length
         mergeable = all(_takes_masks(layer) for layer in self.layers)
         align = None if cache is None else "bottom_right"
-        H = first.num_heads
-        return (
-            layer_masks(target, (B, H, T, held + T), mergeable, batched, recognise=True, align=align),
-            layer_masks(source, (B, H, T, S), mergeable, batched),
+        H = self._first_attention.num_heads
+        shape, memory_shape = (B, H, T, held + T), (B, H, T, S)
+        target = layer_masks(target, shape, mergeable, batched, recognise=True, align=align)
+        return (target, shape), (layer_masks(source, memory_shape, mergeable, batched), memory_shape)
+
+    def _rows(
+        self, tgt: Tensor, memory: Tensor, hidden: Tensor | None, memory_key_padding_mask: Tensor | None, shape: Shape
+    ) -> tuple[Rows, Rows] | None:
+        """The rows to compute of target and memory, or None where that had better be all of them."""
+        if tgt.dim() != 3 or (hidden is None and memory_key_padding_mask is None):
+            return None
+        if not all(_takes_masks(layer) and takes_rows(layer) for layer in self.layers):
+            return None
+        if self.norm is not None and not norm_takes_rows(self.norm):
+            return None
+        hidden_memory = None if memory_key_padding_mask is None else hidden_keys(memory_key_padding_mask)
+        rows, memory_rows = (
+            None if padded is None else worthwhile_rows(~padded, tgt, memory) for padded in (hidden, hidden_memory)
         )
+        if rows is None and memory_rows is None:
+            return None
+        length = memory.shape[1 if self._first_attention.batch_first else 0]
+        return rows or Rows(None, shape[0], shape[2]), memory_rows or Rows(None, shape[0], length)
+
+    @property
+    def _first_attention(self) -> Any:
+        return self.layers[0].self_attn
 
 
 def _takes_masks(layer: Any) -> bool:

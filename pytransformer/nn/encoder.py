@@ -7,6 +7,7 @@ work; so is an overridden ``_sa_block`` or ``_ff_block``.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pytransformer.masks import Mask
-from pytransformer.nn._blocks import attend, layer_feed_forward, run_block
-from pytransformer.nn._masks import LayerMasks, layer_masks
+from pytransformer.nn._blocks import attend, layer_feed_forward, norm_takes_rows, run_block, takes_rows
+from pytransformer.nn._masks import LayerMasks, Shape, combine, hidden_keys, layer_masks
+from pytransformer.nn._packing import Packed, Rows, worthwhile_rows
 from pytransformer.nn._plain import is_plain
 from pytransformer.nn.attention import MultiheadAttention
 from pytransformer.nn.cache import Cache, LayerCache, SelfAttentionCache
@@ -141,15 +143,17 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
 class TransformerEncoder(nn.TransformerEncoder):
     """``out = norm(layer_N(... layer_1(src)))``.
 
-    Constructor, parameters and ``state_dict`` are those of ``torch.nn.TransformerEncoder``. Padding is skipped by
-    the attention itself, in training and inference, so nothing is converted to nested tensors:
-    ``enable_nested_tensor`` and ``mask_check`` are taken and change nothing. Masks are prepared once and handed to
-    every layer.
+    Constructor, parameters and ``state_dict`` are those of ``torch.nn.TransformerEncoder``. Masks are prepared once
+    and handed to every layer, and padding is not computed at all: with a ``src_key_padding_mask`` only the real
+    tokens go through the layers, forward and backward, in training and inference, wherever they stand. See
+    ``pytransformer.nn._packing`` for when; the results are the same in any case.
 
     Args:
         encoder_layer: the layer to copy ``num_layers`` times; all copies start with its weights, as in torch.
         num_layers: N. norm: applied at the end, or None.
-        enable_nested_tensor, mask_check: no effect.
+        enable_nested_tensor: skip padding; the output is then 0 at padded positions, always. With False they are
+            computed like any other.
+        mask_check: no effect; padding may stand anywhere.
 
     Source: Vaswani et al., "Attention Is All You Need", 2017, sec. 3.1.
     """
@@ -174,6 +178,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         is_causal: bool | None = None,
         *,
         cache: Cache | None = None,
+        skip_padding: bool | None = None,
     ) -> Tensor:
         """Args:
             src: [L,B,E], [B,L,E] where the layers are ``batch_first``, or [L,E] unbatched; floating point.
@@ -183,8 +188,10 @@ class TransformerEncoder(nn.TransformerEncoder):
             is_causal: in addition to ``mask``, which must be given (unless there is a cache), no query sees a key
                 after its position. With None a causal ``mask`` is recognised and not read any further (in eager
                 mode), and with a cache None means True.
-            cache: of all layers, see ``pytransformer.nn.cache``; ``src`` then holds the new tokens alone, and the
-                masks cover all of n cached and L new keys. This is how a decoder-only model writes.
+            cache: of all layers, see ``pytransformer.nn.cache``; ``src`` then holds the new tokens alone, the masks
+                cover all of n cached and L new keys, and padding is computed. This is how a decoder-only model
+                writes.
+            skip_padding: ``enable_nested_tensor``, for this call.
 
         Returns:
             The shape and layout of ``src``.
@@ -196,29 +203,48 @@ class TransformerEncoder(nn.TransformerEncoder):
         if src.is_nested:
             raise TypeError(f"{type(self).__name__}: src is a nested tensor, which is not supported; pass a padded one")
         causal = cache is not None if is_causal is None else is_causal
-        given = self._prepare(src, LayerMasks(mask, src_key_padding_mask, causal), cache)
-        output = src
+        given, shape = self._prepare(src, LayerMasks(mask, src_key_padding_mask, causal), cache)
+        skip = self.enable_nested_tensor if skip_padding is None else skip_padding
+        if src_key_padding_mask is None or cache is not None or not skip:
+            return self._run(src, given, cache)
+        hidden = hidden_keys(src_key_padding_mask)
+        batch_second = src.dim() == 3 and not self._first_attention.batch_first
+        packable = src.dim() == 3 and (self.norm is None or norm_takes_rows(self.norm))
+        rows = skippable_rows(self.layers, ~hidden, src) if packable else None
+        if rows is None:
+            return self._run(src, given).masked_fill((hidden.mT if batch_second else hidden)[..., None], 0)
+        packed: Any = Packed(rows, rows, *combine(*given, shape))
+        x = rows.gather(src.transpose(0, 1) if batch_second else src)
+        out = rows.scatter(self._run(x, LayerMasks(packed, None, False)))
+        return out.transpose(0, 1) if batch_second else out
+
+    def _run(self, x: Tensor, given: LayerMasks, cache: Cache | None = None) -> Tensor:
+        """All layers and the norm."""
         for index, layer in enumerate(self.layers):
             kwargs = {} if cache is None else {"cache": cache.layer(index)}
-            output = layer(
-                output,
+            x = layer(
+                x,
                 src_mask=given.attn_mask,
                 is_causal=given.is_causal,
                 src_key_padding_mask=given.key_padding_mask,
                 **kwargs,
             )
-        return output if self.norm is None else self.norm(output)
+        return x if self.norm is None else self.norm(x)
 
-    def _prepare(self, src: Tensor, given: LayerMasks, cache: Cache | None = None) -> LayerMasks:
-        """The masks as every layer takes them."""
-        first: Any = self.layers[0].self_attn
+    def _prepare(self, src: Tensor, given: LayerMasks, cache: Cache | None = None) -> tuple[LayerMasks, Shape]:
+        """The masks as every layer takes them, and the shape of the scores."""
         batched = src.dim() == 3
-        axis = 1 if batched and first.batch_first else 0
+        axis = 1 if batched and self._first_attention.batch_first else 0
         B, L = src.shape[1 - axis] if batched else 1, src.shape[axis]
         held = 0 if cache is None else cache.layer(0).self_attention.length
+        shape = (B, self._first_attention.num_heads, L, held + L)
         mergeable = all(_takes_masks(layer) for layer in self.layers)
         align = None if cache is None else "bottom_right"
-        return layer_masks(given, (B, first.num_heads, L, held + L), mergeable, batched, recognise=True, align=align)
+        return layer_masks(given, shape, mergeable, batched, recognise=True, align=align), shape
+
+    @property
+    def _first_attention(self) -> Any:
+        return self.layers[0].self_attn
 
 
 def _takes_masks(layer: Any) -> bool:
@@ -228,3 +254,11 @@ def _takes_masks(layer: Any) -> bool:
         and is_plain(layer.self_attn, (MultiheadAttention,))
         and "_sa_block" not in layer.__dict__
     )
+
+
+def skippable_rows(layers: Iterable[nn.Module], real: Tensor, x: Tensor) -> Rows | None:
+    """The rows of bool ``real`` [B,L] if running ``layers`` on these rows of ``x`` [B,L,E] alone is worth while and
+    noticed by nobody; they are then given a ``Packed`` for a mask."""
+    if not all(_takes_masks(layer) and takes_rows(layer) for layer in layers):
+        return None
+    return worthwhile_rows(real, x)

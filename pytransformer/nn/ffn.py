@@ -21,6 +21,7 @@ _BY_NAME: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
 }
 _BY_FUNCTION = ((F.relu, "relu"), (torch.relu, "relu"), (F.gelu, "gelu"), (F.silu, "silu"))
+ACTIVATIONS: tuple[type[nn.Module], ...] = (nn.ReLU, nn.SiLU, nn.GELU)
 _GELU_KEYWORDS: tuple[tuple[dict[str, str], str], ...] = (
     ({"approximate": "tanh"}, "gelu_tanh"),
     ({"approximate": "none"}, "gelu"),

@@ -77,6 +77,7 @@ def add_prenorm(norm: Any, branch: Tensor, residual: Tensor, dropout_p: float) -
 
 _LAYER_NORMS: tuple[type[torch.nn.Module], ...] = (LayerNorm, torch.nn.LayerNorm)
 _RMS_NORMS: tuple[type[torch.nn.Module], ...] = (RMSNorm, torch.nn.RMSNorm)
+NORMS = (*_LAYER_NORMS, *_RMS_NORMS)
 
 
 def _promoted(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -91,7 +91,7 @@ class Transformer(nn.Transformer):
                 out) or floating point (added); or a ``pytransformer.masks.Mask`` (True = attend).
             src_key_padding_mask, tgt_key_padding_mask, memory_key_padding_mask: [B,S], [B,T] and [B,S], without B
                 when unbatched: bool (True = padding) or floating point (added). As in torch, the memory is not
-                masked by ``src_key_padding_mask``; pass it for both.
+                masked by ``src_key_padding_mask``; pass it for both, and padding in ``src`` is not computed.
             src_is_causal, tgt_is_causal, memory_is_causal: in addition to the mask, which must be given, no query
                 sees a key after its position. With None a causal mask is recognised.
 
@@ -103,7 +103,15 @@ class Transformer(nn.Transformer):
             RuntimeError: a causal hint without its mask.
         """
         self._check(src, tgt)
-        memory = self.encoder(src, mask=src_mask, src_key_padding_mask=src_key_padding_mask, is_causal=src_is_causal)
+        # A memory that is read at padded positions too must have been computed there.
+        whole = memory_key_padding_mask is None and isinstance(self.encoder, TransformerEncoder)
+        memory = self.encoder(
+            src,
+            mask=src_mask,
+            src_key_padding_mask=src_key_padding_mask,
+            is_causal=src_is_causal,
+            **({"skip_padding": False} if whole else {}),
+        )
         out: Tensor = self.decoder(
             tgt,
             memory,

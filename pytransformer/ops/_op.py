@@ -44,7 +44,7 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def _plain(args: tuple[Any, ...]) -> bool:
+def plain_eager(args: tuple[Any, ...]) -> bool:
     """Is this a call in plain eager mode, with nothing listening in between?"""
     if torch.compiler.is_compiling() or _dispatch_modes() or _function_modes() or _functorch_active():
         return False
@@ -120,7 +120,7 @@ class FusedOp:
         self.function = self._make_function()
 
     def __call__(self, *args: Any) -> tuple[Tensor, ...]:
-        if not _plain(args):
+        if not plain_eager(args):
             result: tuple[Tensor, ...] = self.library_forward(*args)
         elif torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
             result = self.function.apply(*args)  # type: ignore[attr-defined]
