@@ -82,6 +82,36 @@ def ffn_fwd(
     output: Tensor,
     hidden: Tensor | None,
 ) -> None: ...
+def linear_cross_entropy_fwd(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    loss: Tensor,
+    lse: Tensor,
+    grad_loss: float,
+    grad_input: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+) -> None: ...
+def linear_cross_entropy_bwd(
+    grad_loss: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    grad_input: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+) -> None: ...
 def ffn_bwd(
     grad_output: Tensor,
     input: Tensor,

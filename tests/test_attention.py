@@ -184,6 +184,18 @@ def test_several_tiles(backend_isa):
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("mask", ["none", "causal_bottom_right", "lengths", "padding", "bias_per_head", "bool_full"])
+def test_few_queries_and_many_keys(backend_isa, mask, dtype):
+    """Decoding: the keys are split into parts, and the parts combined."""
+    B, H, G, T, S, D, Dv = sizes = (2, 4, 2, 3, 2100, 24, 40)
+    options = MASKS[mask](B, H, T, S) | {"enable_gqa": True, "softcap": 20.0 if mask == "padding" else None}
+    tensors = qkv(*sizes, dtype=dtype)
+    if "bias" in options:
+        tensors["bias"] = options.pop("bias").to(dtype)
+    check("attention", tensors, options, backend_isa)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("extra", [{"dropout_p": 0.3}, {"softcap": 2.0}, {"dropout_p": 0.1, "softcap": 3.0}], ids=str)
 @pytest.mark.parametrize(
     ("shape", "mask"),
@@ -457,7 +469,7 @@ def test_softcap_of_the_reference():
     torch.testing.assert_close(ops.attention(q, k, v, softcap=2.0), scores.softmax(-1) @ v)
 
 
-@pytest.mark.parametrize("mask", ["none", "causal", "padding", "bias_per_head", "everything"])
+@pytest.mark.parametrize("mask", ["none", "causal", "padding", "bias_per_head", "bool_full"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_gradcheck_of_the_reference(mask, dropout_p):
     B, H, G, T, S, D, Dv = sizes = (2, 2, 1, 4, 5, 3, 2)

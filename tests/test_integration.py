@@ -39,7 +39,18 @@ def ffn_args():
 
 
 def linear_cross_entropy_args():
-    return (randn(2, 3, 8), randn(11, 8), randn(11), torch.randint(0, 11, (2, 3)), "mean", -100, 0.1, 0.01, 5.0)
+    return (
+        randn(2, 3, 8),
+        randn(11, 8),
+        randn(11),
+        torch.randint(0, 11, (2, 3)),
+        "mean",
+        -100,
+        0.1,
+        0.01,
+        5.0,
+        [True] * 3,
+    )
 
 
 def embedding_args():

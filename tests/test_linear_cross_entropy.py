@@ -5,8 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DTYPES, assert_rejects, assert_repeats, check, gradcheck, randn, skip_unless_served
+from helpers import (
+    DTYPES,
+    assert_rejects,
+    assert_repeats,
+    assert_wanted_gradients_only,
+    check,
+    gradcheck,
+    randn,
+    run,
+    skip_unless_served,
+)
 
+import pytransformer
 from pytransformer import ops
 
 OPTIONS = {
@@ -49,6 +60,105 @@ def for_ignore_index(tensors, options):
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_against_the_oracle(backend, options, bias, dtype):
     check("linear_cross_entropy", for_ignore_index(make(dtype=dtype, bias=bias), options), options, backend)
+
+
+SIZES = {
+    "many rows": ((4200,), 9, 70),  # several chunks of them
+    "many classes": ((19,), 33, 1500),  # several blocks of them
+    "deep": ((7,), 600, 130),
+    "one class": ((5,), 8, 1),
+    "one row": ((1,), 8, 300),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+def test_sizes(backend, size, dtype):
+    tensors = make(*size, dtype=dtype)
+    tensors["target"][..., 0] = 0  # one that counts
+    options = {"reduction": "sum", "label_smoothing": 0.1, "z_loss": 1e-3}
+    magnitudes = {"dinput": 1e-6, "dlinear_weight": 1e-6, "dlinear_bias": 1e-6} if size[2] == 1 else {}
+    check("linear_cross_entropy", tensors, options, backend, magnitudes=magnitudes)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_only_wanted_gradients(backend, reduction):
+    assert_wanted_gradients_only("linear_cross_entropy", make(), {"reduction": reduction, "softcap": 5.0}, backend)
+
+
+def test_classes_behind_a_bias_of_minus_infinity(backend):
+    tensors = make(V=700)
+    tensors["linear_bias"][300:650] = -torch.inf
+    tensors["target"] = torch.randint(0, 300, (4, 17))
+    found = check("linear_cross_entropy", tensors, {}, backend)
+    assert not found["dlinear_weight"][300:650].any()
+
+
+def test_logits_of_any_size(backend):
+    tensors = make()
+    tensors["input"] = tensors["input"] * 1e4
+    check("linear_cross_entropy", tensors, {}, backend)
+
+
+def test_nan_in_an_ignored_row_stays_there():
+    skip_unless_served("cpu", "linear_cross_entropy")
+    tensors = make()
+    wanted = run("linear_cross_entropy", tensors, {}, "cpu")
+    tensors["input"][tensors["target"] == -100] = torch.nan
+    for name, x in run("linear_cross_entropy", tensors, {}, "cpu").items():
+        assert torch.equal(x, wanted[name]), name
+
+
+def test_stored_gradients_are_scaled_once_a_backward(backend):
+    tensors = make()
+    x, weight, bias = (tensors[n].requires_grad_() for n in ("input", "linear_weight", "linear_bias"))
+    loss = ops.linear_cross_entropy(**tensors, backend=backend)
+    once = torch.autograd.grad(loss, (x, weight, bias), retain_graph=True)
+    for factor, keep in ((3, True), (1, True), (0.5, False)):
+        scaled = torch.autograd.grad(factor * loss, (x, weight, bias), retain_graph=keep)
+        for a, b in zip(once, scaled, strict=True):
+            torch.testing.assert_close(factor * a, b)
+
+
+def test_parameters_own_their_gradients(backend):
+    tensors = make()
+    weight = tensors["linear_weight"].requires_grad_()
+    loss = ops.linear_cross_entropy(**tensors, backend=backend)
+    loss.backward(retain_graph=True)
+    first = weight.grad.clone()
+    loss.backward()
+    torch.testing.assert_close(weight.grad, 2 * first)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_gradients_that_the_forward_did_not_store(backend, reduction):
+    tensors = make()
+    x, weight, bias, target = (tensors[n] for n in ("input", "linear_weight", "linear_bias", "target"))
+    x.requires_grad_()
+    args = (x, weight, bias, target, reduction, -100, 0.1, 0.0, 0.0)
+    forward = torch.ops.pytransformer.linear_cross_entropy_fwd
+    wanted, actual = (
+        torch.autograd.grad(forward(*args, [n, False, False], backend)[0], x)[0] for n in (True, False)
+    )  # fmt: skip
+    torch.testing.assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_the_number_of_threads(threads):
+    skip_unless_served("cpu", "linear_cross_entropy")
+    tensors = make((300,), 33, 1100)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check("linear_cross_entropy", tensors, {"label_smoothing": 0.1}, "cpu")
+        assert_repeats("linear_cross_entropy", tensors, {}, "cpu", times=2)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_explain_says_cpu():
+    skip_unless_served("cpu", "linear_cross_entropy")
+    assert str(pytransformer.explain(ops.linear_cross_entropy, **make())) == "linear_cross_entropy: cpu"
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

@@ -25,4 +25,5 @@ PYBIND11_MODULE(_cpu, module) {
   bind_attention(module);
   bind_ffn(module);
   bind_layer_norm(module);
+  bind_linear_cross_entropy(module);
 }

@@ -340,6 +340,9 @@ class Forward : Dimensions {
 
 void attention_fwd(const AttentionForward& a) {
   if (a.lse.numel() == 0) return;
+  // Rows that share a key/value head: with few, packing keys and values costs more than using them.
+  const int64_t rows = a.query.shape[1] / a.key.shape[1] * a.query.shape[2];
+  if (rows <= 8 && a.dropout_p == 0) return attention_decode(a);
   if (a.query.dtype == DType::bfloat16) {
     Forward<bfloat16>(a).run();
   } else {

@@ -492,4 +492,8 @@ class Visibility {
 };
 
 }  // namespace
+
+// attention_fwd for few queries and without dropout: attention_decode.cpp.
+void attention_decode(const AttentionForward& a);
+
 }  // namespace pytransformer::PYTRANSFORMER_ISA

@@ -9,6 +9,8 @@ void layer_norm_fwd(const LayerNormForward&);
 void layer_norm_bwd(const LayerNormBackward&);
 void ffn_fwd(const FfnForward&);
 void ffn_bwd(const FfnBackward&);
+void linear_cross_entropy_fwd(const LinearCrossEntropyForward&);
+void linear_cross_entropy_bwd(const LinearCrossEntropyBackward&);
 
 #define PYTRANSFORMER_STRING_(x) #x
 #define PYTRANSFORMER_STRING(x) PYTRANSFORMER_STRING_(x)
@@ -22,6 +24,8 @@ const KernelTable table = {
     layer_norm_bwd,
     ffn_fwd,
     ffn_bwd,
+    linear_cross_entropy_fwd,
+    linear_cross_entropy_bwd,
 };
 
 }  // namespace pytransformer::PYTRANSFORMER_ISA

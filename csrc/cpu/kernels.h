@@ -15,6 +15,8 @@ struct LayerNormForward;
 struct LayerNormBackward;
 struct FfnForward;
 struct FfnBackward;
+struct LinearCrossEntropyForward;
+struct LinearCrossEntropyBackward;
 
 struct KernelTable {
   const char* isa;
@@ -24,6 +26,8 @@ struct KernelTable {
   void (*layer_norm_bwd)(const LayerNormBackward&);
   void (*ffn_fwd)(const FfnForward&);
   void (*ffn_bwd)(const FfnBackward&);
+  void (*linear_cross_entropy_fwd)(const LinearCrossEntropyForward&);
+  void (*linear_cross_entropy_bwd)(const LinearCrossEntropyBackward&);
 };
 
 // The table in use. At the first call: the one PYTRANSFORMER_ISA names, else the best the CPU runs.

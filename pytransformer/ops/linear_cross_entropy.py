@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,47 +23,74 @@ from pytransformer.ops._checks import (
     check_tensor,
     describe,
 )
-from pytransformer.ops._op import FusedOp, obstacle
+from pytransformer.ops._op import FusedOp, needs_grad, obstacle
 
 _OP = "linear_cross_entropy"
 
 
 class LinearCrossEntropyOp(FusedOp):
+    """Returns ``(loss, lse, grad_input, grad_weight, grad_bias)``: the gradients of a mean or a sum are formed where
+    the logits are at hand, in the forward, as far as ``needs`` asks for them; the backward scales them."""
+
     name = "linear_cross_entropy"
     forward_schema = (
         "(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, str reduction, int ignore_index,"
-        " float label_smoothing, float z_loss, float softcap) -> (Tensor, Tensor)"
+        " float label_smoothing, float z_loss, float softcap, bool[] needs)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
     backward_schema = (
-        "(Tensor grad_loss, Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor saved,"
+        "(Tensor grad_loss, Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor lse,"
         " str reduction, int ignore_index, float label_smoothing, float z_loss, float softcap, bool[] needs)"
         " -> (Tensor, Tensor, Tensor)"
     )
 
     @staticmethod
-    def fake_forward(input: Tensor, weight: Tensor, bias: Any, target: Tensor, reduction: str, *_: Any) -> Any:
+    def fake_forward(input: Tensor, weight: Tensor, bias: Any, target: Tensor, reduction: str, *rest: Any) -> Any:
         dtype = torch.promote_types(input.dtype, torch.float32)
         loss = input.new_empty(target.shape if reduction == "none" else (), dtype=dtype)
-        return loss, loss.new_empty(0)
+        stored = [n and reduction != "none" for n in rest[-1]]
+        grads = _empty((input, weight, bias), stored)
+        return loss, input.new_empty(target.numel(), dtype=dtype), *grads
 
     @staticmethod
     def fake_backward(grad_loss: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        return tuple(
-            torch.empty(x.shape, dtype=x.dtype, device=x.device) if n else args[0].new_empty(0)
-            for x, n in zip(args[:3], args[-1], strict=True)
-        )
+        return _empty(args[:3], args[-1])
 
     @staticmethod
     def save(args: Any, outputs: Any) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
-        return (*args[:4], outputs[1]), args[4:]
+        return (*args[:4], *outputs[1:]), args[4:-1]
 
     @staticmethod
     def backward_args(saved: Any, extra: Any, grads: Any, needs: Any) -> tuple[Any, ...]:
-        return (*grads, *saved, *extra, list(needs[:3]))
+        return (*grads, *saved[:5], *extra, list(needs[:3]))
+
+    def _differentiate(self, ctx: Any, grads: Any, run: Any) -> tuple[Tensor | None, ...]:
+        stored, needs = ctx.saved_tensors[5:], ctx.needs_input_grad[:3]
+        grad_loss = grads[0]
+        unstored = any(n and g.numel() == 0 for g, n in zip(stored, needs, strict=True))
+        twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if grad_loss is None or unstored or twice:
+            return super()._differentiate(ctx, grads, run)
+        if run == self._backward and not torch._C._autograd._get_current_graph_task_keep_graph():
+            # Nobody will ask for the stored gradients again: they need no second copy.
+            if grad_loss.device.type != "cpu" or grad_loss != 1:
+                for g in stored:
+                    g.mul_(grad_loss)
+        else:
+            stored = [g * grad_loss for g in stored]
+        return (*self.input_grads(stored, needs), None)
 
     @staticmethod
     def input_grads(grads: Any, needs: Any) -> tuple[Tensor | None, ...]:
-        return (*(g if n else None for g, n in zip(grads, needs, strict=False)), *(None,) * 6)
+        return (*(g if n else None for g, n in zip(grads, needs, strict=False)), *(None,) * 7)
+
+
+def _empty(tensors: tuple[Any, ...], wanted: Sequence[bool]) -> tuple[Tensor, ...]:
+    """A tensor like each of ``tensors`` that is wanted, contiguous; an empty one for every other."""
+    return tuple(
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if n else tensors[0].new_empty(0)
+        for x, n in zip(tensors, wanted, strict=True)
+    )
 
 
 _op = LinearCrossEntropyOp()
@@ -125,11 +153,12 @@ def linear_cross_entropy(
         float(label_smoothing),
         float(z_loss),
         float(softcap or 0),
+        [needs_grad(x) for x in tensors],
     )
     name = select(_OP, input.device.type, backend, args, obstacle(tensors))
     if name == "reference":
         with torch.autocast(input.device.type, enabled=False):
-            return reference.linear_cross_entropy(*args)
+            return reference.linear_cross_entropy(*args[:-1])
     return _op(*args, name)[0]
 
 

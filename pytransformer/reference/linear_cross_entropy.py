@@ -28,12 +28,8 @@ def linear_cross_entropy(
     softcap: float,
 ) -> Tensor:
     """The loss, float32 at least; differentiable. ``input`` [..., E], ``target`` [...]."""
-    wide = torch.promote_types(input.dtype, torch.float32)
-    rows = input.reshape(-1, input.shape[-1])
     flat_target = target.reshape(-1)
-    logits = F.linear(rows, linear_weight, linear_bias).to(wide)
-    if softcap > 0:
-        logits = softcap * torch.tanh(logits / softcap)
+    logits = _logits(input, linear_weight, linear_bias, softcap)
     losses = F.cross_entropy(
         logits, flat_target, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
     )
@@ -45,14 +41,43 @@ def linear_cross_entropy(
     return losses.sum() if reduction == "sum" else losses.sum() / counted.sum()
 
 
+def _logits(input: Tensor, weight: Tensor, bias: Tensor | None, softcap: float) -> Tensor:
+    """[rows,V], float32 at least."""
+    logits = F.linear(input.reshape(-1, input.shape[-1]), weight, bias)
+    logits = logits.to(torch.promote_types(input.dtype, torch.float32))
+    return softcap * torch.tanh(logits / softcap) if softcap > 0 else logits
+
+
 def why_not(*args: object) -> str | None:
     return None
 
 
-def linear_cross_entropy_fwd(*args: object) -> tuple[Tensor, Tensor]:
-    """The arguments of ``linear_cross_entropy``; returns ``(loss, saved)``, the second the backend's own."""
-    loss = linear_cross_entropy(*args)  # type: ignore[arg-type]
-    return loss, loss.new_empty(0)
+def linear_cross_entropy_fwd(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    target: Tensor,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    """``(loss, lse, grad_input, grad_weight, grad_bias)``.
+
+    ``lse`` [rows] is of the logits, 0 where the target is ignored. The gradients are of the reduced loss, of those
+    arguments that ``needs`` says; the others are empty, and all of them with ``reduction="none"``.
+    """
+    options = (reduction, ignore_index, label_smoothing, z_loss, softcap)
+    loss = linear_cross_entropy(input, linear_weight, linear_bias, target, *options)
+    logits = _logits(input, linear_weight, linear_bias, softcap)
+    lse = torch.where(target.flatten() != ignore_index, torch.logsumexp(logits, -1), 0)
+    needs = [n and reduction != "none" for n in needs]
+    if not any(needs):
+        return loss, lse, *(input.new_empty(0) for _ in needs)
+    tensors = (input, linear_weight, linear_bias, target, lse)
+    return loss, lse, *linear_cross_entropy_bwd(torch.ones_like(loss), *tensors, *options, needs)
 
 
 def linear_cross_entropy_bwd(
@@ -61,7 +86,7 @@ def linear_cross_entropy_bwd(
     linear_weight: Tensor,
     linear_bias: Tensor | None,
     target: Tensor,
-    saved: Tensor,
+    lse: Tensor,
     reduction: str,
     ignore_index: int,
     label_smoothing: float,
@@ -69,7 +94,10 @@ def linear_cross_entropy_bwd(
     softcap: float,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    """Gradients of input, linear_weight and linear_bias; empty where ``needs`` says no."""
+    """Gradients of input, linear_weight and linear_bias; empty where ``needs`` says no.
+
+    ``lse`` is what the forward returned; the reference starts anew.
+    """
 
     def forward(x: Tensor, w: Tensor, b: Tensor | None) -> tuple[Tensor]:
         options = (reduction, ignore_index, label_smoothing, z_loss, softcap)
