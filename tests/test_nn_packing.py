@@ -163,10 +163,19 @@ def test_gathering_and_scattering_differentiate_twice():
     assert worthwhile_rows(~PADDED, torch.zeros(1, device="meta")) is None
 
 
-def test_a_mask_object_hides_keys_and_computes_everything(rows_seen):
+@pytest.mark.parametrize("lengths", [False, True])
+def test_padding_in_a_mask_object_is_padding(lengths, rows_seen):
     _, ours = encoders(batch_first=True)
+    padded = torch.arange(L) >= torch.tensor([4, 7, 2])[:, None]
+    given = masks.padding(torch.tensor([4, 7, 2]) if lengths else ~padded)
     x = torch.randn(B, L, E)
-    out = ours(x, mask=masks.padding(~PADDED))
-    assert_close(out, ours(x, src_key_padding_mask=PADDED, skip_padding=False))
-    assert (out[PADDED] != 0).all()
-    assert all(shape == [B, L, E] for shape in rows_seen)
+    wanted = ours(x, mask=CAUSAL, src_key_padding_mask=padded)
+    assert_close(ours(x, mask=given & masks.causal()), wanted)
+    assert set(map(tuple, rows_seen)) == {(13, E)}
+    assert_close(ours(x[2], mask=masks.causal() & masks.padding(torch.tensor([2]))), wanted[2])
+    rows_seen.clear()
+    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(E, H, 24, 0.0, batch_first=True), 1)
+    out = decoder(x, wanted, given & masks.causal(), given, skip_padding=True)
+    again = decoder(x, wanted, CAUSAL, None, padded, padded).masked_fill(padded[..., None], 0)
+    assert_close(out, again)
+    assert rows_seen[0] == [13, E]

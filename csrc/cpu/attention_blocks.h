@@ -14,6 +14,7 @@
 
 #include "attention.h"
 #include "parallel.h"
+#include "softcap.h"
 #include "tile.h"
 #include "vec_math.h"
 
@@ -300,26 +301,20 @@ void copy_rows(const T* source, int64_t stride, int64_t rows, int64_t columns, c
 // log2(e) * softcap(scale * score) + addend, with softcap(s) = c tanh(s / c); -inf where the addend is.
 class ScoreMap {
  public:
-  explicit ScoreMap(const AttentionProblem& a)
-      : capped_(a.softcap > 0),
-        inner_(Vec::set1(capped_ ? a.scale / a.softcap : 1.0f)),
-        outer_(Vec::set1((capped_ ? a.softcap : a.scale) * log2_e)) {}
+  explicit ScoreMap(const AttentionProblem& a) : cap_{a.softcap}, scale_(Vec::set1(a.scale)) {}
 
   Vec operator()(Vec score, Vec addend) const {
-    const Vec masked = Vec::set1(negative_infinity);
-    const Vec x = capped_ ? tanh(score * inner_) : score;
-    return select(addend == masked, masked, fused(x, outer_, addend));
+    const Vec masked = Vec::set1(negative_infinity), to_log2 = Vec::set1(log2_e);
+    const Vec x = cap_ ? fused(cap_.value(score * scale_), to_log2, addend) : fused(score, scale_ * to_log2, addend);
+    return select(addend == masked, masked, x);
   }
 
   // The derivative of softcap at a score.
-  Vec slope(Vec score) const {
-    const Vec x = tanh(score * inner_);
-    return fnma(x, x, Vec::set1(1.0f));
-  }
+  Vec slope(Vec score) const { return cap_.slope(cap_.value(score * scale_)); }
 
  private:
-  bool capped_;
-  Vec inner_, outer_;
+  Softcap cap_;
+  Vec scale_;
 };
 
 // 2^x, and exactly 0 for what a mask turned to -inf. Cut off where results leave the normal range:

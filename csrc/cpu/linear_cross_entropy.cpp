@@ -174,7 +174,7 @@ void compute_logits(const Problem<T>& p, const Packed<operand_t<T>>& x, int64_t 
     const int64_t classes = p.V - begin < vocabulary_block ? p.V - begin : vocabulary_block;
     const Packed<Operand> weight(right_transposed<Operand>(p.weight + begin * p.E, p.E), classes, p.E);
     const BlockGrid grid(rows, classes, p.E, max_threads());  // as gemm has it: a piece is a row of one block
-    gemm(rows, classes, x, weight, [&](int64_t row, int64_t column, int64_t count, float* values) {
+    const auto piece = [&](int64_t row, int64_t column, int64_t count, float* values) {
       const int64_t first = begin + column;
       if (bias) add_row(values, bias + first, count);
       if (cap) for_vectors(count, [&](int64_t c, int n) { store(values + c, cap.value(load(values + c, n)), n); });
@@ -184,7 +184,8 @@ void compute_logits(const Problem<T>& p, const Packed<operand_t<T>>& x, int64_t 
       if (sizeof(T) != sizeof(float)) copy_row(stored, count, values);  // sums of what the gradient will see
       pieces.get()[row * grid.blocks_across + column / grid.columns] = sums_of<sum_degree<T>>(values, count, total);
       if (target[row] >= first && target[row] < first + count) sums[row].target_logit = values[target[row] - first];
-    });
+    };
+    gemm<Operand>(rows, classes, x, weight, by_rows(piece));
     parallel_ranges(rows, max_threads(), [&](int64_t first, int64_t last, int) {
       for (int64_t r = first; r < last; ++r) {
         for (int64_t i = 0; i < grid.blocks_across; ++i) sums[r].add(pieces.get()[r * grid.blocks_across + i]);
@@ -302,8 +303,8 @@ struct ChunkGradients {
         if (p.grad.input) add_to_input(begin, classes, grad);
       }
       if (p.grad.weight) {
-        gemm(classes, p.E, Packed<Operand>(left_transposed<Operand>(block, p.V), classes, rows), x,
-             grad_weight.add(begin, chunk));
+        gemm<Operand>(classes, p.E, Packed<Operand>(left_transposed<Operand>(block, p.V), classes, rows), x,
+                      by_rows(grad_weight.add(begin, chunk)));
       }
       if (p.grad.bias) column_sums(block, p.V, rows, classes, p.grad.bias.template ptr<float>() + begin, chunk > 0);
     }
@@ -326,7 +327,7 @@ struct ChunkGradients {
   void add_to_input(int64_t begin, int64_t classes, const Packed<Operand>& grad) const {
     const Packed<Operand> weight(right<Operand>(p.weight + begin * p.E, p.E), p.E, classes);
     const bool last = begin + classes == p.V;
-    gemm(rows, p.E, grad, weight, [&](int64_t row, int64_t column, int64_t count, float* values) {
+    const auto add_to_sums = [&](int64_t row, int64_t column, int64_t count, float* values) {
       float* sums = grad_input + row * p.E + column;
       if (begin > 0) add_row(values, sums, count);
       if (last) {
@@ -334,7 +335,8 @@ struct ChunkGradients {
       } else {
         copy_row(values, count, sums);
       }
-    });
+    };
+    gemm<Operand>(rows, p.E, grad, weight, by_rows(add_to_sums));
   }
 };
 

@@ -143,6 +143,24 @@ def hidden_keys(key_padding_mask: Tensor) -> Tensor:
     return key_padding_mask if key_padding_mask.dtype == torch.bool else key_padding_mask == -torch.inf
 
 
+def padding_of(key_padding_mask: Tensor | None, mask: Any, shape: Shape, batched: bool) -> Tensor | None:
+    """bool [B,S], or [S] unbatched: the padding that a call names, by ``key_padding_mask`` or in a ``Mask``."""
+    if key_padding_mask is not None:
+        return hidden_keys(key_padding_mask)
+    if not isinstance(mask, Mask):
+        return None
+    B, _, _, S = shape
+    hidden = None
+    if mask.keep is not None and mask.keep.dim() == 4 and mask.keep.shape[1:3] == (1, 1):
+        hidden = ~mask.keep[:, 0, 0]
+    if mask.key_lengths is not None:
+        beyond = torch.arange(S, device=mask.key_lengths.device) >= mask.key_lengths[:, None]
+        hidden = beyond if hidden is None else hidden | beyond
+    if hidden is None:
+        return None
+    return hidden.expand(B, S) if batched else hidden[0]
+
+
 def _without_zeros(mask: Tensor) -> Tensor:
     """A floating-point mask that adds nothing but 0 and -inf as bool, another as it is."""
     if not mask.is_floating_point() or not _is_constant(mask):

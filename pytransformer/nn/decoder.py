@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pytransformer.masks import Mask
 from pytransformer.nn._blocks import attend, layer_feed_forward, norm_takes_rows, run_block, takes_rows
-from pytransformer.nn._masks import LayerMasks, Shape, combine, hidden_keys, layer_masks
+from pytransformer.nn._masks import LayerMasks, Shape, combine, layer_masks, padding_of
 from pytransformer.nn._packing import Packed, Rows, worthwhile_rows
 from pytransformer.nn._plain import is_plain
 from pytransformer.nn.attention import MultiheadAttention
@@ -179,14 +179,15 @@ class TransformerDecoder(nn.TransformerDecoder):
     """``out = norm(layer_N(... layer_1(tgt, memory), memory))``.
 
     Constructor, parameters and ``state_dict`` are those of ``torch.nn.TransformerDecoder``. Masks are prepared once
-    and handed to every layer. What ``memory_key_padding_mask`` hides of the memory is not projected, and padding in
-    the target not computed if that is wanted; see ``pytransformer.nn._packing`` for when.
+    and handed to every layer. Padding of the memory, named by ``memory_key_padding_mask`` or a ``Mask`` with
+    ``masks.padding`` in it, is not projected, and padding in the target not computed if that is wanted; see
+    ``pytransformer.nn._packing`` for when.
 
     Args:
         decoder_layer: the layer to copy ``num_layers`` times; all copies start with its weights, as in torch.
         num_layers: N. norm: applied at the end, or None.
-        enable_nested_tensor: not of torch: skip what ``tgt_key_padding_mask`` hides; the output is then 0 there,
-            always. By default it is computed like anything else.
+        enable_nested_tensor: an extra: skip padding in the target, where the output is then 0, always. By default it
+            is computed like anything else.
 
     Source: Vaswani et al., "Attention Is All You Need", 2017, sec. 3.1.
     """
@@ -245,11 +246,11 @@ class TransformerDecoder(nn.TransformerDecoder):
         source = LayerMasks(memory_mask, memory_key_padding_mask, memory_is_causal)
         (target, shape), (source, memory_shape) = self._prepare(tgt, memory, target, source, cache)
         skip = self.enable_nested_tensor if skip_padding is None else skip_padding
-        hidden = None
-        if skip and cache is None and tgt_key_padding_mask is not None:
-            hidden = hidden_keys(tgt_key_padding_mask)
-        batch_second = tgt.dim() == 3 and not self._first_attention.batch_first
-        found = None if cache is not None else self._rows(tgt, memory, hidden, memory_key_padding_mask, shape)
+        batched = tgt.dim() == 3
+        hidden = padding_of(tgt_key_padding_mask, tgt_mask, shape, batched) if skip and cache is None else None
+        hidden_memory = padding_of(memory_key_padding_mask, memory_mask, memory_shape, batched)
+        batch_second = batched and not self._first_attention.batch_first
+        found = None if cache is not None else self._rows(tgt, memory, hidden, hidden_memory, memory_shape)
         if found is None:
             out = self._run(tgt, memory, target, source, cache)
             return out if hidden is None else out.masked_fill((hidden.mT if batch_second else hidden)[..., None], 0)
@@ -296,23 +297,22 @@ class TransformerDecoder(nn.TransformerDecoder):
         return (target, shape), (layer_masks(source, memory_shape, mergeable, batched), memory_shape)
 
     def _rows(
-        self, tgt: Tensor, memory: Tensor, hidden: Tensor | None, memory_key_padding_mask: Tensor | None, shape: Shape
+        self, tgt: Tensor, memory: Tensor, hidden: Tensor | None, hidden_memory: Tensor | None, shape: Shape
     ) -> tuple[Rows, Rows] | None:
         """The rows to compute of target and memory, or None where that had better be all of them."""
-        if tgt.dim() != 3 or (hidden is None and memory_key_padding_mask is None):
+        if tgt.dim() != 3 or (hidden is None and hidden_memory is None):
             return None
         if not all(_takes_masks(layer) and takes_rows(layer) for layer in self.layers):
             return None
         if self.norm is not None and not norm_takes_rows(self.norm):
             return None
-        hidden_memory = None if memory_key_padding_mask is None else hidden_keys(memory_key_padding_mask)
         rows, memory_rows = (
             None if padded is None else worthwhile_rows(~padded, tgt, memory) for padded in (hidden, hidden_memory)
         )
         if rows is None and memory_rows is None:
             return None
-        length = memory.shape[1 if self._first_attention.batch_first else 0]
-        return rows or Rows(None, shape[0], shape[2]), memory_rows or Rows(None, shape[0], length)
+        B, _, T, S = shape
+        return rows or Rows(None, B, T), memory_rows or Rows(None, B, S)
 
     @property
     def _first_attention(self) -> Any:

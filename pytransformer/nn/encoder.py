@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pytransformer.masks import Mask
 from pytransformer.nn._blocks import attend, layer_feed_forward, norm_takes_rows, run_block, takes_rows
-from pytransformer.nn._masks import LayerMasks, Shape, combine, hidden_keys, layer_masks
+from pytransformer.nn._masks import LayerMasks, Shape, combine, layer_masks, padding_of
 from pytransformer.nn._packing import Packed, Rows, worthwhile_rows
 from pytransformer.nn._plain import is_plain
 from pytransformer.nn.attention import MultiheadAttention
@@ -144,9 +144,9 @@ class TransformerEncoder(nn.TransformerEncoder):
     """``out = norm(layer_N(... layer_1(src)))``.
 
     Constructor, parameters and ``state_dict`` are those of ``torch.nn.TransformerEncoder``. Masks are prepared once
-    and handed to every layer, and padding is not computed at all: with a ``src_key_padding_mask`` only the real
-    tokens go through the layers, forward and backward, in training and inference, wherever they stand. See
-    ``pytransformer.nn._packing`` for when; the results are the same in any case.
+    and handed to every layer, and padding is not computed at all: with a ``src_key_padding_mask``, or a ``Mask`` with
+    ``masks.padding`` in it, only the real tokens go through the layers, forward and backward, in training and
+    inference, wherever they stand. See ``pytransformer.nn._packing`` for when; the results are the same in any case.
 
     Args:
         encoder_layer: the layer to copy ``num_layers`` times; all copies start with its weights, as in torch.
@@ -205,9 +205,9 @@ class TransformerEncoder(nn.TransformerEncoder):
         causal = cache is not None if is_causal is None else is_causal
         given, shape = self._prepare(src, LayerMasks(mask, src_key_padding_mask, causal), cache)
         skip = self.enable_nested_tensor if skip_padding is None else skip_padding
-        if src_key_padding_mask is None or cache is not None or not skip:
+        hidden = padding_of(src_key_padding_mask, mask, shape, src.dim() == 3) if skip and cache is None else None
+        if hidden is None:
             return self._run(src, given, cache)
-        hidden = hidden_keys(src_key_padding_mask)
         batch_second = src.dim() == 3 and not self._first_attention.batch_first
         packable = src.dim() == 3 and (self.norm is None or norm_takes_rows(self.norm))
         rows = skippable_rows(self.layers, ~hidden, src) if packable else None
