@@ -166,7 +166,7 @@ def test_decoding_equals_transformers(tmp_path, form, settings):
     assert torch.equal(found, wanted)
 
 
-def test_cross_attention_is_projected_once(tmp_path):
+def test_cross_attention_is_projected_once():
     ours = Transformer(TransformerConfig(**SIZES)).eval()
     calls = []
     project = ours.decoder.layers[0].multihead_attn._project_memory
@@ -261,6 +261,7 @@ def test_the_papers_sizes():
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("backend", ["auto"], indirect=True)
 def test_learns_to_copy(norm_first):
     torch.manual_seed(0)
     config = TransformerConfig(
@@ -268,11 +269,12 @@ def test_learns_to_copy(norm_first):
         norm_first=norm_first,
     )
     model = Transformer(config)
-    optimizer = torch.optim.Adam(model.parameters(), 5e-3)
-    for _ in range(120):
-        ids = torch.randint(4, 12, (16, 4))
-        loss = model(ids, labels=torch.cat([ids, torch.full((16, 1), 2)], 1)).loss
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    losses = []
+    for _ in range(40):
+        ids = torch.randint(4, 12, (16, 3))
+        losses.append(model(ids, labels=torch.cat([ids, torch.full((16, 1), 2)], 1)).loss)
         optimizer.zero_grad()
-        loss.backward()
+        losses[-1].backward()
         optimizer.step()
-    assert loss.item() < 1.6
+    assert losses[-1] < 0.8 * losses[0]
