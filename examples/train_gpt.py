@@ -21,7 +21,7 @@ from pytransformer.models import Gpt, GptConfig
 
 
 def main() -> None:
-    args = training.arguments("GPT on the characters of Python's manual.", steps=2000).parse_args()
+    args = training.arguments("GPT on the characters of Python's manual.", steps=1000).parse_args()
     text = "\n\n".join(topics[name] for name in sorted(topics))
     if args.tiny:
         text = text[:20_000]
@@ -31,7 +31,7 @@ def main() -> None:
     held_out = data[-len(data) // 20 :]  # the end of the manual is not trained on
     data = data[: -len(held_out)]
 
-    length, batch_size, width, layers = (32, 4, 32, 1) if args.tiny else (128, 32, 192, 4)
+    length, batch_size, width, layers = (32, 4, 32, 1) if args.tiny else (128, 16, 192, 4)
     torch.manual_seed(args.seed)
     config = GptConfig(
         vocab_size=len(characters), n_positions=4 * length, n_embd=width, n_layer=layers, n_head=width // 32
