@@ -1,7 +1,6 @@
 """GPT: a character-level language model learns to write like Python's own reference manual.
 
-The text comes with Python (pydoc_data, what help("for") prints). A few minutes on two cores give words, layout and
-the air of documentation.
+The text comes with Python: pydoc_data, what help("for") prints.
 
 pip install 'pytransformer[examples]'
 python examples/train_gpt.py
