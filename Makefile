@@ -8,7 +8,7 @@ SOURCES := $(wildcard csrc/*/*) setup.py pyproject.toml constraints.txt
 # The root of the repository stays off sys.path: the folder kernels/ would shadow a package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: setup build lint format type test bench bench-table bench-regress clean
+.PHONY: setup build lint format type test triton-table bench bench-table bench-regress clean
 
 setup: $(STAMP)
 
@@ -37,6 +37,11 @@ type: setup
 
 test: setup
 	$(BIN)/pytest
+	TRITON_INTERPRET=1 $(BIN)/pytest
+
+# The figures of every Triton kernel as compiled for GPUs that need not be here: some minutes.
+triton-table: setup
+	$(BIN)/python tests/triton_table.py
 
 bench: setup
 	$(BIN)/pytransformer bench

@@ -1,20 +1,9 @@
 """Triton kernels, one file per op. Installed as ``pytransformer.kernels``.
 
-Triton is imported when a kernel is first asked for, never with the package: a machine without a GPU needs
-no Triton.
+A module holds an op's kernels and the functions that allocate its outputs and launch them: ``layer_norm_fwd``
+and the like, over plain tensors. Importing one imports triton; importing this package does not, for a machine
+without a GPU needs no Triton.
+
+Under ``TRITON_INTERPRET=1``, set before triton is imported, every kernel runs on CPU tensors in Triton's
+interpreter, which is how they are tested where there is no GPU.
 """
-
-from __future__ import annotations
-
-import importlib.util
-
-import torch
-
-
-def unavailable() -> str | None:
-    """Why Triton kernels cannot run here, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if not torch.cuda.is_available():
-        return "torch sees no GPU"
-    return None

@@ -1,8 +1,14 @@
-"""Fixtures of the tests: seeds, and every backend and instruction set that this machine runs."""
+"""Fixtures of the tests: seeds, and every backend and instruction set that this machine runs.
+
+Triton's interpreter is a matter of the process: triton reads ``TRITON_INTERPRET`` when it is imported. So it has a
+session of its own, ``TRITON_INTERPRET=1 pytest``, which runs the tests over backends on Triton kernels alone, and of
+long parametrisations a part, for the interpreter is slow. ``make test`` runs both sessions.
+"""
 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -12,8 +18,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # helpers.py and compare.py, under importlib's import mode
 
 from pytransformer import backends
+from pytransformer._parity import unwritten_is_nan
 from pytransformer.backends import cpu
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ISAS = cpu.isa_status() if backends.unavailable("cpu") is None else {}
 
 
@@ -22,13 +30,29 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["reference", *(f"cpu-{isa}" for isa in ISAS or ("not built",))])
+def backend_names():
+    if INTERPRETED:
+        return ["triton-interpreted"]
+    return ["reference", *(f"cpu-{isa}" for isa in ISAS or ("not built",))]
+
+
+@pytest.fixture(params=backend_names())
 def backend_isa(request, monkeypatch):
-    """The name of a backend; for the CPU kernels with one instruction set in use and its outputs poisoned."""
+    """The name of a backend, its outputs poisoned; for the CPU kernels with one instruction set in use."""
     name, _, isa = request.param.partition("-")
     if name == "reference":
         yield name
-        return
+    elif name == "triton":
+        if backends.unavailable(name) is not None:
+            pytest.skip(f"Triton kernels: {backends.unavailable(name)}")
+        monkeypatch.setitem(backends.ORDER, "cpu", ("cpu", "triton", "reference"))
+        with unwritten_is_nan():
+            yield name
+    else:
+        yield from _with_instruction_set(isa, monkeypatch)
+
+
+def _with_instruction_set(isa, monkeypatch):
     if not ISAS:
         pytest.skip(f"CPU kernels: {backends.unavailable('cpu')}")
     if not ISAS[isa]:
@@ -36,8 +60,77 @@ def backend_isa(request, monkeypatch):
     outer = cpu.isa()
     poison_outputs(monkeypatch)
     cpu.set_isa(isa)
-    yield name
+    yield "cpu"
     cpu.set_isa(outer)
+
+
+# Of a parametrised test with many cases the interpreter runs every n-th one; 0 leaves a test out.
+INTERPRETED_PART = {
+    "test_every_combination": 17,
+    "test_every_tail": 5,
+    "test_rows": 3,
+    "test_dropout_is_the_references": 3,
+    "test_views": 2,
+    "test_against_the_oracle": 25,
+    "test_few_queries_and_many_keys": 4,
+    "test_several_tiles": 0,
+    "test_sizes": 0,
+    "test_dropout_over_several_tiles": 0,
+    "test_dropout_and_softcap": 11,
+    "test_layouts": 8,
+    "test_mask_layouts": 3,
+    "test_what_is_behind_the_mask_never_leaks": 19,
+    "test_poison_reaches_the_queries_that_see_it_only": 7,
+    "test_rows_that_see_nothing": 3,
+    "test_padded_queries_may_hold_nan": 3,
+    "test_repeated_runs_are_bitwise_equal": 5,
+    "test_lse_and_weights": 4,
+    "test_activations": 5,
+    "test_extreme_hidden": 5,
+    "test_shapes": 4,
+}
+
+
+def patch_interpreted_functions_once():
+    """Triton patches its language anew at every call of a device function, which takes half of the interpreter's time.
+
+    A launch has patched ``tl`` already; what is left are the modules of Triton's own library, once each.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patched = set()
+
+    def call(self, *args, **kwargs):
+        module = self.fn.__globals__
+        if module["__name__"] not in patched and tl not in module.values():
+            interpreter._patch_lang(self.fn)
+            patched.add(module["__name__"])
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
+
+
+if INTERPRETED and backends.unavailable("triton") is None:
+    patch_interpreted_functions_once()
+
+
+def pytest_collection_modifyitems(config, items):
+    """Each session runs its own tests: those over backends, and those marked for it."""
+    seen = {}
+    kept, dropped = [], []
+    for item in items:
+        marked = item.get_closest_marker("interpreted") is not None
+        wanted = marked or "backend_isa" in item.fixturenames if INTERPRETED else not marked
+        if INTERPRETED and wanted:
+            test = item.path, item.originalname
+            count = seen[test] = seen.get(test, -1) + 1
+            part = INTERPRETED_PART.get(item.originalname, 1)
+            wanted = part > 0 and count % part == 0
+        (kept if wanted else dropped).append(item)
+    items[:] = kept
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
 
 
 class _PoisonedTorch:

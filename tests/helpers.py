@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,9 @@ from pytransformer._parity import alike
 
 Tensors = Mapping[str, "Tensor | None"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the session of the Triton kernels
+if INTERPRETED:
+    DTYPES["float16"] = torch.float16
 
 
 def skip_unless_served(backend: str, op: str) -> None:
@@ -90,10 +94,10 @@ def _against_plain(
     }
 
 
-def assert_repeats(op: str, tensors: Tensors, options: Mapping[str, Any], backend: str, times: int = 4) -> None:
+def assert_repeats(op: str, tensors: Tensors, options: Mapping[str, Any], backend: str) -> None:
     """The same bits, forward and backward, run after run."""
     first = run(op, tensors, options, backend)
-    for _ in range(times):
+    for _ in range(1 if INTERPRETED else 4):
         for name, x in run(op, tensors, options, backend).items():
             different = int((x != first[name]).sum())
             assert torch.equal(x, first[name]), f"{op} {name}: {different} of {x.numel()} elements differ between runs"

@@ -111,6 +111,30 @@ def test_a_named_backend_never_falls_back(op, args, options, reason):
     getattr(ops, op)(*args, **options)  # auto takes the reference
 
 
+def test_without_triton_everything_else_works():
+    done = in_subprocess(
+        """
+import sys
+sys.modules["triton"] = None
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find(name, *rest)
+import torch
+from pytransformer import backends, ops
+assert backends.unavailable("triton") == "triton is not installed"
+assert backends.has_op("triton", "layer_norm")
+assert backends.why_not("triton", "layer_norm", "cuda", ()) == "triton is not installed"
+ops.layer_norm(torch.randn(3, 8), None)
+"""
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_triton_is_not_imported_with_the_package():
+    done = in_subprocess("import sys, pytransformer.ops, pytransformer.kernels; assert 'triton' not in sys.modules")
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 def test_gpu_backends_refuse_cpu_tensors(name):
     with pytest.raises(BackendError, match="it has no kernels for tensors on 'cpu'"):

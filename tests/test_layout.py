@@ -19,6 +19,7 @@ LAYERS = {
     "reference": {"reference"},
     "backends.cpu": {"backends.cpu", "_cpu"},
     "backends.cuda": {"backends.cuda", "_cuda"},
+    "backends.triton": {"backends.triton", "kernels"},
     "backends": set(),
     "masks": set(),
     "ops": {"ops", "backends", "masks", "reference"},

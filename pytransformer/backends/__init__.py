@@ -31,7 +31,7 @@ ORDER: dict[str, tuple[str, ...]] = {
 }
 PACKAGES = {
     "cuda": "pytransformer.backends.cuda",
-    "triton": "pytransformer.kernels",
+    "triton": "pytransformer.backends.triton",
     "cpu": "pytransformer.backends.cpu",
     "reference": "pytransformer.reference",
 }
@@ -157,7 +157,9 @@ def unavailable(name: str) -> str | None:
 
 @_constant_when_traced
 def has_op(name: str, op: str) -> bool:
-    """Does backend ``name`` have kernels for ``op``? Loads its module if so."""
+    """Does backend ``name`` have kernels for ``op``? Loads its module if so, where the backend works."""
+    if unavailable(name) is not None:
+        return importlib.util.find_spec(f"{PACKAGES[name]}.{op}") is not None
     return implementation(name, op) is not None
 
 

@@ -104,6 +104,8 @@ def embedding(
     _check(tokens, weight, positions, segments, segment_weight)
     check_finite("embedding", "scale", scale)
     check_probability("embedding", "dropout_p", dropout_p)
+    if 0 in (tokens.numel(), weight.numel()):
+        backend = "reference"  # nothing to compute, and no kernel takes a grid of no blocks
     rng = random_state("embedding", seed, dropout_p, tokens.device)
     args = (tokens, weight, positions, segments, segment_weight, rng, float(scale), float(dropout_p))
     name = select("embedding", tokens.device.type, backend, args, obstacle((weight, positions, segment_weight)))

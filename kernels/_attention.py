@@ -1,0 +1,131 @@
+"""What the attention kernels share: which tiles a program visits, and the scores of one tile.
+
+Positions ``t`` of queries and ``s`` of keys are given with the shape they have in the tile, [T,1] and [1,S] or, where
+a kernel holds the tile transposed, [1,T] and [S,1]; everything here is elementwise and serves both.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from pytransformer.kernels._common import keep_elements, keep_quads, load
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def tanh(x):
+    """Exact to some units in the last place, near 0 too: there a quotient of exponentials would cancel."""
+    square = x * x
+    series = (-5.70498872745e-3 * square + 2.06390887954e-2) * square - 5.37397155531e-2
+    series = (series * square + 1.33314422036e-1) * square - 3.33332819422e-1
+    small = series * square * x + x
+    large = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
+    return tl.where(tl.abs(x) < 0.625, small, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def key_blocks(t0, T, length, lower, upper, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Of the key blocks that the queries from ``t0`` on see: the first, the first and the end of the full, the end."""
+    t_last = tl.minimum(t0 + BLOCK_T, T) - 1
+    start = tl.maximum(t0 + lower, 0) // BLOCK_S
+    end = tl.cdiv(tl.maximum(tl.minimum(length, t_last + upper + 1), 0), BLOCK_S)
+    end = tl.maximum(end, start)
+    full_start = tl.cdiv(tl.maximum(t_last + lower, 0), BLOCK_S)
+    full_end = tl.maximum(tl.minimum(length, t0 + upper + 1), 0) // BLOCK_S
+    full_start = tl.minimum(tl.maximum(full_start, start), end)
+    return start, full_start, tl.minimum(tl.maximum(full_end, full_start), end), end
+
+
+@triton.jit
+def query_blocks(s0, T, S, length, lower, upper, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
+    """The same for the query blocks that see keys from ``s0`` on. Queries beyond T do not count: they weigh 0."""
+    s_last = tl.minimum(s0 + BLOCK_S, S) - 1
+    start = tl.maximum(s0 - upper, 0) // BLOCK_T
+    end = tl.cdiv(tl.maximum(tl.minimum(T, s_last - lower + 1), 0), BLOCK_T)
+    end = tl.maximum(end, start)
+    full_start = tl.cdiv(tl.maximum(s_last - upper, 0), BLOCK_T)
+    full_end = tl.maximum(tl.minimum(T, s0 - lower + 1), 0)
+    full_end = tl.where(full_end == T, tl.cdiv(T, BLOCK_T), full_end // BLOCK_T)
+    full_end = tl.where(s_last < length, full_end, start)
+    end = tl.where(s0 < length, end, start)
+    full_start = tl.minimum(tl.maximum(full_start, start), end)
+    return start, full_start, tl.minimum(tl.maximum(full_end, full_start), end), end
+
+
+@triton.jit
+def partial_block(i, start, full_start, full_end):
+    """The i-th of the blocks that are not full: those before the full ones, then those behind."""
+    before = full_start - start
+    return tl.where(i < before, start + i, full_end + i - before)
+
+
+@triton.jit
+def visible(t, s, T, length, lower, upper, bits_ptr, stride_bits_t):
+    """May query t see key s?"""
+    keep = (s < length) & (s - t >= lower) & (s - t <= upper)
+    if bits_ptr is not None:
+        word = tl.load(bits_ptr + t.to(tl.int64) * stride_bits_t + s // 32, mask=(t < T) & (s < length), other=0)
+        keep = keep & (((word >> (s % 32)) & 1) != 0)
+    return keep
+
+
+@triton.jit
+def scores(
+    product,
+    t,
+    s,
+    T,
+    S,
+    scale,
+    softcap,
+    bias_ptr,
+    stride_bias_t,
+    stride_bias_s,
+    RAW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """``(x, th)``: the scores, and the tanh of the soft cap, which its gradient needs.
+
+    ``RAW`` scores are the product itself, and ``exponential`` applies the scale: one multiply-add for each element.
+    """
+    th = product
+    if RAW:
+        x = product
+    else:
+        x = product * scale
+        if SOFTCAP:
+            th = tanh(x / softcap)
+            x = th * softcap
+        if bias_ptr is not None:
+            at = t.to(tl.int64) * stride_bias_t + s.to(tl.int64) * stride_bias_s
+            x += load(bias_ptr + at, (t < T) & (s < S))
+    return x, th
+
+
+@triton.jit
+def exponential(x, pivot, scale, RAW: tl.constexpr):
+    """exp(score - pivot); the pivot is that of true scores."""
+    return tl.exp2(x * (scale * LOG2E) - pivot * LOG2E) if RAW else tl.exp2((x - pivot) * LOG2E)
+
+
+@triton.jit
+def keep_weights(
+    rng_ptr, row, s0, t0, T, S, threshold,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, QUADS: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """Which attention weights of a tile dropout keeps, [T,S] or transposed; ``row`` is the head's first of all rows."""
+    rows = row * T + t0 + tl.arange(0, BLOCK_T)  # int64
+    if QUADS:
+        quads = rows[:, None] * (S // 4) + (s0 // 4 + tl.arange(0, BLOCK_S // 4))[None, :]
+        keep = keep_quads(rng_ptr, quads, threshold)
+    else:
+        keep = keep_elements(rng_ptr, rows[:, None] * S + (s0 + tl.arange(0, BLOCK_S))[None, :], threshold)
+    return tl.trans(keep) if TRANSPOSED else keep
+
+
+@triton.jit
+def finite(x):
+    """``x`` with 0 for NaN and infinities."""
+    return tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, tl.zeros_like(x))

@@ -1,0 +1,106 @@
+"""What the kernels share: rounding, matrix products and the random bits of dropout.
+
+Arithmetic is float32: tiles are widened when they are loaded and rounded once, when they are stored. Triton's
+interpreter truncates where it should round to bfloat16, and multiplies bfloat16 tiles wrongly without saying so;
+``store`` and ``dot`` work around both, so kernels use them instead of Triton's own.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """float32 ``x`` in ``dtype``, rounded to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x == x, nearest, bits).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def store(pointers, x, mask):
+    """Stores float32 ``x`` in the dtype that ``pointers`` point to."""
+    tl.store(pointers, rounded(x, pointers.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load(pointers, mask):
+    """Loads as float32, 0 where masked."""
+    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr):
+    """float32 ``a @ b``; ``PRECISION`` is that of float32 operands, ``"ieee"`` or ``"tf32"``."""
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def _kept(words, threshold):
+    return (words ^ 0x80000000).to(tl.int32, bitcast=True) >= threshold
+
+
+@triton.jit
+def _philox(rng_ptr, block):
+    """The four words of Philox4x32-10 for each block; ``rng_ptr`` holds int64 (seed, offset)."""
+    seed = tl.load(rng_ptr)
+    offset = tl.load(rng_ptr + 1)
+    zero = tl.zeros_like(block)
+    low, high = (block & 0xFFFFFFFF).to(tl.uint32), ((block >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    offset_low = (zero + (offset & 0xFFFFFFFF)).to(tl.uint32)
+    offset_high = (zero + ((offset >> 32) & 0xFFFFFFFF)).to(tl.uint32)
+    return tl.philox(seed, low, high, offset_low, offset_high)
+
+
+@triton.jit
+def keep_elements(rng_ptr, elements, threshold):
+    """Which elements (int64 indices) dropout keeps: a whole block of random words for each."""
+    w0, w1, w2, w3 = _philox(rng_ptr, elements // 4)
+    word = elements % 4
+    return _kept(tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3)), threshold)
+
+
+@triton.jit
+def keep_quads(rng_ptr, quads, threshold):
+    """Which elements dropout keeps, [M,4N] for ``quads`` [M,N] (int64): each a run of four elements, of one block."""
+    w0, w1, w2, w3 = _philox(rng_ptr, quads)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [M,N,2,2], word 2i + j at [i,j]
+    return _kept(tl.reshape(words, (quads.shape[0], quads.shape[1] * 4)), threshold)
+
+
+def dropout_threshold(p: float) -> tuple[int, float]:
+    """``(threshold, 1 / (1 - p))`` as kernels take them: an element is kept iff its word is at least the threshold.
+
+    Both are shifted down by 2**31 to compare as int32. At p = 1 nothing is kept: what passes is multiplied by 0.
+    """
+    return min(int(p * 2**32 + 0.5), 2**32 - 1) - 2**31, 0.0 if p >= 1 else 1.0 / (1.0 - p)
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 2 for the interpreter."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 2
+
+
+def program_count(work: int, device: torch.device, per_processor: int) -> int:
+    """Programs of a kernel whose programs loop over ``work`` items: what a GPU holds at a time, or fewer."""
+    return min(work, 4 if device.type != "cuda" else processors(device) * per_processor)
+
+
+def float32_precision() -> str:
+    """The precision of float32 matrix products that torch is set to."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A contiguous empty tensor of the shape of ``x``."""
+    return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)

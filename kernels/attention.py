@@ -1,0 +1,244 @@
+"""Masked softmax attention, forward: one pass over the keys with a running softmax.
+
+A program owns a block of queries of one head and walks over the key blocks that these queries see, keeping the
+largest score, the sum of exponentials and the weighted sum of values in registers: no score is ever stored, and
+the traffic is q, k, v and out, with k and v read once for each block of queries, mostly from the L2 cache.
+
+Full tiles come first and look at no mask; partial tiles follow (``_masks``, ``_attention.key_blocks``). In a partial
+tile a key that some query does not see may hold NaN or Inf, so a weight of 0 is not enough: values that are not
+finite are taken out, and the queries that do see one become NaN. The pivot of a row that has seen nothing is 0
+instead of -inf, so that its weights come out as 0 and not NaN; its output is 0, its lse -inf.
+
+Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al., "FlashAttention",
+2022, and "FlashAttention-2", 2023.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pytransformer.kernels import _configs, _masks
+from pytransformer.kernels._attention import (
+    exponential,
+    finite,
+    keep_weights,
+    key_blocks,
+    partial_block,
+    scores,
+    visible,
+)
+from pytransformer.kernels._common import dot, dropout_threshold, float32_precision, rounded, store
+
+# No kernel is compiled anew for these.
+LENGTHS = ["H", "T", "S", "lower", "upper", "threshold", "n_inner"]
+
+
+@triton.jit
+def _attend(
+    total, weight_sum, largest, q, block, row, t0, k_ptr, v_ptr, bias_ptr, bits_ptr, rng_ptr,
+    stride_ks, stride_vs, stride_bias_t, stride_bias_s, stride_bits_t,
+    T, S, length, lower, upper, scale, softcap, threshold, keep_scale,
+    D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, MASKED: tl.constexpr, RAW: tl.constexpr,
+    SOFTCAP: tl.constexpr, QUADS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Takes one key block into the running softmax."""
+    s0 = block * BLOCK_S
+    t, s = (t0 + tl.arange(0, BLOCK_T))[:, None], s0 + tl.arange(0, BLOCK_S)
+    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    inside = s < S
+    k = tl.load(k_ptr + s[None, :] * stride_ks + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0.0)
+    v = tl.load(v_ptr + s[:, None] * stride_vs + dv[None, :], mask=inside[:, None] & (dv < Dv)[None, :], other=0.0)
+    s = s[None, :]
+    x, _ = scores(
+        dot(q, k, PRECISION), t, s, T, S, scale, softcap, bias_ptr, stride_bias_t, stride_bias_s, RAW, SOFTCAP
+    )
+    if MASKED:
+        keep = visible(t, s, T, length, lower, upper, bits_ptr, stride_bits_t)
+        x = tl.where(keep, x, float("-inf"))
+        sound = finite(v)
+        poison = tl.max((sound.to(tl.float32) != v.to(tl.float32)).to(tl.int32), 1)
+        poisoned = tl.max((keep & (poison[None, :] > 0)).to(tl.int32), 1)
+        total = tl.where(poisoned[:, None] > 0, float("nan"), total)
+        v = sound
+    larger = tl.maximum(largest, tl.max(x, 1) * scale if RAW else tl.max(x, 1))
+    pivot = tl.where(larger == float("-inf"), 0.0, larger)
+    p = exponential(x, pivot[:, None], scale, RAW)
+    rescale = tl.exp2((largest - pivot) * 1.4426950408889634)
+    weight_sum = weight_sum * rescale + tl.sum(p, 1)
+    if rng_ptr is not None:
+        kept = keep_weights(rng_ptr, row, s0, t0, T, S, threshold, BLOCK_T, BLOCK_S, QUADS, False)
+        p = tl.where(kept, p * keep_scale, 0.0)
+    total = total * rescale[:, None] + dot(rounded(p, v.dtype), v, PRECISION)
+    return total, weight_sum, larger
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def forward_kernel(
+    q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, rng_ptr, bits_ptr, list_ptr, out_ptr, lse_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_bias_b, stride_bias_h, stride_bias_t, stride_bias_s,
+    stride_bits_b, stride_bits_h, stride_bits_t, stride_list_b, stride_list_h, stride_list_t,
+    H, T, S, n_inner, lower, upper, scale, softcap, threshold, keep_scale,
+    GROUP: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, RAW: tl.constexpr, SOFTCAP: tl.constexpr, QUADS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    n_blocks = tl.cdiv(T, BLOCK_T)
+    block_t = n_blocks - 1 - tl.program_id(0) % n_blocks  # of a causal mask the long rows first
+    row = (tl.program_id(0) // n_blocks).to(tl.int64)  # batch and head
+    batch, head = row // H, row % H
+    t0 = block_t * BLOCK_T
+    t, d = t0 + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
+    q_ptr += batch * stride_qb + head * stride_qh
+    q = tl.load(q_ptr + t[:, None] * stride_qt + d[None, :], mask=(t < T)[:, None] & (d < D)[None, :], other=0.0)
+    k_ptr += batch * stride_kb + head // GROUP * stride_kh
+    v_ptr += batch * stride_vb + head // GROUP * stride_vh
+    if bias_ptr is not None:
+        bias_ptr += batch * stride_bias_b + head * stride_bias_h
+    length = S
+    if lengths_ptr is not None:
+        length = tl.minimum(tl.load(lengths_ptr + batch), S).to(tl.int32)
+    start, full_start, full_end, end = key_blocks(t0, T, length, lower, upper, BLOCK_T, BLOCK_S)
+    n_full, n_partial = full_end - full_start, full_start - start + end - full_end
+    if bits_ptr is not None:
+        bits_ptr += batch * stride_bits_b + head * stride_bits_h
+        list_ptr += batch * stride_list_b + head * stride_list_h + block_t * stride_list_t
+        n_full, n_partial = tl.load(list_ptr), tl.load(list_ptr + 1)
+
+    total = tl.zeros((BLOCK_T, BLOCK_DV), tl.float32)
+    weight_sum = tl.zeros((BLOCK_T,), tl.float32)
+    largest = tl.full((BLOCK_T,), float("-inf"), tl.float32)
+    for i in range(n_full):
+        block = tl.load(list_ptr + 2 + i) if bits_ptr is not None else full_start + i
+        total, weight_sum, largest = _attend(
+            total, weight_sum, largest, q, block, row, t0, k_ptr, v_ptr, bias_ptr, bits_ptr, rng_ptr,
+            stride_ks, stride_vs, stride_bias_t, stride_bias_s, stride_bits_t,
+            T, S, length, lower, upper, scale, softcap, threshold, keep_scale,
+            D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, False, RAW, SOFTCAP, QUADS, PRECISION,
+        )  # fmt: skip
+    for i in range(n_partial):
+        if bits_ptr is not None:
+            block = tl.load(list_ptr + 1 + n_inner - i)
+        else:
+            block = partial_block(i, start, full_start, full_end)
+        total, weight_sum, largest = _attend(
+            total, weight_sum, largest, q, block, row, t0, k_ptr, v_ptr, bias_ptr, bits_ptr, rng_ptr,
+            stride_ks, stride_vs, stride_bias_t, stride_bias_s, stride_bits_t,
+            T, S, length, lower, upper, scale, softcap, threshold, keep_scale,
+            D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, True, RAW, SOFTCAP, QUADS, PRECISION,
+        )  # fmt: skip
+
+    unseen = weight_sum == 0
+    out = total / tl.where(unseen, 1.0, weight_sum)[:, None]
+    lse = tl.where(unseen, float("-inf"), largest + tl.log(tl.where(unseen, 1.0, weight_sum)))
+    dv = tl.arange(0, BLOCK_DV)
+    at = (row * T + t)[:, None] * Dv + dv[None, :]
+    store(out_ptr + at, out, (t < T)[:, None] & (dv < Dv)[None, :])
+    tl.store(lse_ptr + row * T + t, lse, mask=t < T)
+
+
+@dataclass(frozen=True)
+class Masking:
+    """Everything that hides scores or is added to them.
+
+    Attributes:
+        bits: a packed bool mask, or None.
+        bias: any strides, expanded to [B,H,T,S], or None.
+        lengths: int64 [B], or None.
+        lower, upper: key s is visible to query t only if ``lower <= s - t <= upper``.
+    """
+
+    bits: _masks.Bits | None
+    bias: Tensor | None
+    lengths: Tensor | None
+    lower: int
+    upper: int
+
+    def tiles(self, block_t: int, block_s: int, by_keys: bool = False) -> _masks.TileList | None:
+        """The lists for tiles of this size; None where the kernels compute ranges instead."""
+        if self.bits is None:
+            return None
+        return _masks.list_tiles(self.bits, self.lengths, self.lower, self.upper, block_t, block_s, by_keys)
+
+
+def masking(
+    mask: Tensor | None, bias: Tensor | None, lengths: Tensor | None, lower: int | None, upper: int | None
+) -> Masking:
+    """From a bool mask and a bias, both expanded to [B,H,T,S], lengths and a band."""
+    return Masking(
+        None if mask is None else _masks.pack(mask),
+        bias,
+        lengths,
+        -_masks.OPEN if lower is None else max(lower, -_masks.OPEN),
+        _masks.OPEN if upper is None else min(upper, _masks.OPEN),
+    )
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """How scores become weights; ``scale`` is positive, a ``softcap`` of 0 is none, ``rng`` is int64 [2] or None."""
+
+    scale: float
+    softcap: float
+    dropout_p: float
+    rng: Tensor | None
+
+    def flags(self, query: Tensor, bias: Tensor | None, key_length: int) -> dict[str, Any]:
+        """The constants of a kernel that depend on all this."""
+        plain = bias is None and self.softcap == 0
+        return {
+            "RAW": plain and query.dtype != torch.float32,
+            "SOFTCAP": self.softcap > 0,
+            "QUADS": key_length % 4 == 0,
+            "PRECISION": float32_precision(),
+        }
+
+
+def shape_of(query: Tensor, key: Tensor, value: Tensor) -> dict[str, int]:
+    """The constants of a kernel that depend on the head dims."""
+    D, Dv = query.shape[-1], value.shape[-1]
+    block_d, block_dv = _configs.power_of_2(D), _configs.power_of_2(Dv)
+    return {"GROUP": query.shape[1] // key.shape[1], "D": D, "Dv": Dv, "BLOCK_D": block_d, "BLOCK_DV": block_dv}
+
+
+def is_rich(masks: Masking, softmax: Softmax) -> bool:
+    """Does the call have what takes registers of its own: a bool mask, a bias, dropout or a soft cap?"""
+    return masks.bits is not None or masks.bias is not None or softmax.rng is not None or softmax.softcap > 0
+
+
+def bias_strides(bias: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0, 0) if bias is None else bias.stride()
+
+
+def mask_arguments(masks: Masking, tiles: _masks.TileList | None) -> tuple[tuple[Any, ...], tuple[int, ...], int]:
+    """Pointers, strides and the width of a list, as kernels take them."""
+    if masks.bits is None or tiles is None:
+        return (None, None), (0,) * 6, 0
+    return (masks.bits.words, tiles.rows), (*masks.bits.strides, *tiles.strides), tiles.n_inner
+
+
+def attention_fwd(query: Tensor, key: Tensor, value: Tensor, masks: Masking, softmax: Softmax) -> tuple[Tensor, Tensor]:
+    """``(out [B,H,T,Dv], lse float32 [B,H,T])`` of [B,H,T,D], [B,G,S,D], [B,G,S,Dv], any strides whose last is 1."""
+    B, H, T, D = query.shape
+    S, Dv = value.shape[2:]
+    out = torch.empty(B, H, T, Dv, dtype=query.dtype, device=query.device)
+    lse = torch.empty(B, H, T, dtype=torch.float32, device=query.device)
+    rich = is_rich(masks, softmax)
+    config = _configs.attention("fwd", query.dtype, max(D, Dv), rich, _configs.architecture(query.device))
+    block_t, block_s = config.tile
+    pointers, strides, n_inner = mask_arguments(masks, masks.tiles(block_t, block_s))
+    forward_kernel[(triton.cdiv(T, block_t) * B * H,)](
+        query, key, value, masks.bias, masks.lengths, softmax.rng, *pointers, out, lse,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *bias_strides(masks.bias), *strides,
+        H, T, S, n_inner, masks.lower, masks.upper, softmax.scale, softmax.softcap,
+        *dropout_threshold(softmax.dropout_p), **shape_of(query, key, value),
+        BLOCK_T=block_t, BLOCK_S=block_s, **softmax.flags(query, masks.bias, S), **config.options,
+    )  # fmt: skip
+    return out, lse

@@ -1,0 +1,398 @@
+"""Attention, backward: the weights are made again, tile by tile, from the scores and the lse.
+
+    P = exp(scores - lse);  dV = P^T dOut;  dP = dOut V^T;  dS = P * (dP - delta);  dQ = dS K;  dK = dS^T Q
+
+with delta = sum(dOut * out) of each row. Two kernels, each of which owns what it adds up: one walks over the key
+blocks of a query block for dQ, the other over the query blocks of a key block, of all query heads that share it, for
+dK and dV. That is seven products where one kernel would do with five, and no atomics: the same bits in every run.
+The second holds its tiles transposed, [S,T], so that P^T and dS^T are left operands as they stand.
+
+The gradient of a bias is dS summed over the dimensions that the bias is broadcast in, by a third kernel whose
+programs own a tile of the bias and walk over everything that saw it, in a fixed order.
+
+As in the forward, what a partial tile hides may be NaN: operands that a weight of 0 multiplies are cleaned.
+
+Source: Dao et al., "FlashAttention", 2022, algorithm 4; Dao, "FlashAttention-2", 2023, section 3.1.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pytransformer.kernels import _configs
+from pytransformer.kernels._attention import (
+    exponential,
+    finite,
+    keep_weights,
+    key_blocks,
+    partial_block,
+    query_blocks,
+    scores,
+    visible,
+)
+from pytransformer.kernels._common import dot, dropout_threshold, empty_like, load, rounded, store
+from pytransformer.kernels.attention import LENGTHS, Masking, Softmax, bias_strides, is_rich, mask_arguments, shape_of
+
+
+@triton.jit(do_not_specialize=["H", "T"])
+def delta_kernel(
+    dout_ptr, out_ptr, delta_ptr, stride_db, stride_dh, stride_dt, H, T,
+    Dv: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """``delta = sum(dout * out)`` of each row."""
+    n_blocks = tl.cdiv(T, BLOCK_T)
+    row = (tl.program_id(0) // n_blocks).to(tl.int64)
+    t = tl.program_id(0) % n_blocks * BLOCK_T + tl.arange(0, BLOCK_T)
+    dv = tl.arange(0, BLOCK_DV)[None, :]
+    mask = (t < T)[:, None] & (dv < Dv)
+    dout_ptr += row // H * stride_db + row % H * stride_dh
+    dout = load(dout_ptr + t[:, None] * stride_dt + dv, mask)
+    out = load(out_ptr + (row * T + t)[:, None] * Dv + dv, mask)
+    tl.store(delta_ptr + row * T + t, tl.sum(dout * out, 1), mask=t < T)
+
+
+@triton.jit
+def _score_gradient(
+    product, dp, t, s, t0, s0, row, lse, delta, bias_ptr, bits_ptr, rng_ptr,
+    stride_bias_t, stride_bias_s, stride_bits_t,
+    T, S, length, lower, upper, scale, softcap, threshold, keep_scale,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, MASKED: tl.constexpr, RAW: tl.constexpr, SOFTCAP: tl.constexpr,
+    QUADS: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """``(P after dropout, dS, d product)`` of a tile; dS is the gradient of the bias."""
+    x, th = scores(product, t, s, T, S, scale, softcap, bias_ptr, stride_bias_t, stride_bias_s, RAW, SOFTCAP)
+    p = exponential(x, tl.where(lse == float("-inf"), 0.0, lse), scale, RAW)
+    if MASKED:
+        keep = visible(t, s, T, length, lower, upper, bits_ptr, stride_bits_t)
+        p = tl.where(keep, p, 0.0)
+        dp = tl.where(keep, dp, 0.0)
+    dropped = p
+    if rng_ptr is not None:
+        kept = keep_weights(rng_ptr, row, s0, t0, T, S, threshold, BLOCK_T, BLOCK_S, QUADS, TRANSPOSED)
+        dropped, dp = tl.where(kept, p * keep_scale, 0.0), tl.where(kept, dp * keep_scale, 0.0)
+    ds = p * (dp - delta)
+    dproduct = ds
+    if SOFTCAP:
+        dproduct = ds * (1.0 - th * th)
+    if MASKED:  # the tanh of a score that nobody sees may be NaN
+        dproduct = tl.where(keep, dproduct, 0.0)
+    return dropped, ds, dproduct
+
+
+@triton.jit
+def _add_dq(
+    dq, q, dout, lse, delta, block, row, t0, k_ptr, v_ptr, bias_ptr, bits_ptr, rng_ptr,
+    stride_ks, stride_vs, stride_bias_t, stride_bias_s, stride_bits_t,
+    T, S, length, lower, upper, scale, softcap, threshold, keep_scale,
+    D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, MASKED: tl.constexpr, RAW: tl.constexpr,
+    SOFTCAP: tl.constexpr, QUADS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What one key block adds to dQ."""
+    s0 = block * BLOCK_S
+    t, s = (t0 + tl.arange(0, BLOCK_T))[:, None], (s0 + tl.arange(0, BLOCK_S))[None, :]
+    d, dv = tl.arange(0, BLOCK_D)[:, None], tl.arange(0, BLOCK_DV)[:, None]
+    k = tl.load(k_ptr + s * stride_ks + d, mask=(s < S) & (d < D), other=0.0)
+    v = tl.load(v_ptr + s * stride_vs + dv, mask=(s < S) & (dv < Dv), other=0.0)
+    _, _, ds = _score_gradient(
+        dot(q, k, PRECISION), dot(dout, v, PRECISION), t, s, t0, s0, row, lse[:, None], delta[:, None],
+        bias_ptr, bits_ptr, rng_ptr, stride_bias_t, stride_bias_s, stride_bits_t,
+        T, S, length, lower, upper, scale, softcap, threshold, keep_scale,
+        BLOCK_T, BLOCK_S, MASKED, RAW, SOFTCAP, QUADS, False,
+    )  # fmt: skip
+    if MASKED:
+        k = finite(k)
+    return dq + dot(rounded(ds, k.dtype), tl.trans(k), PRECISION)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def dq_kernel(
+    q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, rng_ptr, bits_ptr, list_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_db, stride_dh, stride_dt, stride_bias_b, stride_bias_h, stride_bias_t, stride_bias_s,
+    stride_bits_b, stride_bits_h, stride_bits_t, stride_list_b, stride_list_h, stride_list_t,
+    H, T, S, n_inner, lower, upper, scale, softcap, threshold, keep_scale,
+    GROUP: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, RAW: tl.constexpr, SOFTCAP: tl.constexpr, QUADS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    n_blocks = tl.cdiv(T, BLOCK_T)
+    block_t = n_blocks - 1 - tl.program_id(0) % n_blocks
+    row = (tl.program_id(0) // n_blocks).to(tl.int64)
+    batch, head = row // H, row % H
+    t0 = block_t * BLOCK_T
+    t, d, dv = t0 + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    inside = (t < T)[:, None]
+    q_ptr += batch * stride_qb + head * stride_qh
+    dout_ptr += batch * stride_db + head * stride_dh
+    q = tl.load(q_ptr + t[:, None] * stride_qt + d[None, :], mask=inside & (d < D)[None, :], other=0.0)
+    dout = tl.load(dout_ptr + t[:, None] * stride_dt + dv[None, :], mask=inside & (dv < Dv)[None, :], other=0.0)
+    lse = tl.load(lse_ptr + row * T + t, mask=t < T, other=0.0)
+    delta = tl.load(delta_ptr + row * T + t, mask=t < T, other=0.0)
+    k_ptr += batch * stride_kb + head // GROUP * stride_kh
+    v_ptr += batch * stride_vb + head // GROUP * stride_vh
+    if bias_ptr is not None:
+        bias_ptr += batch * stride_bias_b + head * stride_bias_h
+    length = S
+    if lengths_ptr is not None:
+        length = tl.minimum(tl.load(lengths_ptr + batch), S).to(tl.int32)
+    start, full_start, full_end, end = key_blocks(t0, T, length, lower, upper, BLOCK_T, BLOCK_S)
+    n_full, n_partial = full_end - full_start, full_start - start + end - full_end
+    if bits_ptr is not None:
+        bits_ptr += batch * stride_bits_b + head * stride_bits_h
+        list_ptr += batch * stride_list_b + head * stride_list_h + block_t * stride_list_t
+        n_full, n_partial = tl.load(list_ptr), tl.load(list_ptr + 1)
+
+    dq = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    for i in range(n_full):
+        block = tl.load(list_ptr + 2 + i) if bits_ptr is not None else full_start + i
+        dq = _add_dq(
+            dq, q, dout, lse, delta, block, row, t0, k_ptr, v_ptr, bias_ptr, bits_ptr, rng_ptr,
+            stride_ks, stride_vs, stride_bias_t, stride_bias_s, stride_bits_t,
+            T, S, length, lower, upper, scale, softcap, threshold, keep_scale,
+            D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, False, RAW, SOFTCAP, QUADS, PRECISION,
+        )  # fmt: skip
+    for i in range(n_partial):
+        if bits_ptr is not None:
+            block = tl.load(list_ptr + 1 + n_inner - i)
+        else:
+            block = partial_block(i, start, full_start, full_end)
+        dq = _add_dq(
+            dq, q, dout, lse, delta, block, row, t0, k_ptr, v_ptr, bias_ptr, bits_ptr, rng_ptr,
+            stride_ks, stride_vs, stride_bias_t, stride_bias_s, stride_bits_t,
+            T, S, length, lower, upper, scale, softcap, threshold, keep_scale,
+            D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, True, RAW, SOFTCAP, QUADS, PRECISION,
+        )  # fmt: skip
+    store(dq_ptr + (row * T + t)[:, None] * D + d[None, :], dq * scale, inside & (d < D)[None, :])
+
+
+@triton.jit
+def _add_dkv(
+    dk, dv_total, k, v, block, row, s0, q_ptr, dout_ptr, lse_ptr, delta_ptr, bias_ptr, bits_ptr, rng_ptr,
+    stride_qt, stride_dt, stride_bias_t, stride_bias_s, stride_bits_t,
+    T, S, length, lower, upper, scale, softcap, threshold, keep_scale,
+    D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, MASKED: tl.constexpr, RAW: tl.constexpr,
+    SOFTCAP: tl.constexpr, QUADS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What one query block adds to dK and dV. Queries beyond T are loaded as 0 and add nothing."""
+    t0 = block * BLOCK_T
+    t, s = (t0 + tl.arange(0, BLOCK_T))[None, :], (s0 + tl.arange(0, BLOCK_S))[:, None]
+    d, dv = tl.arange(0, BLOCK_D)[:, None], tl.arange(0, BLOCK_DV)[None, :]
+    inside = t < T
+    q = tl.load(q_ptr + t * stride_qt + d, mask=inside & (d < D), other=0.0)  # [D,T]
+    rows = tl.trans(t)
+    dout = tl.load(dout_ptr + rows * stride_dt + dv, mask=(rows < T) & (dv < Dv), other=0.0)  # [T,Dv]
+    lse = tl.load(lse_ptr + t, mask=inside, other=0.0)
+    delta = tl.load(delta_ptr + t, mask=inside, other=0.0)
+    p, _, ds = _score_gradient(
+        dot(k, q, PRECISION), dot(v, tl.trans(dout), PRECISION), t, s, t0, s0, row, lse, delta,
+        bias_ptr, bits_ptr, rng_ptr, stride_bias_t, stride_bias_s, stride_bits_t,
+        T, S, length, lower, upper, scale, softcap, threshold, keep_scale,
+        BLOCK_T, BLOCK_S, MASKED, RAW, SOFTCAP, QUADS, True,
+    )  # fmt: skip
+    if MASKED:
+        q = finite(q)
+    dv_total += dot(rounded(p, dout.dtype), dout, PRECISION)
+    return dk + dot(rounded(ds, q.dtype), tl.trans(q), PRECISION), dv_total
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def dkv_kernel(
+    q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, rng_ptr, bits_ptr, list_ptr, dout_ptr, lse_ptr, delta_ptr,
+    dk_ptr, dv_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_db, stride_dh, stride_dt, stride_bias_b, stride_bias_h, stride_bias_t, stride_bias_s,
+    stride_bits_b, stride_bits_h, stride_bits_t, stride_list_b, stride_list_h, stride_list_s,
+    H, T, S, n_inner, lower, upper, scale, softcap, threshold, keep_scale,
+    GROUP: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, RAW: tl.constexpr, SOFTCAP: tl.constexpr, QUADS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    n_blocks = tl.cdiv(S, BLOCK_S)
+    block_s = tl.program_id(0) % n_blocks
+    shared = (tl.program_id(0) // n_blocks).to(tl.int64)  # batch and key/value head
+    batch, group = shared // (H // GROUP), shared % (H // GROUP)
+    s0 = block_s * BLOCK_S
+    s, d, dv = s0 + tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    inside = (s < S)[:, None]
+    k_ptr += batch * stride_kb + group * stride_kh
+    v_ptr += batch * stride_vb + group * stride_vh
+    k = tl.load(k_ptr + s[:, None] * stride_ks + d[None, :], mask=inside & (d < D)[None, :], other=0.0)
+    v = tl.load(v_ptr + s[:, None] * stride_vs + dv[None, :], mask=inside & (dv < Dv)[None, :], other=0.0)
+    length = S
+    if lengths_ptr is not None:
+        length = tl.minimum(tl.load(lengths_ptr + batch), S).to(tl.int32)
+    start, full_start, full_end, end = query_blocks(s0, T, S, length, lower, upper, BLOCK_T, BLOCK_S)
+    n_full, n_partial = full_end - full_start, full_start - start + end - full_end
+
+    dk = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+    dv_total = tl.zeros((BLOCK_S, BLOCK_DV), tl.float32)
+    for member in range(GROUP):
+        head = group * GROUP + member
+        row = batch * H + head
+        q_head = q_ptr + batch * stride_qb + head * stride_qh
+        dout_head = dout_ptr + batch * stride_db + head * stride_dh
+        lse_head, delta_head = lse_ptr + row * T, delta_ptr + row * T
+        bias_head, bits_head, list_head = bias_ptr, bits_ptr, list_ptr
+        if bias_ptr is not None:
+            bias_head = bias_ptr + batch * stride_bias_b + head * stride_bias_h
+        if bits_ptr is not None:
+            bits_head = bits_ptr + batch * stride_bits_b + head * stride_bits_h
+            list_head = list_ptr + batch * stride_list_b + head * stride_list_h + block_s * stride_list_s
+            n_full, n_partial = tl.load(list_head), tl.load(list_head + 1)
+        for i in range(n_full):
+            block = tl.load(list_head + 2 + i) if bits_ptr is not None else full_start + i
+            dk, dv_total = _add_dkv(
+                dk, dv_total, k, v, block, row, s0, q_head, dout_head, lse_head, delta_head,
+                bias_head, bits_head, rng_ptr, stride_qt, stride_dt, stride_bias_t, stride_bias_s, stride_bits_t,
+                T, S, length, lower, upper, scale, softcap, threshold, keep_scale,
+                D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, False, RAW, SOFTCAP, QUADS, PRECISION,
+            )  # fmt: skip
+        for i in range(n_partial):
+            if bits_ptr is not None:
+                block = tl.load(list_head + 1 + n_inner - i)
+            else:
+                block = partial_block(i, start, full_start, full_end)
+            dk, dv_total = _add_dkv(
+                dk, dv_total, k, v, block, row, s0, q_head, dout_head, lse_head, delta_head,
+                bias_head, bits_head, rng_ptr, stride_qt, stride_dt, stride_bias_t, stride_bias_s, stride_bits_t,
+                T, S, length, lower, upper, scale, softcap, threshold, keep_scale,
+                D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, True, RAW, SOFTCAP, QUADS, PRECISION,
+            )  # fmt: skip
+    store(dk_ptr + (shared * S + s)[:, None] * D + d[None, :], dk * scale, inside & (d < D)[None, :])
+    store(dv_ptr + (shared * S + s)[:, None] * Dv + dv[None, :], dv_total, inside & (dv < Dv)[None, :])
+
+
+@triton.jit(do_not_specialize=[*LENGTHS, "B", "BIAS_H", "loop_b", "loop_h", "loop_t"])
+def dbias_kernel(
+    q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, rng_ptr, bits_ptr, dout_ptr, lse_ptr, delta_ptr, dbias_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_db, stride_dh, stride_dt, stride_bias_b, stride_bias_h, stride_bias_t, stride_bias_s,
+    stride_bits_b, stride_bits_h, stride_bits_t,
+    H, T, S, BIAS_H, loop_b, loop_h, loop_t, lower, upper, scale, softcap, threshold, keep_scale,
+    GROUP: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, RAW: tl.constexpr, SOFTCAP: tl.constexpr, QUADS: tl.constexpr,
+    PRECISION: tl.constexpr, SUM_T: tl.constexpr,
+):  # fmt: skip
+    """One tile of the bias's gradient, summed over ``loop_b`` batches, ``loop_h`` heads and ``loop_t`` query blocks.
+
+    Each loop runs over a dimension that the bias is broadcast in, or once. With ``SUM_T`` the result is one row.
+    """
+    block_s, block_t = tl.program_id(0), tl.program_id(1)
+    bias_b, bias_h = (tl.program_id(2) // BIAS_H).to(tl.int64), (tl.program_id(2) % BIAS_H).to(tl.int64)
+    s0 = block_s * BLOCK_S
+    s, d, dv = s0 + tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)[:, None], tl.arange(0, BLOCK_DV)[:, None]
+    keys = s[None, :]
+    total = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
+    for index in range(loop_b * loop_h * loop_t):
+        batch, head = bias_b + index // (loop_h * loop_t), bias_h + index // loop_t % loop_h
+        t0 = (block_t + index % loop_t) * BLOCK_T
+        length = S
+        if lengths_ptr is not None:
+            length = tl.minimum(tl.load(lengths_ptr + batch), S).to(tl.int32)
+        row = batch * H + head
+        t = t0 + tl.arange(0, BLOCK_T)
+        queries = t[:, None]
+        q_at = q_ptr + batch * stride_qb + head * stride_qh + queries * stride_qt + tl.trans(d)
+        q = tl.load(q_at, mask=(queries < T) & (tl.trans(d) < D), other=0.0)
+        dout_at = dout_ptr + batch * stride_db + head * stride_dh + queries * stride_dt + tl.trans(dv)
+        dout = tl.load(dout_at, mask=(queries < T) & (tl.trans(dv) < Dv), other=0.0)
+        k_at = k_ptr + batch * stride_kb + head // GROUP * stride_kh + keys * stride_ks + d
+        k = tl.load(k_at, mask=(keys < S) & (d < D), other=0.0)
+        v_at = v_ptr + batch * stride_vb + head // GROUP * stride_vh + keys * stride_vs + dv
+        v = tl.load(v_at, mask=(keys < S) & (dv < Dv), other=0.0)
+        lse = tl.load(lse_ptr + row * T + t, mask=t < T, other=0.0)
+        delta = tl.load(delta_ptr + row * T + t, mask=t < T, other=0.0)
+        bits_head = bits_ptr
+        if bits_ptr is not None:
+            bits_head = bits_ptr + batch * stride_bits_b + head * stride_bits_h
+        _, ds, _ = _score_gradient(
+            dot(q, k, PRECISION), dot(dout, v, PRECISION), queries, keys, t0, s0, row, lse[:, None], delta[:, None],
+            bias_ptr + batch * stride_bias_b + head * stride_bias_h, bits_head, rng_ptr,
+            stride_bias_t, stride_bias_s, stride_bits_t,
+            T, S, length, lower, upper, scale, softcap, threshold, keep_scale,
+            BLOCK_T, BLOCK_S, True, RAW, SOFTCAP, QUADS, False,
+        )  # fmt: skip
+        total += tl.where(queries < T, ds, 0.0)
+    owner = tl.program_id(2).to(tl.int64)
+    if SUM_T:
+        tl.store(dbias_ptr + owner * S + s, tl.sum(total, 0), mask=s < S)
+    else:
+        t = block_t * BLOCK_T + tl.arange(0, BLOCK_T)
+        at = (owner * T + t)[:, None] * S + keys
+        tl.store(dbias_ptr + at, total, mask=(t < T)[:, None] & (keys < S))
+
+
+def attention_bwd(
+    dout: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    masks: Masking,
+    softmax: Softmax,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(dq, dk, dv, delta)``; the arguments are those of ``attention_fwd``, ``out`` and ``lse`` its results."""
+    B, H, T, D = query.shape
+    G, S, Dv = value.shape[1:]
+    dq, dk, dv = empty_like(query), empty_like(key), empty_like(value)
+    delta = torch.empty_like(lse)
+    shape = shape_of(query, key, value)
+    arch = _configs.architecture(query.device)
+    rows = 64 if Dv <= 128 else 32
+    delta_kernel[(triton.cdiv(T, rows) * B * H,)](
+        dout, out, delta, *dout.stride()[:3], H, T, Dv=Dv, BLOCK_DV=shape["BLOCK_DV"], BLOCK_T=rows, num_warps=4
+    )
+    for kernel, name, grads in ((dq_kernel, "dq", (dq,)), (dkv_kernel, "dkv", (dk, dv))):
+        config = _configs.attention(name, query.dtype, max(D, Dv), is_rich(masks, softmax), arch)
+        block_t, block_s = config.tile
+        by_keys = name == "dkv"
+        pointers, strides, n_inner = mask_arguments(masks, masks.tiles(block_t, block_s, by_keys))
+        programs = triton.cdiv(S, block_s) * B * G if by_keys else triton.cdiv(T, block_t) * B * H
+        kernel[(programs,)](
+            query, key, value, masks.bias, masks.lengths, softmax.rng, *pointers, dout, lse, delta, *grads,
+            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *dout.stride()[:3],
+            *bias_strides(masks.bias), *strides,
+            H, T, S, n_inner, masks.lower, masks.upper, softmax.scale, softmax.softcap,
+            *dropout_threshold(softmax.dropout_p), **shape,
+            BLOCK_T=block_t, BLOCK_S=block_s, **softmax.flags(query, masks.bias, S), **config.options,
+        )  # fmt: skip
+    return dq, dk, dv, delta
+
+
+def attention_dbias(
+    bias_shape: torch.Size,
+    dout: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    masks: Masking,
+    softmax: Softmax,
+) -> Tensor:
+    """The gradient of a bias of ``bias_shape`` [B or 1, H or 1, T or 1, S or 1], float32."""
+    assert masks.bias is not None
+    B, H, T, D = query.shape
+    S, Dv = value.shape[2:]
+    bias_b, bias_h, bias_t, bias_s = bias_shape
+    config = _configs.attention("dq", query.dtype, max(D, Dv), True, _configs.architecture(query.device))
+    block_t, block_s = config.tile
+    n_t = triton.cdiv(T, block_t)
+    sum_t = bias_t == 1 and T > 1
+    dbias = torch.empty(bias_b, bias_h, 1 if sum_t else T, S, dtype=torch.float32, device=query.device)
+    bits, bits_strides = (None, (0, 0, 0)) if masks.bits is None else (masks.bits.words, masks.bits.strides)
+    dbias_kernel[(triton.cdiv(S, block_s), 1 if sum_t else n_t, bias_b * bias_h)](
+        query, key, value, masks.bias, masks.lengths, softmax.rng, bits, dout, lse, delta, dbias,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *dout.stride()[:3],
+        *bias_strides(masks.bias), *bits_strides,
+        H, T, S, bias_h, B // bias_b, H // bias_h, n_t if sum_t else 1, masks.lower, masks.upper,
+        softmax.scale, softmax.softcap, *dropout_threshold(softmax.dropout_p), **shape_of(query, key, value),
+        BLOCK_T=block_t, BLOCK_S=block_s, SUM_T=sum_t, **softmax.flags(query, masks.bias, S), **config.options,
+    )  # fmt: skip
+    return dbias.sum(3, keepdim=True) if bias_s == 1 and S > 1 else dbias

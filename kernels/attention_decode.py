@@ -1,0 +1,148 @@
+"""Attention of few queries over many keys (decoding with a cache): the keys are split among programs.
+
+With one query a head there are only B x H programs for the forward kernel, too few to draw a GPU's bandwidth, and
+each would read keys and values that the query heads of a group share once for each of them. Here a program takes all
+queries of a group, GROUP x T rows of one tile, over one share of the keys; a second kernel weighs the shares' outputs
+by exp(lse of the share - lse of all). Shares are added up in order: the same bits in every run.
+
+Source: Dao et al., "Flash-Decoding for long-context inference", 2023.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pytransformer.kernels import _configs
+from pytransformer.kernels._attention import exponential, finite, scores, visible
+from pytransformer.kernels._common import dot, float32_precision, processors, rounded, store
+from pytransformer.kernels.attention import Masking, Softmax, bias_strides, shape_of
+
+LARGEST_TILE = 64  # rows of queries; above, the forward kernel has work enough
+SHORTEST = 512  # keys; below, there is nothing to split
+
+
+@triton.jit(do_not_specialize=["H", "T", "S", "share", "lower", "upper"])
+def split_kernel(
+    q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, bits_ptr, out_ptr, lse_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_bias_b, stride_bias_h, stride_bias_t, stride_bias_s, stride_bits_b, stride_bits_h, stride_bits_t,
+    H, T, S, share, lower, upper, scale, softcap,
+    GROUP: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Output [splits,B,H,T,Dv] and lse [splits,B,H,T], float32, of the queries of a group over one share of keys."""
+    batch, group = (tl.program_id(1) // (H // GROUP)).to(tl.int64), (tl.program_id(1) % (H // GROUP)).to(tl.int64)
+    r, d, dv = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    inside = r < GROUP * T
+    head, t = group * GROUP + r // T, (r % T)[:, None]
+    q_at = q_ptr + batch * stride_qb + head[:, None] * stride_qh + t * stride_qt + d[None, :]
+    q = tl.load(q_at, mask=inside[:, None] & (d < D)[None, :], other=0.0)
+    k_ptr += batch * stride_kb + group * stride_kh
+    v_ptr += batch * stride_vb + group * stride_vh
+    bias_row, bits_row = bias_ptr, bits_ptr
+    if bias_ptr is not None:
+        bias_row = bias_ptr + batch * stride_bias_b + tl.where(inside, head, 0)[:, None] * stride_bias_h
+    if bits_ptr is not None:
+        bits_row = bits_ptr + batch * stride_bits_b + tl.where(inside, head, 0)[:, None] * stride_bits_h
+    length = S
+    if lengths_ptr is not None:
+        length = tl.minimum(tl.load(lengths_ptr + batch), S).to(tl.int32)
+    first = tl.program_id(0) * share
+    last = tl.minimum(tl.minimum(first + share, length), T + upper)
+    first = tl.maximum(first, tl.maximum(lower, 0) // BLOCK_S * BLOCK_S)
+
+    total = tl.zeros((BLOCK_R, BLOCK_DV), tl.float32)
+    weight_sum = tl.zeros((BLOCK_R,), tl.float32)
+    largest = tl.full((BLOCK_R,), float("-inf"), tl.float32)
+    for s0 in range(first, last, BLOCK_S):
+        s = s0 + tl.arange(0, BLOCK_S)
+        k = tl.load(k_ptr + s[None, :] * stride_ks + d[:, None], mask=(s < S)[None, :] & (d < D)[:, None], other=0.0)
+        v = tl.load(v_ptr + s[:, None] * stride_vs + dv[None, :], mask=(s < S)[:, None] & (dv < Dv)[None, :], other=0.0)
+        s = s[None, :]
+        product = dot(q, k, PRECISION)
+        x, _ = scores(product, t, s, T, S, scale, softcap, bias_row, stride_bias_t, stride_bias_s, False, SOFTCAP)
+        keep = visible(t, s, T, length, lower, upper, bits_row, stride_bits_t)
+        x = tl.where(keep, x, float("-inf"))
+        sound = finite(v)
+        poison = tl.max((sound.to(tl.float32) != v.to(tl.float32)).to(tl.int32), 1)
+        poisoned = tl.max((keep & (poison[None, :] > 0)).to(tl.int32), 1)
+        total = tl.where(poisoned[:, None] > 0, float("nan"), total)
+        larger = tl.maximum(largest, tl.max(x, 1))
+        pivot = tl.where(larger == float("-inf"), 0.0, larger)
+        p = exponential(x, pivot[:, None], scale, False)
+        rescale = tl.exp(largest - pivot)
+        weight_sum = weight_sum * rescale + tl.sum(p, 1)
+        total = total * rescale[:, None] + dot(rounded(p, v.dtype), sound, PRECISION)
+        largest = larger
+
+    unseen = weight_sum == 0
+    divisor = tl.where(unseen, 1.0, weight_sum)
+    row = ((tl.program_id(0) * (tl.num_programs(1) // (H // GROUP)) + batch) * H + head) * T + r % T
+    at = row[:, None] * Dv + dv[None, :]
+    tl.store(out_ptr + at, total / divisor[:, None], mask=inside[:, None] & (dv < Dv)[None, :])
+    tl.store(lse_ptr + row, tl.where(unseen, float("-inf"), largest + tl.log(divisor)), mask=inside)
+
+
+@triton.jit(do_not_specialize=["N", "splits"])
+def combine_kernel(
+    parts_ptr, parts_lse_ptr, out_ptr, lse_ptr, N, splits,
+    Dv: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+):  # fmt: skip
+    """One row of [splits,N,Dv] and [splits,N] put together."""
+    row, dv = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_DV)[None, :]
+    split = tl.arange(0, BLOCK_SPLITS)
+    lse = tl.load(parts_lse_ptr + split * N + row, mask=split < splits, other=float("-inf"))
+    pivot = tl.max(lse, 0)
+    pivot = tl.where(pivot == float("-inf"), 0.0, pivot)
+    weight = tl.exp(lse - pivot)
+    total = tl.sum(weight, 0)
+    parts = tl.load(
+        parts_ptr + (split[:, None] * N + row) * Dv + dv, mask=(split < splits)[:, None] & (dv < Dv), other=0.0
+    )
+    out = tl.sum(parts * weight[:, None], 0) / tl.where(total == 0, 1.0, total)
+    dv = tl.arange(0, BLOCK_DV)
+    store(out_ptr + row * Dv + dv, out, dv < Dv)
+    tl.store(lse_ptr + row, tl.where(total == 0, float("-inf"), pivot + tl.log(total)))
+
+
+def splits_of(query: Tensor, key: Tensor, softmax: Softmax) -> int:
+    """Into how many shares the keys of a call should be split; 1 where the forward kernel should serve it."""
+    B, H, T, _ = query.shape
+    G, S = key.shape[1:3]
+    if softmax.rng is not None or H // G * T > LARGEST_TILE or S < SHORTEST:
+        return 1
+    wanted = triton.cdiv(2 * processors(query.device), B * G)
+    return max(1, min(wanted, triton.cdiv(S, SHORTEST // 4), 128))
+
+
+def attention_decode(
+    query: Tensor, key: Tensor, value: Tensor, masks: Masking, softmax: Softmax, splits: int
+) -> tuple[Tensor, Tensor]:
+    """As ``attention_fwd``, without dropout, for at most ``LARGEST_TILE`` queries a group of heads."""
+    B, H, T, D = query.shape
+    G, S, Dv = value.shape[1:]
+    config = _configs.attention("decode", query.dtype, max(D, Dv), True, _configs.architecture(query.device))
+    block_s = config.tile[1]
+    share = triton.cdiv(triton.cdiv(S, block_s), splits) * block_s
+    splits = triton.cdiv(S, share)
+    parts = torch.empty(splits, B, H, T, Dv, dtype=torch.float32, device=query.device)
+    parts_lse = torch.empty(splits, B, H, T, dtype=torch.float32, device=query.device)
+    bits, bits_strides = (None, (0, 0, 0)) if masks.bits is None else (masks.bits.words, masks.bits.strides)
+    shape = shape_of(query, key, value)
+    split_kernel[(splits, B * G)](
+        query, key, value, masks.bias, masks.lengths, bits, parts, parts_lse,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *bias_strides(masks.bias), *bits_strides,
+        H, T, S, share, masks.lower, masks.upper, softmax.scale, softmax.softcap,
+        **shape, BLOCK_R=_configs.power_of_2(H // G * T), BLOCK_S=block_s, SOFTCAP=softmax.softcap > 0,
+        PRECISION=float32_precision(), **config.options,
+    )  # fmt: skip
+    out = torch.empty(B, H, T, Dv, dtype=query.dtype, device=query.device)
+    lse = torch.empty(B, H, T, dtype=torch.float32, device=query.device)
+    combine_kernel[(B * H * T,)](
+        parts, parts_lse, out, lse, B * H * T, splits,
+        Dv=Dv, BLOCK_DV=shape["BLOCK_DV"], BLOCK_SPLITS=_configs.power_of_2(splits), num_warps=4,
+    )  # fmt: skip
+    return out, lse

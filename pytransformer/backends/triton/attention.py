@@ -1,0 +1,105 @@
+"""attention by ``kernels/attention.py`` and ``kernels/attention_bwd.py``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pytransformer.backends.triton._arguments import unsupported_dtype
+from pytransformer.kernels import attention as forward_kernels
+from pytransformer.kernels import attention_bwd as backward_kernels
+from pytransformer.kernels import attention_decode as decode_kernels
+
+WIDEST_HEAD = 256
+
+
+def why_not(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    *rest: object,
+) -> str | None:
+    if (reason := unsupported_dtype(query)) is not None:
+        return reason
+    if bias is not None and bias.dtype not in (query.dtype, torch.float32):
+        return f"bias must be float32 or {query.dtype}, not {bias.dtype}"
+    if max(query.shape[-1], value.shape[-1]) > WIDEST_HEAD:
+        return f"head dims go up to {WIDEST_HEAD}, got {query.shape[-1]} and {value.shape[-1]}"
+    return None
+
+
+def attention_fwd(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """The arguments of ``reference.attention``; returns ``(out, lse)``."""
+    query, key, value = (_unit_stride(x) for x in (query, key, value))
+    query, masks, softmax = _arguments(query, key, *rest)
+    splits = decode_kernels.splits_of(query, key, softmax)
+    if splits > 1:
+        out, lse = decode_kernels.attention_decode(query, key, value, masks, softmax, splits)
+    else:
+        out, lse = forward_kernels.attention_fwd(query, key, value, masks, softmax)
+    return out, lse
+
+
+def attention_bwd(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *rest, needs_bias = options
+    bias, scale = rest[1], rest[6]
+    grad_out, query, key, value = (_unit_stride(x) for x in (grad_out, query, key, value))
+    query, masks, softmax = _arguments(query, key, *rest)
+    grad_query, grad_key, grad_value, delta = backward_kernels.attention_bwd(
+        grad_out, query, key, value, out, lse, masks, softmax
+    )
+    if scale <= 0:
+        grad_query = _signed(grad_query, scale)
+    grad_bias = query.new_empty(0)
+    if needs_bias:
+        grad_bias = backward_kernels.attention_dbias(
+            bias.shape, grad_out, query, key, value, lse, delta, masks, softmax
+        ).to(bias.dtype)
+    return grad_query, grad_key, grad_value, grad_bias
+
+
+def _arguments(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    rng: Tensor | None,
+    band_lower: int | None,
+    band_upper: int | None,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+) -> tuple[Tensor, Any, Any]:
+    """The query and the kernels' own arguments; kernels take a positive scale, so its sign goes to the query."""
+    full = (*query.shape[:3], key.shape[2])
+    if scale <= 0:
+        query, scale = _signed(query, scale), abs(scale) or 1.0
+    masks = forward_kernels.masking(
+        None if mask is None else mask.expand(full),
+        None if bias is None else bias.expand(full),
+        None if key_lengths is None else key_lengths.contiguous(),
+        band_lower,
+        band_upper,
+    )
+    return query, masks, forward_kernels.Softmax(scale, softcap, dropout_p, rng)
+
+
+def _signed(x: Tensor, scale: float) -> Tensor:
+    return -x if scale < 0 else torch.zeros_like(x)
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
