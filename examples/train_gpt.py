@@ -1,7 +1,6 @@
 """GPT: a character-level language model learns to write like Python's own reference manual.
 
-The text comes with Python (pydoc_data, what help("for") prints). A few minutes on two cores give words, layout and
-the air of documentation.
+The text comes with Python: pydoc_data, what help("for") prints.
 
 pip install 'pytransformer[examples]'
 python examples/train_gpt.py
@@ -21,7 +20,7 @@ from pytransformer.models import Gpt, GptConfig
 
 
 def main() -> None:
-    args = training.arguments("GPT on the characters of Python's manual.", steps=2000).parse_args()
+    args = training.arguments("GPT on the characters of Python's manual.", steps=1000).parse_args()
     text = "\n\n".join(topics[name] for name in sorted(topics))
     if args.tiny:
         text = text[:20_000]
@@ -31,7 +30,7 @@ def main() -> None:
     held_out = data[-len(data) // 20 :]  # the end of the manual is not trained on
     data = data[: -len(held_out)]
 
-    length, batch_size, width, layers = (32, 4, 32, 1) if args.tiny else (128, 32, 192, 4)
+    length, batch_size, width, layers = (32, 4, 32, 1) if args.tiny else (128, 16, 192, 4)
     torch.manual_seed(args.seed)
     config = GptConfig(
         vocab_size=len(characters), n_positions=4 * length, n_embd=width, n_layer=layers, n_head=width // 32

@@ -1,7 +1,8 @@
 """Translation: an encoder-decoder learns to write English numbers in French.
 
 "eight hundred and eighty-one" becomes "huit cent quatre-vingt-un". The data is made by num2words; numbers that
-translate right were never seen in training. On two cores this takes a few minutes and ends at 99% or more.
+translate right were never seen in training. A few minutes on two cores end at 99% or more; 190 seconds of processor
+time gave 1000 of 1000, greedy and with beams.
 
 pip install 'pytransformer[examples]'
 python examples/train_translation.py

@@ -86,6 +86,8 @@ def plot(losses: list[float], path: Path) -> None:
     axes.plot(range(1, len(losses) + 1), losses, color="0.8", linewidth=0.8)
     axes.plot(range(window, len(losses) + 1), means, color="tab:blue")
     axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -55,6 +55,13 @@ def test_against_the_oracle(backend, positions, segments, dtype):
     check("embedding", tensors, {"scale": 5.7, "dropout_p": 0.1, "seed": 2}, backend)
 
 
+def test_strided_tokens(backend):
+    """A column of a matrix of tokens, as a decoder takes its newest: one stride serves all of it."""
+    tensors = make(lead=(4, 17), positions=None)
+    columns = {name: tensors[name][:, 3:4] for name in ("tokens", "segments")}
+    check("embedding", {**tensors, **columns}, {"scale": 2.0}, backend)
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_rows_used_by_many_tokens(backend, dtype):
     """The gradients of a padding token and of two segments, summed in pieces; of a table wider than one piece."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pytransformer.generation.cache import Cache
-from pytransformer.masks import Mask, dense, padding
+from pytransformer.masks import Mask, dense
 
 
 class Decoder(Protocol):
@@ -64,7 +64,7 @@ class EncoderDecoder:
         self.prompt = source.new_full((source.shape[0], 1), start)
         self.keep = torch.ones_like(self.prompt, dtype=torch.bool)
         self._model, self._cache = model, Cache()
-        self._source_mask = None if source_keep is None else padding(source_keep)
+        self._source_mask = source_keep
         self._memory = model.encode(source, self._source_mask)
         self._steps = 0
 

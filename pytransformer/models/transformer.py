@@ -190,21 +190,20 @@ class Transformer(nn.Module):
         ):
             if mask is not None:
                 check_same_shape(name, what, mask, ids_name, ids)
-        source_mask = None if attention_mask is None else masks.padding(attention_mask.bool())
         target_mask = masks.causal()
         if decoder_attention_mask is not None:
             target_mask = target_mask & masks.padding(decoder_attention_mask.bool())
         with attention_weights(self if output_attentions else None) as seen:
-            memory = self.encode(input_ids, source_mask)
-            hidden = self.decode(decoder_input_ids, memory, target_mask, source_mask)
+            memory = self.encode(input_ids, attention_mask)
+            hidden = self.decode(decoder_input_ids, memory, target_mask, attention_mask)
         loss = None if labels is None else self._loss(hidden, labels)
         weights = _by_kind(seen) if output_attentions else (None, None, None)
         return TransformerOutput(hidden, memory, self.logits(hidden) if labels is None else None, loss, *weights)
 
-    def encode(self, input_ids: Tensor, mask: Mask | None = None) -> Tensor:
-        """The memory [B,S,E] of sources [B,S]."""
+    def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The memory [B,S,E] of sources [B,S]; padding is not computed."""
         x = self._embed("input_ids", input_ids, self.encoder_positions, self.encoder_norm, None, 0)
-        memory: Tensor = self.encoder(x, mask=mask)
+        memory: Tensor = self.encoder(x, src_key_padding_mask=_hidden(attention_mask))
         return memory
 
     def decode(
@@ -212,7 +211,7 @@ class Transformer(nn.Module):
         decoder_input_ids: Tensor,
         memory: Tensor,
         mask: Mask | None = None,
-        memory_mask: Mask | None = None,
+        memory_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         *,
         cache: Cache | None = None,
@@ -221,15 +220,16 @@ class Transformer(nn.Module):
 
         Args:
             mask: of the scores [B,H,T,n + T], n tokens being in the cache; causal where None.
-            memory_mask: of the scores [B,H,T,S].
+            memory_mask: [B,S], as ``attention_mask`` of the sources.
             position_ids: [B,T]; counted on from the cache where None.
         """
         past = 0 if cache is None else cache.layer(0).self_attention.length
         ids, positions = decoder_input_ids, self.decoder_positions
         x = self._embed("decoder_input_ids", ids, positions, self.decoder_norm, position_ids, past)
         mask = masks.causal("bottom_right") if mask is None else mask
+        hidden = _hidden(memory_mask)
         out: Tensor = self.decoder(
-            x, memory, tgt_mask=mask, memory_mask=memory_mask, tgt_is_causal=False, cache=cache
+            x, memory, tgt_mask=mask, tgt_is_causal=False, memory_key_padding_mask=hidden, cache=cache
         )  # fmt: skip
         return out
 
@@ -349,6 +349,11 @@ def _layer(kind: Any, config: TransformerConfig, side: str) -> Any:
         if attention is not None:
             attention.dropout = config.attention_dropout
     return layer
+
+
+def _hidden(attention_mask: Tensor | None) -> Tensor | None:
+    """A mask of real tokens as torch.nn's key padding mask, where True is padding."""
+    return None if attention_mask is None else ~attention_mask.bool()
 
 
 def _by_kind(seen: dict[str, Tensor]) -> tuple[tuple[Tensor, ...], ...]:

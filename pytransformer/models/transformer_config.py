@@ -28,6 +28,7 @@ class TransformerConfig:
         norm_first: norms before the blocks instead of after, and one more behind each stack.
         final_logits_bias: a constant is added to the logits (both).
         label_smoothing: of the loss.
+        suppress_tokens: never generated; the ``bad_words_ids`` of Marian's files.
         model_type: ``"transformer"``, ``"bart"`` or ``"marian"``: whose names ``to_dict`` writes.
 
     Raises:
@@ -61,6 +62,7 @@ class TransformerConfig:
     decoder_start_token_id: int | None = None
     forced_bos_token_id: int | None = None
     forced_eos_token_id: int | None = None
+    suppress_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -103,6 +105,10 @@ class TransformerConfig:
         }
         check_wanted(cls.__name__, config, wanted)
         known = {f.name: config[f.name] for f in fields(cls) if f.name in config}
+        words = config.get("bad_words_ids") or []
+        if not all(isinstance(word, list) and len(word) == 1 for word in words):
+            raise ValueError(f"{cls.__name__}: bad_words_ids must be lists of one token each, got {words!r}")
+        known["suppress_tokens"] = tuple(config.get("suppress_tokens") or (word[0] for word in words))
         return cls(**{**FAMILIES[family], **known})
 
     def to_dict(self) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def embedding_bwd(
 
 
 def _flat(indices: Tensor | None) -> Tensor | None:
-    return None if indices is None else indices.flatten().long()
+    return None if indices is None else indices.flatten().long().contiguous()  # one column's view stays a view
 
 
 def _position_index(positions: Tensor | None, tokens: Tensor) -> Tensor | None:
