@@ -94,7 +94,8 @@ class BertWorkload:
         """A directory that transformers reads, with a vocabulary of made-up words; for converters that want one."""
         import transformers
 
-        config = transformers.BertConfig(**self.model.config.to_dict())
+        # Converters ask for the kind of positions, of which transformers 5 knows one and says none.
+        config = transformers.BertConfig(**self.model.config.to_dict(), position_embedding_type="absolute")
         model = transformers.BertModel(config, add_pooling_layer=False)
         model.load_state_dict(dict(self.hf_weights), strict=False)
         model.save_pretrained(folder)

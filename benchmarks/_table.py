@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from pytransformer.benchmarks._case import PEER, Case
+from pytransformer.benchmarks._case import BYTES, PEER, Case
 from pytransformer.benchmarks._figures import Figures, Versus, figures, limits_line, notes, quantity, raised_peaks
 from pytransformer.benchmarks._statistics import Ratio
 
@@ -23,16 +23,15 @@ TITLES = ("ours", PEER, "ratio", "peak")
 def table(results: dict[str, Any], last: int | None = None) -> Table:
     """The rows, grouped by op, direction and dtype; only the ``last`` so many where given."""
     found = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    found.add_column("milliseconds", no_wrap=True, max_width=31)
+    found.add_column("milliseconds", no_wrap=True, max_width=33)
     for title in TITLES:
         found.add_column(title, justify="right", no_wrap=True)
     found.add_column("target", no_wrap=True)
     limits, threads = raised_peaks(results), results["environment"]["threads"]
     group = None
     for row in results["rows"] if last is None else results["rows"][-last:]:
-        heading = f"{row['op']} {row['direction']} {DTYPES.get(row['dtype'], row['dtype'])}"
-        if row["metric"] == "bytes":
-            heading += ", peak memory"
+        kind = "memory" if row["metric"] == BYTES else row["direction"]
+        heading = f"{row['op']} {kind} {DTYPES.get(row['dtype'], row['dtype'])}"
         if heading != group:
             group = heading
             found.add_row(f"[bold]{group}[/]")
@@ -70,7 +69,10 @@ def _peer_cells(row: dict[str, Any], name: str, other: Versus) -> tuple[str, ...
 
 def ratio_text(ratio: Ratio | None) -> str:
     """``1.32x ±2%``."""
-    return "-" if ratio is None else f"{ratio.value:.3g}x ±{ratio.noise:.0%}"
+    if ratio is None:
+        return "-"
+    noise = f"±{ratio.noise:.0%}" if ratio.noise < 1 else ">100%"
+    return f"{ratio.value:.3g}x {noise}"
 
 
 def _styled(verdict: str) -> str:

@@ -1,4 +1,5 @@
-"""Whole models: the sentence encoder all-MiniLM-L6-v2 on real text, BERT-base, and steps of training.
+"""Whole models: the sentence encoder all-MiniLM-L6-v2 on real text, BERT-base, greedy translation, and
+steps of training.
 
 Inference is against plain torch with the same weights (``_bert``), training against the same modules of
 ``torch.nn``, in which no row hides behind a slow framework.
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pytransformer.benchmarks import _training
+from pytransformer.benchmarks import _training, _translation
 from pytransformer.benchmarks._bert import BertWorkload
 from pytransformer.benchmarks._case import AbsentError, Case, Problem, dtype_name
 from pytransformer.benchmarks._models import BERT_BASE, TRANSFORMER_BASE
@@ -51,6 +52,7 @@ def cases(device: str = "cpu") -> Iterator[Case]:
     if device == "cpu":
         yield Case("models", "fwd", "float32", f"MiniLM-L6, {len(texts)} texts", 0.0, 0.0, partial(minilm, texts),
                    {"texts": len(texts)}, short=True)  # fmt: skip
+        yield _translation.case(32, 32, 32, targets={_translation.PEER: 3.0})
     for dtype in (torch.float32, torch.bfloat16):
         yield bert_case(dtype, 8, 128, device=device)
         yield bert_case(dtype, 1, 512, device=device)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -29,7 +30,7 @@ def encoder(workload: Any) -> Callable[..., Any]:
     tokens = [row[:n] for row, n in zip(workload.tensors["input_ids"].tolist(), lengths, strict=True)]
 
     def run(**tensors: Tensor) -> Tensor:
-        return torch.from_numpy(engine.forward_batch(tokens).last_hidden_state.numpy())
+        return torch.from_numpy(numpy.asarray(engine.forward_batch(tokens).last_hidden_state))
 
     return run
 
