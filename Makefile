@@ -8,7 +8,7 @@ SOURCES := $(wildcard csrc/*/*) setup.py pyproject.toml constraints.txt
 # The root of the repository stays off sys.path: the folder kernels/ would shadow a package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: setup build lint format type test triton-table bench clean
+.PHONY: setup build lint format type test triton-table bench bench-table bench-regress clean
 
 setup: $(STAMP)
 
@@ -45,6 +45,17 @@ triton-table: setup
 
 bench: setup
 	$(BIN)/pytransformer bench
+
+# The README's table, from the committed results.
+RESULTS := benchmarks/results/cpu-cascadelake-2t.json
+bench-table: setup
+	$(BIN)/pytransformer bench markdown $(RESULTS) --into README.md
+
+# Ours alone, against the run before: fails where a median is worse by more than a tenth.
+bench-regress: setup
+	$(BIN)/pytest -o addopts="-q --import-mode=importlib -p no:cacheprovider" tests/bench_regress.py --benchmark-only \
+	    --benchmark-autosave --benchmark-columns=median,iqr,rounds --benchmark-group-by=group \
+	    $$(ls .benchmarks/*/*.json >/dev/null 2>&1 && echo --benchmark-compare --benchmark-compare-fail=median:10%)
 
 clean:
 	rm -rf $(VENV) build *.egg-info pytransformer/*.so

@@ -2,45 +2,80 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from pytransformer.benchmarks._case import OURS, PEER
-from pytransformer.benchmarks._timing import change, change_verdict
+from pytransformer.benchmarks._figures import walls
+from pytransformer.benchmarks._statistics import TOLERANCE, Ratio, change, change_verdict
+
+UNTOLD = ("started", "load", "versions", "cpu_features", "megahertz")
 
 
-def compare(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, float, float, str]]:
-    """``(name, change of our time, its noise, verdict)`` for each row that both runs timed."""
+@dataclass(frozen=True)
+class Change:
+    """One row of both runs: our time (or instructions) after over before, and what may be said of it."""
+
+    name: str
+    ratio: Ratio
+    verdict: str
+    of: str = "time"
+
+
+def compare(before: dict[str, Any], after: dict[str, Any], tolerance: float = TOLERANCE) -> list[Change]:
+    """The rows that both runs have a time (or a size) of ours for."""
     old = {row["name"]: row for row in before["rows"]}
     found = []
     for row in after["rows"]:
         other = old.get(row["name"])
         if other is None or OURS not in row["samples"] or OURS not in other["samples"]:
             continue
-        ratio = change(_walls(other), _walls(row), OURS, PEER)
-        found.append((row["name"], ratio.value - 1, ratio.noise, change_verdict(ratio)))
+        ratio = change(walls(other), walls(row), OURS, PEER)
+        verdict, counted = change_verdict(ratio, tolerance), _counted(other, row)
+        if verdict == "cannot tell" and counted is not None:
+            found.append(Change(row["name"], counted, change_verdict(counted, tolerance), "instructions"))
+        else:
+            found.append(Change(row["name"], ratio, verdict))
     return found
+
+
+def _counted(before: dict[str, Any], after: dict[str, Any]) -> Ratio | None:
+    """Our instructions after over before, where both runs counted them for one instruction set."""
+    old, new = before.get("instructions"), after.get("instructions")
+    if old is None or new is None or old["isa"] != new["isa"]:
+        return None
+    value = new["calls"][OURS] / old["calls"][OURS]
+    return Ratio(value, value, value)
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """What else differs between the runs, a line each."""
     a, b = before["environment"], after["environment"]
-    keys = [key for key in a if key not in ("started", "load", "versions", "cpu_features") and a[key] != b.get(key)]
-    lines = [f"{key}: {a[key]} -> {b.get(key)}" for key in keys]
+    lines = [f"{key}: {a[key]} -> {b.get(key)}" for key in a if key not in UNTOLD and a[key] != b.get(key)]
     versions = {**a["versions"], **b["versions"]}
     changed = [name for name in versions if a["versions"].get(name) != b["versions"].get(name)]
     return lines + [f"{name}: {a['versions'].get(name)} -> {b['versions'].get(name)}" for name in changed]
 
 
-def print_comparison(before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Prints both, aligned."""
-    rows = compare(before, after)
-    width = max((len(name) for name, *_ in rows), default=0)
+def print_comparison(before: dict[str, Any], after: dict[str, Any], tolerance: float = TOLERANCE) -> int:
+    """Prints both, aligned; returns how many rows are slower.
+
+    Raises:
+        ValueError: the runs share no row.
+    """
+    rows = compare(before, after, tolerance)
+    if not rows:
+        raise ValueError("bench: the two runs have no row in common")
     for line in differences(before, after):
         print(f"differs: {line}")
-    for name, delta, noise, verdict in rows:
-        print(f"{name.ljust(width)}  {delta:+7.1%} ±{noise:.1%}  {verdict}")
+    width = max(len(row.name) for row in rows)
+    counts: dict[str, int] = {}
+    for row in rows:
+        counts[row.verdict] = counts.get(row.verdict, 0) + 1
+        print(
+            f"{row.name.ljust(width)}  {row.ratio.value - 1:+7.1%} ±{row.ratio.noise:.1%}  {row.verdict}"
+            f"{'' if row.of == 'time' else ', by ' + row.of}"
+        )
+    print(f"{len(rows)} rows: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
     print("change of our time, in units of torch's time in the same run where torch was timed")
-
-
-def _walls(row: dict[str, Any]) -> dict[str, list[float]]:
-    return {name: samples["wall"] for name, samples in row["samples"].items()}
+    return counts.get("slower", 0)

@@ -1,43 +1,105 @@
-"""What a row of samples says: speedup, noise, fraction of the machine's limit, verdict."""
+"""What a row of samples says: ratios, noise, fraction of the machine's limit, verdicts."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from pytransformer.benchmarks._case import OURS, PEER
-from pytransformer.benchmarks._environment import copy_rate
-from pytransformer.benchmarks._timing import Ratio, median, paired_ratio, target_verdict
+from pytransformer.benchmarks._case import BYTES, OURS, PEER
+from pytransformer.benchmarks._peaks import copy_rate
+from pytransformer.benchmarks._statistics import (
+    MOST_NOISE,
+    Ratio,
+    median,
+    over_median,
+    paired_ratio,
+    target_verdict,
+    worst_verdict,
+)
+from pytransformer.benchmarks._timing import LEAST_ROUNDS
 
 
 @dataclass(frozen=True)
-class Figures:
-    """A row in numbers; None where there is no time."""
+class Versus:
+    """Ours beside one other provider; above 1, ours is better."""
 
-    ours: float | None
-    peer: float | None
-    speedup: Ratio | None
-    limit: float | None
+    median: float
+    ratio: Ratio | None
     target: float | None
     verdict: str
 
 
-def figures(row: dict[str, Any], limits: dict[str, Any]) -> Figures:
+@dataclass(frozen=True)
+class Figures:
+    """A row in numbers; None where there is nothing to tell them from.
+
+    Attributes:
+        ours: our median, in seconds or bytes.
+        others: the other providers by name.
+        limit: the row's floor over our time.
+        rate: bytes a second and thread, where the row has a target for it.
+        verdict: of the row as a whole.
+    """
+
+    ours: float | None
+    others: dict[str, Versus]
+    limit: Ratio | None
+    rate: Ratio | None
+    verdict: str
+
+    @property
+    def peer(self) -> Versus | None:
+        """torch."""
+        return self.others.get(PEER)
+
+
+def walls(row: dict[str, Any]) -> dict[str, list[float]]:
+    """The samples by provider; without those of busy rounds, where enough others are left."""
+    found = {name: samples["wall"] for name, samples in row["samples"].items()}
+    busy = row.get("busy") or []
+    if not any(busy) or busy.count(False) < LEAST_ROUNDS:
+        return found
+    return {name: [x for x, flag in zip(wall, busy, strict=True) if not flag] for name, wall in found.items()}
+
+
+def figures(row: dict[str, Any], limits: dict[str, Any], threads: int = 1) -> Figures:
     """The figures of a row; ``limits`` as ``raised_peaks`` gives them."""
-    samples = {name: found["wall"] for name, found in row["samples"].items()}
-    ours = median(samples[OURS]) if OURS in samples else None
-    peer = median(samples[PEER]) if PEER in samples else None
-    limit = None if ours is None else floor_seconds(row, limits) / ours
-    if OURS in samples and PEER in samples:
-        speedup = paired_ratio(samples[PEER], samples[OURS])
-        return Figures(ours, peer, speedup, limit, row["target"], target_verdict(speedup, row["target"]))
+    samples = walls(row)
+    if OURS not in samples:
+        others = {name: Versus(median(wall), None, None, "") for name, wall in samples.items()}
+        return Figures(None, others, None, None, _without_ours(row))
+    ours = samples.pop(OURS)
+    others = {}
+    for name, wall in samples.items():
+        ratio, target = paired_ratio(wall, ours), row["targets"].get(name)
+        others[name] = Versus(median(wall), ratio, target, target_verdict(ratio, target))
+    limit = rate = None
+    if row["metric"] != BYTES:
+        limit = over_median(floor_seconds(row, limits), ours)
+        rate = over_median(row["bytes"] / threads, ours) if row["rate_target"] else None
+    return Figures(median(ours), others, limit, rate, _verdict(row, others, limit, rate))
+
+
+def _verdict(row: dict[str, Any], others: dict[str, Versus], limit: Ratio | None, rate: Ratio | None) -> str:
+    """Of all targets together; without any, of torch."""
+    verdicts = [other.verdict for other in others.values() if other.target is not None]
+    for found, target in ((limit, row["limit_target"]), (rate, row["rate_target"])):
+        if found is not None and target:
+            verdicts.append(target_verdict(found, target))
+    if verdicts:
+        return worst_verdict(verdicts)
+    if row["targets"]:
+        return "peer absent"
+    if PEER in others:
+        return others[PEER].verdict
+    return "torch is wrong" if PEER in row["wrong"] else ""
+
+
+def _without_ours(row: dict[str, Any]) -> str:
     if OURS in row["wrong"]:
-        verdict = "WRONG"
-    elif "case" in row["absent"]:
-        verdict = "absent"
-    else:
-        verdict = "torch is wrong" if PEER in row["wrong"] else "no peer"
-    return Figures(ours, peer, None, limit, row["target"], verdict)
+        return "WRONG"
+    return "absent" if row["absent"].keys() & {"case", OURS} else ""
 
 
 def floor_seconds(row: dict[str, Any], limits: dict[str, Any]) -> float:
@@ -49,32 +111,60 @@ def floor_seconds(row: dict[str, Any], limits: dict[str, Any]) -> float:
 
 def raised_peaks(results: dict[str, Any]) -> dict[str, Any]:
     """The measured peaks, raised where a row of this library goes beyond them; names the source."""
-    limits: dict[str, Any] = dict(results["peaks"])
-    limits["operations"] = dict(limits["operations"])
-    limits["sources"] = dict.fromkeys(limits["operations"], limits["operations_source"])
+    limits: dict[str, Any] = {**results["peaks"], "operations": dict(results["peaks"]["operations"])}
+    limits["sources"] = dict(limits["sources"])
     for row in results["rows"]:
-        if OURS not in row["samples"]:
+        if OURS not in row["samples"] or row["metric"] == BYTES:
             continue
-        rate = row["operations"] / median(row["samples"][OURS]["wall"])
+        rate = row["operations"] / median(walls(row)[OURS])
         if rate > limits["operations"].get(row["dtype"], 0.0):
             limits["operations"][row["dtype"]] = rate
             limits["sources"][row["dtype"]] = f"reached by {row['name']}"
     return limits
 
 
-def notes(results: dict[str, Any]) -> list[str]:
-    """Everything that was wrong or absent, a line each."""
-    lines = []
+def too_noisy(results: dict[str, Any]) -> list[str]:
+    """The names of the rows whose times allow no verdict on two runs."""
+    limits = results["peaks"]
+    found = []
     for row in results["rows"]:
-        lines += [f"WRONG {row['name']}, {who}: {why}" for who, why in row["wrong"].items()]
+        if OURS in row["samples"] and row["metric"] != BYTES and row["device"] == "cpu":
+            noise = figures(row, limits).peer
+            ratio = over_median(1.0, walls(row)[OURS]) if noise is None or noise.ratio is None else noise.ratio
+            if ratio.noise > MOST_NOISE:
+                found.append(row["name"])
+    return found
+
+
+def notes(results: dict[str, Any]) -> list[str]:
+    """Everything that was wrong, absent or served by no kernel of ours, a line each; the same said once."""
+    counted: Counter[str] = Counter()
+    for row in results["rows"]:
+        for who, why in row["wrong"].items():
+            counted[f"WRONG {row['name']}, {who}: {why}"] += 1
         for who, why in row["absent"].items():
-            lines.append(f"absent: {row['name']}{'' if who == 'case' else ', ' + who}: {why}")
-    return lines
+            counted[f"absent: {row['name']}: {why}" if who == "case" else f"absent: {row['op']}, {who}: {why}"] += 1
+        for reason in row["unfused"]:
+            counted[f"not by a kernel: {reason}"] += 1
+        if "instructions" in row:
+            calls = ", ".join(f"{who} {number:.4g}" for who, number in row["instructions"]["calls"].items())
+            counted[f"instructions of a call ({row['instructions']['isa']}, 1 thread): {row['name']}: {calls}"] += 1
+        if walls(row) and any(row["busy"]) and row["busy"].count(False) < LEAST_ROUNDS:
+            counted["timed while the machine was busy; run again when it is not"] += 1
+    return [line if count == 1 else f"{line} ({count} rows)" for line, count in counted.items()]
 
 
-def milliseconds(seconds: float | None) -> str:
-    """Three significant digits."""
-    return "-" if seconds is None else f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}"
+def quantity(value: float | None, metric: str) -> str:
+    """Milliseconds, or mebibytes with their letter; three significant digits in five characters."""
+    if value is None:
+        return "-"
+    if metric == BYTES:
+        return f"{_three(value / 2**20)}M"
+    return _three(value * 1e3) if value >= 1e-4 else f"{_three(value * 1e6)}\u00b5"
+
+
+def _three(value: float) -> str:
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 
 def limits_line(results: dict[str, Any]) -> str:

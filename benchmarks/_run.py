@@ -3,35 +3,63 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pytransformer._tolerance import Comparison
-from pytransformer.benchmarks._case import OURS, AbsentError, Case
-from pytransformer.benchmarks._environment import environment, peaks
-from pytransformer.benchmarks._timing import measure
+from pytransformer.backends import Decision, record_decisions
+from pytransformer.benchmarks import _device, _instructions, _processes, peers
+from pytransformer.benchmarks._case import BYTES, OURS, AbsentError, Case, Problem
+from pytransformer.benchmarks._environment import environment
+from pytransformer.benchmarks._figures import too_noisy
+from pytransformer.benchmarks._file import SCHEMA, Results, resumable, save
+from pytransformer.benchmarks._peaks import peaks
+from pytransformer.benchmarks._timing import Provider, flusher, measure
 
-SCHEMA = 1
-SECONDS, QUICK_SECONDS = 1.5, 0.3  # of timing, for each case
+SECONDS, QUICK_SECONDS = 0.8, 0.16  # of timing, for each case
 PEER_SLACK = 4.0  # a peer a little less exact than eager torch is not wrong; ours is held to the rule itself
 
-Results = dict[str, Any]
-Listener = Callable[[Results, int], None]
+Starting = Callable[[Case], None]
+Finished = Callable[[Results, int], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run is timed: what a resumed run must share with the one it goes on with.
+
+    Attributes:
+        quick: a fifth of the time.
+        flush: the caches are emptied before each sample.
+        peers: names of the peers that take part.
+    """
+
+    quick: bool = False
+    flush: bool = False
+    peers: tuple[str, ...] = ()
+
+    @property
+    def seconds(self) -> float:
+        return QUICK_SECONDS if self.quick else SECONDS
+
+
+PLAIN = Settings()
 
 
 def run(
     cases: Sequence[Case],
     output: Path,
     suite: str,
-    threads: int | None = None,
-    quick: bool = False,
-    starting: Callable[[Case], None] = lambda case: None,
-    finished: Listener = lambda results, index: None,
+    settings: Settings = PLAIN,
+    *,
+    resume: bool = False,
+    instructions: bool = False,
+    starting: Starting = lambda case: None,
+    finished: Finished = lambda results, index: None,
 ) -> Results:
     """Runs the cases in order and writes ``output`` after each; returns what it holds.
 
@@ -39,104 +67,167 @@ def run(
         cases: what to run.
         output: the JSON file.
         suite: its name, for the record.
-        threads: of torch and the CPU kernels; torch's own choice without.
-        quick: a fifth of the time.
+        settings: how.
+        resume: keep the rows that ``output`` has, and run the others only.
+        instructions: count them for the rows that are too noisy to time.
         starting: called before a case.
         finished: called after it, with all results so far and the case's index.
+
+    Raises:
+        ValueError: ``output`` is of another run, and cannot be resumed.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
-    results: Results = {
-        "schema": SCHEMA,
-        "suite": suite,
-        "quick": quick,
-        "environment": environment(),
-        "peaks": peaks(quick),
-        "rows": [],
-        "finished": False,
-    }
+    described, how = environment(), {**asdict(settings), "peers": list(settings.peers)}
+    if resume and output.exists():
+        results = resumable(output, suite, described, how)
+    else:
+        device = cases[0].device if cases else "cpu"
+        results = {
+            "schema": SCHEMA,
+            "suite": suite,
+            "settings": how,
+            "environment": described,
+            "peaks": peaks(device, settings.quick),
+            "peers": peers.versions(settings.peers),
+            "rows": [],
+        }
+    results["finished"] = False
     save(results, output)
-    for index, case in enumerate(cases):
-        starting(case)
-        results["rows"].append(run_case(case, QUICK_SECONDS if quick else SECONDS, seed=index))
-        save(results, output)
-        finished(results, index)
+    done = {row["name"] for row in results["rows"]}
+    with peers.Peers(settings.peers) as joined:
+        for index, case in enumerate(cases):
+            if case.name not in done:
+                starting(case)
+                results["rows"].append(run_case(case, settings, joined, seed=index))
+                save(results, output)
+            finished(results, index)
+    if instructions:
+        _count_noisy(results, cases, output, starting)
     results["finished"] = True
     save(results, output)
     return results
 
 
-def run_case(case: Case, seconds: float, seed: int = 0) -> dict[str, Any]:
+def _count_noisy(results: Results, cases: Sequence[Case], output: Path, starting: Starting) -> None:
+    """Counts instructions for the rows whose noise allows no verdict on two runs."""
+    noisy, by_name = too_noisy(results), {case.name: case for case in cases}
+    for row in results["rows"]:
+        if row["name"] in noisy and row["name"] in by_name and "instructions" not in row:
+            case = by_name[row["name"]]
+            starting(case)
+            try:
+                row["instructions"] = _instructions.count(case)
+            except AbsentError as reason:
+                row["absent"]["instructions"] = str(reason)
+            save(results, output)
+
+
+def run_case(
+    case: Case, settings: Settings = PLAIN, joined: peers.Peers | None = None, seed: int = 0
+) -> dict[str, Any]:
     """One case as a row of JSON. A provider that is wrong against float64 gets no time."""
-    row: dict[str, Any] = {
-        "name": case.name,
-        "op": case.op,
-        "direction": case.direction,
-        "dtype": case.dtype,
-        "shape": case.shape,
-        "operations": case.operations,
-        "bytes": case.bytes,
-        "target": case.target,
-        "samples": {},
-        "wrong": {},
-        "absent": {},
-    }
+    row, joined = _blank(case), joined or peers.Peers()
+    if case.metric == BYTES:
+        _measure_memory(case, row)
+        return row
     try:
-        problem = case.build()
+        with record_decisions() as decisions:
+            problem = case.build()
+            right = _gated(case, problem, row)
     except AbsentError as reason:
         row["absent"] = {"case": str(reason)}
         return row
-    row["absent"] = dict(problem.absent)
+    row["absent"].update(problem.absent)
+    row["unfused"] = unfused(decisions)
     if problem.operations is not None:
         row["operations"], row["bytes"] = problem.operations, problem.bytes
-    right = {}
-    for name, provider in problem.providers.items():
-        reason = _gate(provider, problem.check, 1.0 if name == OURS else PEER_SLACK)
-        if reason is None:
-            right[name] = provider
-        else:
-            row["wrong"][name] = reason
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    for name, samples in measure(right, seconds, seed).items() if right else ():
-        row["samples"][name] = {"calls": samples.calls, "wall": samples.wall, "cpu": samples.cpu}
-    row["load"] = load
+    others, absent = joined.join(case, problem.workload)
+    row["absent"].update(absent)
+    right.update(_passing(others, problem, row, row["absent"]))
+    if right:
+        _time(right, case, settings, seed, row)
     del problem, right
     gc.collect()
     return row
 
 
-def _gate(provider: Callable[[], Any], check: Callable[[Any], list[Comparison]], slack: float) -> str | None:
-    """Why the provider gets no time, or None. ``slack`` is how many times what is allowed it may be off."""
+def _blank(case: Case) -> dict[str, Any]:
+    fields = ("name", "op", "direction", "dtype", "shape", "operations", "bytes", "metric", "limit_target",
+              "rate_target", "device")  # fmt: skip
+    plain = {name: getattr(case, name) for name in fields}
+    empty = {"samples": {}, "busy": [], "wrong": {}, "absent": {}, "unfused": []}
+    return {**plain, "sizes": dict(case.sizes), "targets": dict(case.targets), **empty}
+
+
+def _gated(case: Case, problem: Problem, row: dict[str, Any]) -> dict[str, Provider]:
+    """The case's own providers that are right, ready to be timed."""
+    local: dict[str, Provider] = {name: _device.local(run, case.device) for name, run in problem.providers.items()}
+    return _passing(local, problem, row, row["wrong"])
+
+
+def _passing(
+    providers: dict[str, Provider], problem: Problem, row: dict[str, Any], raised: dict[str, str]
+) -> dict[str, Provider]:
+    """Those that pass the check. What one raises goes into ``raised``: ours and torch must run, a peer need not."""
+    right = {}
+    for name, provider in providers.items():
+        try:
+            outputs = provider()
+        except Exception as error:  # the other rows go on
+            raised[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            continue
+        slack = 1.0 if name == OURS else PEER_SLACK
+        wrong = "" if name in problem.random else _gate(outputs, problem.check, slack)
+        if wrong:
+            row["wrong"][name] = wrong
+        else:
+            right[name] = provider
+    return right
+
+
+def _gate(outputs: Any, check: Callable[[Any], list[Comparison]], slack: float) -> str:
+    """Why a provider gets no time, or nothing. ``slack`` is how many times what is allowed it may be off."""
     try:
-        wrong = [str(found) for found in check(provider()) if found.ratio > slack]
-    except Exception as error:  # a provider that raises is wrong; the other rows go on
+        return "; ".join(str(found) for found in check(outputs) if found.ratio > slack)
+    except Exception as error:  # outputs of another number or shape
         return f"{type(error).__name__}: {error}"
-    return "; ".join(wrong) or None
 
 
-def save(results: Results, path: Path) -> None:
-    """Writes ``path`` in one step: a reader finds the file before or after, never a half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(results, indent=1))
-    os.replace(temporary, path)
+def _time(right: dict[str, Provider], case: Case, settings: Settings, seed: int, row: dict[str, Any]) -> None:
+    flush = flusher(case.device) if settings.flush else None
+    timing = measure(right, settings.seconds, seed, flush)
+    row["samples"] = {name: asdict(samples) for name, samples in timing.samples.items()}
+    row["busy"] = timing.busy
+    row["clock"] = next(iter(right.values())).clock
+    row["load"] = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
-def load(path: Path) -> Results:
-    """A file that ``save`` wrote.
-
-    Raises:
-        ValueError: it is not one, or of a schema this version does not read.
-    """
+def _measure_memory(case: Case, row: dict[str, Any]) -> None:
+    """The peaks of memory, taken in a process of its own: what a heap keeps from earlier rows is not there."""
     try:
-        results = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"bench: cannot read {path}: {error}") from error
-    if not isinstance(results, dict) or results.get("schema") != SCHEMA:
-        raise ValueError(f"bench: {path} is not a benchmark result of schema {SCHEMA}")
-    return results
+        found = _processes.in_child(memory_of, case, torch.get_num_threads())
+    except AbsentError as reason:
+        row["absent"] = {"case": str(reason)}
+        return
+    row.update(found)
+    row["busy"] = [False] * max((len(x["wall"]) for x in row["samples"].values()), default=0)
 
 
-def chosen(cases: Iterable[Case], text: str) -> list[Case]:
-    """The cases whose name contains ``text``."""
-    return [case for case in cases if text in case.name]
+def memory_of(case: Case) -> dict[str, Any]:
+    """The parts of a row that hold peaks of memory; ``wall`` has bytes."""
+    from pytransformer.benchmarks._memory import peak_memory
+
+    row: dict[str, Any] = {"wrong": {}, "absent": {}, "samples": {}}
+    with record_decisions() as decisions:
+        problem = case.build()
+        right = _gated(case, problem, row)
+    for name in right:
+        found = peak_memory(problem.providers[name], case.device)
+        row["samples"][name] = {"calls": 1, "wall": found, "cpu": []}
+    return {**row, "unfused": unfused(decisions)}
+
+
+def unfused(decisions: Sequence[Decision]) -> list[str]:
+    """Why no kernel of ours served, for each op where that is so."""
+    served = [d for d in decisions if d.backend == "reference" and d.reasons]
+    found = {f"{d.op}: " + "; ".join(f"{name}: {why}" for name, why in d.reasons.items()) for d in served}
+    return sorted(found)

@@ -7,62 +7,105 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from pytransformer.benchmarks._case import Case
-from pytransformer.benchmarks._figures import Figures, figures, limits_line, milliseconds, notes, raised_peaks
+from pytransformer.benchmarks._case import PEER, Case
+from pytransformer.benchmarks._figures import Figures, Versus, figures, limits_line, notes, quantity, raised_peaks
+from pytransformer.benchmarks._statistics import Ratio
 
 STYLES = {"met": "green", "faster": "green", "missed": "red", "slower": "red", "WRONG": "bold red"}
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+TITLES = ("ours", PEER, "ratio", "peak")
 
 
 def table(results: dict[str, Any], last: int | None = None) -> Table:
-    """The rows, grouped by op; only the ``last`` so many where given."""
+    """The rows, grouped by op, direction and dtype; only the ``last`` so many where given."""
     found = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    found.add_column("milliseconds, speedup over torch", no_wrap=True, max_width=34)
-    for title in ("ours", "torch", "speedup", "noise", "limit"):
+    found.add_column("milliseconds", no_wrap=True, max_width=31)
+    for title in TITLES:
         found.add_column(title, justify="right", no_wrap=True)
     found.add_column("target", no_wrap=True)
-    limits = raised_peaks(results)
-    rows = results["rows"] if last is None else results["rows"][-last:]
-    op = None
-    for row in rows:
-        if row["op"] != op:
-            op = row["op"]
-            found.add_row(f"[bold]{op}[/]")
-        found.add_row(*cells(row, figures(row, limits)))
+    limits, threads = raised_peaks(results), results["environment"]["threads"]
+    group = None
+    for row in results["rows"] if last is None else results["rows"][-last:]:
+        heading = f"{row['op']} {row['direction']} {DTYPES.get(row['dtype'], row['dtype'])}"
+        if row["metric"] == "bytes":
+            heading += ", peak memory"
+        if heading != group:
+            group = heading
+            found.add_row(f"[bold]{group}[/]")
+        numbers = figures(row, limits, threads)
+        found.add_row(*cells(row, numbers))
+        for name, other in numbers.others.items():
+            if name != PEER:
+                found.add_row(*_peer_cells(row, name, other))
     return found
 
 
 def cells(row: dict[str, Any], numbers: Figures) -> tuple[str, ...]:
-    """The row's seven cells, styled."""
-    style = STYLES.get(numbers.verdict)
-    verdict = f"[{style}]{numbers.verdict}[/]" if style else numbers.verdict
-    target = "" if numbers.target is None else f"{numbers.target:g}x "
-    label = f" {row['direction']} {DTYPES.get(row['dtype'], row['dtype'])} {row['shape']}"
-    speedup = numbers.speedup
+    """The row's six cells, styled."""
+    targets = [] if PEER not in row["targets"] else [f"{row['targets'][PEER]:g}x"]
+    if row["limit_target"]:
+        targets.append(f"{row['limit_target']:.0%}")
+    if row["rate_target"]:
+        targets.append(f"{row['rate_target'] / 1e9:.0f}GB/s")
+    peer = numbers.peer
     return (
-        label.replace("[", r"\["),
-        milliseconds(numbers.ours),
-        milliseconds(numbers.peer),
-        "-" if speedup is None else f"{speedup.value:.2f}x",
-        "-" if speedup is None else f"±{speedup.noise:.0%}",
-        "-" if numbers.limit is None else f"{numbers.limit:.0%}",
-        target + verdict,
+        f" {escape(row['shape'])}",
+        quantity(numbers.ours, row["metric"]),
+        "-" if peer is None else quantity(peer.median, row["metric"]),
+        ratio_text(peer.ratio if peer else None),
+        "-" if numbers.limit is None else f"{numbers.limit.value:.0%}",
+        " ".join([*targets, _styled(numbers.verdict)]),
     )
+
+
+def _peer_cells(row: dict[str, Any], name: str, other: Versus) -> tuple[str, ...]:
+    target = "" if other.target is None else f"{other.target:g}x "
+    time = quantity(other.median, row["metric"])
+    return f"   {name}", "", time, ratio_text(other.ratio), "", target + _styled(other.verdict)
+
+
+def ratio_text(ratio: Ratio | None) -> str:
+    """``1.32x ±2%``."""
+    return "-" if ratio is None else f"{ratio.value:.3g}x ±{ratio.noise:.0%}"
+
+
+def _styled(verdict: str) -> str:
+    style = STYLES.get(verdict)
+    return f"[{style}]{verdict}[/]" if style else verdict
+
+
+def summary(results: dict[str, Any]) -> str:
+    """How many rows have which verdict."""
+    limits, threads = raised_peaks(results), results["environment"]["threads"]
+    counts: dict[str, int] = {}
+    for row in results["rows"]:
+        verdict = figures(row, limits, threads).verdict or "no peer"
+        counts[verdict] = counts.get(verdict, 0) + 1
+    return f"{len(results['rows'])} rows: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
 
 
 def print_results(results: dict[str, Any], console: Console | None = None) -> None:
     """The whole table, what it is measured against, and everything that is not in it."""
     out = console or Console()
     out.print(table(results))
-    described = results["environment"]
-    versions = described["versions"]
-    out.print(f"{described['cpu']}, {described['isa']}, {described['threads']} threads, torch {versions['torch']}")
-    out.print(limits_line(results), markup=False, highlight=False)
-    out.print("limit: the row's floor, by operations or bytes, as a fraction of our time", highlight=False)
-    for line in notes(results):
+    described, settings = results["environment"], results["settings"]
+    device = described["gpu"] if results["suite"] == "gpu" else f"{described['cpu']}, {described['isa']}"
+    caches = "flushed before each sample" if settings["flush"] else "warm"
+    lines = [
+        summary(results),
+        f"{device}, {described['threads']} threads, torch {described['versions']['torch']}; caches {caches}",
+        limits_line(results),
+        "ratio: the other's median over ours, ± its 95% interval; peak: the row's floor, by operations or bytes, "
+        "over our time",
+        *(f"peer {name} {found.get('version') or 'absent: ' + found['absent']}"
+          for name, found in results["peers"].items()),
+        *notes(results),
+    ]  # fmt: skip
+    for line in lines:
         out.print(line, markup=False, highlight=False)
 
 
@@ -75,6 +118,8 @@ class LiveTable:
             TextColumn("{task.description}"),
             BarColumn(bar_width=16),
             MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
             TimeRemainingColumn(),
             console=self.console,
         )
@@ -92,14 +137,14 @@ class LiveTable:
         self.live.stop()
 
     def starting(self, case: Case) -> None:
-        self.progress.update(self.task, description=f"{case.op} {case.direction} {case.shape}"[:44])
+        self.progress.update(self.task, description=escape(f"{case.op} {case.direction} {case.shape}"[:34]))
 
     def finished(self, results: dict[str, Any], index: int) -> None:
         self.progress.update(self.task, completed=index + 1)
         if self.console.is_terminal:
-            self.live.update(Group(table(results, last=max(self.console.height - 8, 4)), self.progress))
+            self.live.update(Group(table(results, last=max(self.console.height // 2 - 4, 3)), self.progress))
             return
         row = results["rows"][-1]
-        numbers = figures(row, raised_peaks(results))
-        speedup = "-" if numbers.speedup is None else f"{numbers.speedup.value:.2f}x"
-        self.console.print(f"{row['name']}: {speedup} {numbers.verdict}", markup=False, highlight=False)
+        numbers = figures(row, raised_peaks(results), results["environment"]["threads"])
+        ratio = ratio_text(numbers.peer.ratio if numbers.peer else None)
+        self.console.print(f"{row['name']}: {ratio} {numbers.verdict}", markup=False, highlight=False)

@@ -1,59 +1,96 @@
-"""ffn against ``F.linear``, ``F.gelu``, ``F.linear``, at the sizes of BERT-base."""
+"""ffn against ``F.linear``, the activation, ``F.linear``, at the sizes of the named models."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pytransformer.benchmarks._case import Case, OpProblem, Problem, draw, dtype_name
+from pytransformer.benchmarks._case import Case, Problem, draw, dtype_name
+from pytransformer.benchmarks._models import BERT_BASE, GPT2, LLAMA_3_8B, TRANSFORMER_BASE, Model
+from pytransformer.benchmarks._op_problem import OpProblem
 
-CHECKED_ROWS = 64
+CHECKED_ROWS = 32
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
+FORWARD = (
+    (BERT_BASE, 128), (BERT_BASE, 1024), (BERT_BASE, 2048), (TRANSFORMER_BASE, 1024), (GPT2, 512), (LLAMA_3_8B, 16)
+)  # fmt: skip
+BACKWARD = ((BERT_BASE, 1024),)
 
 
-def cases() -> Iterator[Case]:
-    """Forward over the number of rows, backward at 1024."""
+def cases(device: str = "cpu") -> Iterator[Case]:
+    """Forward over models and rows; backward, and both together, where it is trained."""
     for dtype in (torch.float32, torch.bfloat16):
-        for M in (128, 1024, 4096):
-            yield case("fwd", dtype, M, 768, 3072)
-        yield case("bwd", dtype, 1024, 768, 3072)
+        for model, M in FORWARD:
+            yield case("fwd", dtype, model, M, device=device)
+        for model, M in BACKWARD:
+            yield case("bwd", dtype, model, M, device=device)
+        yield case("fwd+bwd", dtype, BERT_BASE, 1024, device=device)
 
 
-def case(direction: str, dtype: torch.dtype, M: int, E: int, F: int) -> Case:
-    """M rows of width E through a hidden layer of width F, with gelu."""
-    forward = direction == "fwd"
-    weights, rows = 2 * E * F + E + F, M * E
+def case(direction: str, dtype: torch.dtype, model: Model, M: int, device: str = "cpu", **more: Any) -> Case:
+    """M rows through the hidden layer of a model."""
+    E, hidden = model.width, model.hidden
+    matrices = 3 if model.gated else 2
+    weights, rows = matrices * E * hidden, M * E
+    forward = weights + 2 * rows  # the weights, input and output
+    backward = 2 * weights + 3 * rows + M * hidden  # gradients of input and weights too, and the hidden
+    promised = direction == "fwd" and dtype == torch.float32 and (model, M) == (BERT_BASE, 1024)
+    settings = {"targets": {"torch": 1.0} if promised else {}, **more}
     return Case(
         op="ffn",
         direction=direction,
         dtype=dtype_name(dtype),
-        shape=f"{M}x{E}x{F} gelu",
-        operations=2 * (2 * M * E * F) * (1 if forward else 2),
-        # input, weights, output; in the backward also the gradients of input and weights, and the hidden
-        bytes=dtype.itemsize * (weights + 2 * rows if forward else 2 * weights + 3 * rows + M * F),
-        build=partial(build, direction, dtype, M, E, F),
-        target=1.0 if forward and dtype == torch.float32 else None,
-        short=M == 1024 and (dtype == torch.float32 or forward),
+        shape=f"{model.name} {M}" + (" gated" if model.gated else ""),
+        operations=2 * matrices * M * E * hidden * {"fwd": 1, "bwd": 2, "fwd+bwd": 3}[direction],
+        bytes=dtype.itemsize * {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}[direction],
+        build=partial(build, direction, dtype, model, M, device),
+        sizes={"M": M, "E": E, "F": hidden, "activation": model.activation},
+        device=device,
+        short=(model, M) == (BERT_BASE, 1024) and (direction == "fwd" or (direction, dtype) == ("bwd", torch.float32)),
+        **settings,
     )
 
 
-def build(direction: str, dtype: torch.dtype, M: int, E: int, hidden: int) -> Problem:
+def build(direction: str, dtype: torch.dtype, model: Model, M: int, device: str) -> Problem:
     """The tensors and both providers."""
+    E, hidden = model.width, model.hidden
+    make = partial(draw, dtype=dtype, device=device)
     tensors: dict[str, Tensor | None] = {
-        "input": draw(M, E, dtype=dtype),
-        "weight1": draw(hidden, E, dtype=dtype, scale=E**-0.5, seed=1),
-        "bias1": draw(hidden, dtype=dtype, scale=0.1, seed=2),
-        "weight2": draw(E, hidden, dtype=dtype, scale=hidden**-0.5, seed=3),
-        "bias2": draw(E, dtype=dtype, scale=0.1, seed=4),
+        "input": make(M, E),
+        "weight1": make(hidden, E, scale=E**-0.5, seed=1),
+        "bias1": None if model.gated else make(hidden, scale=0.1, seed=2),
+        "weight2": make(E, hidden, scale=hidden**-0.5, seed=3),
+        "bias2": None if model.gated else make(E, scale=0.1, seed=4),
     }
+    if model.gated:
+        tensors["weight_gate"] = make(hidden, E, scale=E**-0.5, seed=5)
+    activation = ACTIVATIONS[model.activation]
 
-    def peer(input: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
-        return F.linear(F.gelu(F.linear(input, weight1, bias1)), weight2, bias2)
+    def peer(
+        input: Tensor,
+        weight1: Tensor,
+        bias1: Tensor | None,
+        weight2: Tensor,
+        bias2: Tensor | None,
+        weight_gate: Tensor | None = None,
+    ) -> Tensor:
+        inner = activation(F.linear(input, weight1, bias1))
+        if weight_gate is not None:
+            inner = inner * F.linear(input, weight_gate)
+        return F.linear(inner, weight2, bias2)
 
-    options = {"activation": "gelu"}
-    if direction == "fwd":
-        return OpProblem("ffn", tensors, options, peer, sampled=("input",), count=CHECKED_ROWS).forward()
-    return OpProblem("ffn", tensors, options, peer).backward()
+    weights = tuple(name for name, x in tensors.items() if name != "input" and x is not None)
+    options = {"activation": model.activation}
+    sampled = ("input",) if direction == "fwd" else ()
+    problem = OpProblem("ffn", direction, tensors, options, peer, weights, sampled, CHECKED_ROWS)
+    return problem.problem()

@@ -1,48 +1,60 @@
-"""linear_cross_entropy against ``F.cross_entropy`` of ``F.linear``, with a vocabulary cut to a CPU's patience."""
+"""linear_cross_entropy against ``F.cross_entropy`` of ``F.linear``, rows cut to a CPU's patience."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pytransformer.benchmarks._case import Case, OpProblem, Problem, draw, dtype_name
+from pytransformer.benchmarks._case import Case, Problem, draw, dtype_name
+from pytransformer.benchmarks._models import TRANSFORMER_BASE, Model
+from pytransformer.benchmarks._op_problem import OpProblem
+
+MINILM = Model("MiniLM", 12, 32, 1536, 8192)  # the vocabulary cut: the short row
+ROWS = ((MINILM, 256), (TRANSFORMER_BASE, 128))
 
 
-def cases() -> Iterator[Case]:
-    """Forward and backward of one batch."""
-    for direction in ("fwd", "bwd"):
-        yield case(direction, torch.float32, 256, 384, 8192)
+def cases(device: str = "cpu") -> Iterator[Case]:
+    """Forward, backward and both, of one batch for each vocabulary."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for direction in ("fwd", "bwd", "fwd+bwd"):
+            for model, N in ROWS if direction == "fwd+bwd" else ROWS[:1]:
+                yield case(direction, dtype, model, N, device=device)
 
 
-def case(direction: str, dtype: torch.dtype, N: int, E: int, V: int) -> Case:
-    """The mean loss of N rows of width E over V classes."""
-    forward = direction == "fwd"
+def case(direction: str, dtype: torch.dtype, model: Model, N: int, device: str = "cpu", **more: Any) -> Case:
+    """The mean loss of N rows over the vocabulary."""
+    E, V = model.width, model.vocabulary
     once = (N * E + V * E) * dtype.itemsize
     return Case(
         op="linear_cross_entropy",
         direction=direction,
         dtype=dtype_name(dtype),
-        shape=f"{N}x{E}, V={V}",
-        operations=2 * N * E * V * (1 if forward else 2),
-        bytes=once * (1 if forward else 2),
-        build=partial(build, direction, dtype, N, E, V),
+        shape=f"{model.name} {N}, V={V}",
+        operations=2 * N * E * V * {"fwd": 1, "bwd": 2, "fwd+bwd": 3}[direction],
+        bytes=once * {"fwd": 1, "bwd": 2, "fwd+bwd": 3}[direction],
+        build=partial(build, direction, dtype, model, N, device),
+        sizes={"N": N, "E": E, "V": V},
+        device=device,
+        short=model is MINILM and dtype == torch.float32 and direction != "fwd+bwd",
+        **more,
     )
 
 
-def build(direction: str, dtype: torch.dtype, N: int, E: int, V: int) -> Problem:
+def build(direction: str, dtype: torch.dtype, model: Model, N: int, device: str) -> Problem:
     """The tensors and both providers."""
+    E, V = model.width, model.vocabulary
     tensors: dict[str, Tensor | None] = {
-        "input": draw(N, E, dtype=dtype),
-        "linear_weight": draw(V, E, dtype=dtype, scale=E**-0.5, seed=1),
-        "target": torch.randint(V, (N,), generator=torch.Generator().manual_seed(2)),
+        "input": draw(N, E, dtype=dtype, device=device),
+        "linear_weight": draw(V, E, dtype=dtype, scale=E**-0.5, seed=1, device=device),
+        "target": torch.randint(V, (N,), generator=torch.Generator().manual_seed(2)).to(device),
     }
 
     def peer(input: Tensor, linear_weight: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(input, linear_weight), target)
 
-    problem = OpProblem("linear_cross_entropy", tensors, {}, peer)
-    return problem.forward() if direction == "fwd" else problem.backward()
+    return OpProblem("linear_cross_entropy", direction, tensors, {}, peer, ("linear_weight",)).problem()

@@ -2,36 +2,62 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from pytransformer.benchmarks._figures import figures, limits_line, milliseconds, raised_peaks
+from pytransformer.benchmarks._case import BYTES
+from pytransformer.benchmarks._figures import figures, limits_line, quantity, raised_peaks
 
 HEADER = ("op", "case", "torch, ms", "ours, ms", "speedup", "of the limit")
+BEGIN, END = "<!-- table:begin (pytransformer bench markdown) -->", "<!-- table:end -->"
 
 
 def markdown(results: dict[str, Any]) -> str:
     """A table of every row that has a time, and under it the machine it was measured on."""
-    limits = raised_peaks(results)
+    limits, threads = raised_peaks(results), results["environment"]["threads"]
     lines = [f"| {' | '.join(HEADER)} |", "|---|---|--:|--:|--:|--:|"]
     for row in results["rows"]:
-        numbers = figures(row, limits)
-        if numbers.ours is None:
+        numbers = figures(row, limits, threads)
+        if numbers.ours is None or row["metric"] == BYTES:
             continue
+        peer = numbers.peer
         speedup = "-"
-        if numbers.speedup is not None:
-            speedup = f"{numbers.speedup.value:.2f}x ±{numbers.speedup.noise:.0%}"
+        if peer is not None and peer.ratio is not None:
+            speedup = f"{peer.ratio.value:.2f}x ±{peer.ratio.noise:.0%}"
         cells = (
             row["op"],
             f"{row['direction']} {row['dtype']} {row['shape']}",
-            milliseconds(numbers.peer),
-            milliseconds(numbers.ours),
+            "-" if peer is None else quantity(peer.median, row["metric"]),
+            quantity(numbers.ours, row["metric"]),
             speedup,
-            "-" if numbers.limit is None else f"{numbers.limit:.0%}",
+            "-" if numbers.limit is None else f"{numbers.limit.value:.0%}",
         )
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _where(results)])
+
+
+def _where(results: dict[str, Any]) -> str:
     described = results["environment"]
     machine = f"{described['cpu']}, {described['threads']} threads, {described['isa']}"
     commit = f", commit {described['commit'][:10]}" if described["commit"] else ""
-    torch_version = described["versions"]["torch"]
-    lines += ["", f"Measured on {machine}; torch {torch_version}{commit}; {limits_line(results)}."]
-    return "\n".join(lines)
+    text = f"Measured on {machine}; torch {described['versions']['torch']}{commit}; {limits_line(results)}."
+    if "avx512f" in described["cpu_features"] and "avx512_bf16" not in described["cpu_features"]:
+        text += " This processor has no AVX512-BF16: bfloat16 is widened to float32."
+    return f"{text} Losses are shown like wins."
+
+
+def write_into(path: Path, table: str) -> None:
+    """Puts the table between the two marks of ``path``.
+
+    Raises:
+        ValueError: the file cannot be read, or does not have both marks.
+    """
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ValueError(f"bench: cannot read {path}: {error}") from error
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"bench: {path} must have the lines {BEGIN!r} and {END!r}, between which the table goes")
+    path.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{after}")

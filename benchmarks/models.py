@@ -1,23 +1,25 @@
-"""Whole models on real text: the sentence encoder all-MiniLM-L6-v2 against plain torch with the same weights.
+"""Whole models: the sentence encoder all-MiniLM-L6-v2 on real text, BERT-base, and steps of training.
 
-The peer is BERT written with ``F.scaled_dot_product_attention``, ``F.linear``, ``F.gelu`` and ``F.layer_norm``:
-what a person has without this library, with no framework's overhead around it.
+Inference is against plain torch with the same weights (``_bert``), training against the same modules of
+``torch.nn``, in which no row hides behind a slow framework.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from pytransformer._tolerance import Comparison, compare
-from pytransformer.benchmarks._case import OURS, PEER, AbsentError, Case, Problem
+from pytransformer.benchmarks import _training
+from pytransformer.benchmarks._bert import BertWorkload
+from pytransformer.benchmarks._case import AbsentError, Case, Problem, dtype_name
+from pytransformer.benchmarks._models import BERT_BASE, TRANSFORMER_BASE
+from pytransformer.benchmarks.attention import lengths
 
-HEADS, EPS = 12, 1e-12  # of all-MiniLM-L6-v2; its other sizes are those of its weights
+LAYERS = 12
+TRAINED_LAYERS = 2  # a step of training costs three forwards; the layers are all alike
 
 SENTENCES = (
     "The cat sat on the mat.",
@@ -43,109 +45,63 @@ SENTENCES = (
 )
 
 
-def cases() -> Iterator[Case]:
-    """One batch of sentences of uneven length, padded; in twos as well, so that lengths spread further."""
+def cases(device: str = "cpu") -> Iterator[Case]:
+    """The sentence encoder; BERT-base whole and padded; steps of training, and their memory."""
     texts = [*SENTENCES, *(f"{a} {b}" for a, b in zip(SENTENCES, reversed(SENTENCES), strict=True))]
-    yield Case(
+    if device == "cpu":
+        yield Case("models", "fwd", "float32", f"MiniLM-L6, {len(texts)} texts", 0.0, 0.0, partial(minilm, texts),
+                   {"texts": len(texts)}, short=True)  # fmt: skip
+    for dtype in (torch.float32, torch.bfloat16):
+        yield bert_case(dtype, 8, 128, device=device)
+        yield bert_case(dtype, 1, 512, device=device)
+        yield bert_case(dtype, 8, 128, padded=True, device=device)
+    for dtype, target in ((torch.float32, 1.1), (torch.bfloat16, 1.25)):
+        for model in (BERT_BASE, TRANSFORMER_BASE):
+            yield _training.case(dtype, model, TRAINED_LAYERS, 8, 128, device=device, targets={"torch": target})
+            yield _training.case(dtype, model, TRAINED_LAYERS, 8, 128, padded=True, device=device,
+                                 targets={"torch": 1.8})  # fmt: skip
+
+
+def bert_case(dtype: torch.dtype, B: int, S: int, padded: bool = False, device: str = "cpu", **more: Any) -> Case:
+    """BERT-base, twelve layers, random weights; padded to 56% of real tokens."""
+    return Case(
         op="models",
         direction="fwd",
-        dtype="float32",
-        shape=f"MiniLM-L6, {len(texts)} texts",
+        dtype=dtype_name(dtype),
+        shape=f"BERT-base {B}x{S}" + (" padding" if padded else ""),
         operations=0.0,  # both follow from the number of tokens: `build` fills them in
         bytes=0.0,
-        build=partial(build, texts),
+        build=partial(bert, dtype, B, S, padded, device),
+        sizes={"B": B, "T": S, "layers": LAYERS},
+        device=device,
+        **more,
     )
 
 
-def build(texts: list[str]) -> Problem:
-    """The encoder's last hidden state, without tokenisation. Raises ``AbsentError`` where the weights are missing."""
-    encoder = _load()
-    tokens = dict(encoder.tokenize(texts))
-    weights = {k.removeprefix("bert."): v.detach() for k, v in encoder.model.to_hf_state_dict().items()}
-    seen = tokens["attention_mask"].bool()
-    ours = without_grad(lambda: last_hidden(encoder.model(**tokens)))
-    peer = without_grad(partial(plain_bert, weights, tokens))
-    wide = {k: v.double() for k, v in weights.items()}
-    with torch.no_grad():
-        expected, measure = plain_bert(wide, tokens)[seen], peer()[seen]
+def bert(dtype: torch.dtype, B: int, S: int, padded: bool, device: str) -> Problem:
+    """A random batch through random weights."""
+    from pytransformer.models.bert import Bert, BertConfig
 
-    def check(output: Tensor) -> list[Comparison]:
-        return [compare("last hidden state", output[seen], expected, measure)]
-
-    return Problem({OURS: ours, PEER: peer}, check, operations=operations(weights, seen), bytes=moved(weights, seen))
+    torch.manual_seed(0)
+    model = Bert(BertConfig(num_hidden_layers=LAYERS), add_pooling_layer=False).to(device, dtype).eval()
+    ids = torch.randint(1000, BERT_BASE.vocabulary, (B, S), device=device)
+    real = torch.arange(S, device=device) < lengths(B, S)[:, None].to(device) if padded else torch.ones_like(ids)
+    tokens = {"input_ids": ids, "attention_mask": real.long(), "token_type_ids": torch.zeros_like(ids)}
+    return BertWorkload(model, _weights(model), tokens, BERT_BASE.heads, padded).problem()
 
 
-def _load() -> Any:
+def minilm(texts: list[str]) -> Problem:
+    """Sentences of uneven length, padded. Raises ``AbsentError`` where the weights are missing."""
     try:
         from pytransformer.models.minilm import load_minilm
 
-        return load_minilm()
+        encoder = load_minilm()
     except ImportError as error:  # the message says what to install
         raise AbsentError(str(error)) from error
+    model = encoder.model
+    tokens = dict(encoder.tokenize(texts))
+    return BertWorkload(model, _weights(model), tokens, model.config.num_attention_heads).problem()
 
 
-def without_grad(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """``run`` as in inference."""
-
-    def call() -> Tensor:
-        with torch.no_grad():
-            return run()
-
-    return call
-
-
-def last_hidden(output: Any) -> Tensor:
-    """The last hidden state of a model's output, in whichever form it comes."""
-    if isinstance(output, Tensor):
-        return output
-    found: Tensor = output[0] if isinstance(output, tuple) else output.last_hidden_state
-    return found
-
-
-def plain_bert(weights: Mapping[str, Tensor], tokens: Mapping[str, Tensor]) -> Tensor:
-    """BERT in plain torch, in the dtype of its weights; ``weights`` by Hugging Face's names."""
-
-    def linear(name: str, x: Tensor) -> Tensor:
-        return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
-
-    def norm(name: str, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], EPS)
-
-    def heads(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
-
-    table = "embeddings.{}_embeddings.weight".format
-    ids = tokens["input_ids"]
-    segments = tokens.get("token_type_ids", torch.zeros_like(ids))
-    x = F.embedding(ids, weights[table("word")]) + weights[table("position")][: ids.shape[1]]
-    x = norm("embeddings.LayerNorm", x + F.embedding(segments, weights[table("token_type")]))
-    mask = tokens["attention_mask"].bool()[:, None, None, :]
-    for index in range(layers(weights)):
-        layer = f"encoder.layer.{index}"
-        query, key, value = (heads(linear(f"{layer}.attention.self.{part}", x)) for part in ("query", "key", "value"))
-        seen = F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).flatten(-2)
-        x = norm(f"{layer}.attention.output.LayerNorm", x + linear(f"{layer}.attention.output.dense", seen))
-        hidden = F.gelu(linear(f"{layer}.intermediate.dense", x))
-        x = norm(f"{layer}.output.LayerNorm", x + linear(f"{layer}.output.dense", hidden))
-    return x
-
-
-def layers(weights: Mapping[str, Tensor]) -> int:
-    """How many layers the weights hold."""
-    return sum(name.endswith(".intermediate.dense.weight") for name in weights)
-
-
-def operations(weights: Mapping[str, Tensor], seen: Tensor) -> float:
-    """Of the matrix products for the real tokens: a padded one needs none."""
-    lengths = seen.sum(-1).double()
-    matrices = sum(w.numel() for name, w in weights.items() if name.startswith("encoder.") and w.dim() == 2)
-    width = weights["embeddings.word_embeddings.weight"].shape[1]
-    pairs = 4 * width * lengths.square().sum().item() * layers(weights)
-    return 2 * matrices * lengths.sum().item() + pairs
-
-
-def moved(weights: Mapping[str, Tensor], seen: Tensor) -> float:
-    """Bytes: each layer's weights once, the embedded tokens in and the hidden states out."""
-    inner = sum(w.numel() for name, w in weights.items() if name.startswith("encoder."))
-    width = weights["embeddings.word_embeddings.weight"].shape[1]
-    return 4.0 * (inner + 2 * width * int(seen.sum()))
+def _weights(model: Any) -> dict[str, Any]:
+    return {k.removeprefix("bert."): v.detach() for k, v in model.to_hf_state_dict().items()}

@@ -5,6 +5,7 @@ from torch import Tensor
 def isa() -> str: ...
 def set_isa(name: str) -> None: ...
 def isa_status() -> dict[str, bool]: ...
+def peak_rate(paired: bool, seconds: float) -> float: ...
 def attention_fwd(
     query: Tensor,
     key: Tensor,
@@ -15,6 +16,10 @@ def attention_fwd(
     band_lower: int | None,
     band_upper: int | None,
     scale: float,
+    softcap: float,
+    seed: int,
+    offset: int,
+    dropout_p: float,
     out: Tensor,
     lse: Tensor,
 ) -> None: ...
@@ -28,6 +33,10 @@ def attention_bwd(
     band_lower: int | None,
     band_upper: int | None,
     scale: float,
+    softcap: float,
+    seed: int,
+    offset: int,
+    dropout_p: float,
     out: Tensor,
     lse: Tensor,
     grad_out: Tensor,
@@ -81,6 +90,32 @@ def ffn_fwd(
     dropout_p: float,
     output: Tensor,
     hidden: Tensor | None,
+) -> None: ...
+def embedding_fwd(
+    weight: Tensor,
+    tokens: Tensor | None,
+    scale: float,
+    positions: Tensor | None,
+    position_index: Tensor | None,
+    segment_weight: Tensor | None,
+    segments: Tensor | None,
+    seed: int,
+    offset: int,
+    dropout_p: float,
+    output: Tensor,
+) -> None: ...
+def embedding_bwd(
+    grad_output: Tensor,
+    tokens: Tensor | None,
+    scale: float,
+    position_index: Tensor | None,
+    segments: Tensor | None,
+    seed: int,
+    offset: int,
+    dropout_p: float,
+    grad_weight: Tensor | None,
+    grad_positions: Tensor | None,
+    grad_segment_weight: Tensor | None,
 ) -> None: ...
 def linear_cross_entropy_fwd(
     input: Tensor,

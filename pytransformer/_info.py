@@ -67,6 +67,12 @@ def cpu_model() -> str:
     return fields.get("model name") or platform.processor() or platform.machine()
 
 
+def cpu_megahertz() -> float | None:
+    """The first processor's clock at this moment, where the system tells it."""
+    text = _cpuinfo().get("cpu MHz")
+    return None if text is None else float(text)
+
+
 def cpu_features() -> list[str]:
     """Those of ``FEATURES`` that the processor reports."""
     fields = _cpuinfo()

@@ -184,10 +184,10 @@ def test_several_tiles(backend_isa):
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("mask", ["none", "causal_bottom_right", "lengths", "padding", "bias_per_head", "bool_full"])
+@pytest.mark.parametrize("mask", ["none", "causal_bottom_right", "padding", "bias_per_head"])
 def test_few_queries_and_many_keys(backend_isa, mask, dtype):
     """Decoding: the keys are split into parts, and the parts combined."""
-    B, H, G, T, S, D, Dv = sizes = (2, 4, 2, 3, 2100, 24, 40)
+    B, H, G, T, S, D, Dv = sizes = (1, 2, 1, 3, 1100, 24, 40)
     options = MASKS[mask](B, H, T, S) | {"enable_gqa": True, "softcap": 20.0 if mask == "padding" else None}
     tensors = qkv(*sizes, dtype=dtype)
     if "bias" in options:

@@ -5,9 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DTYPES, assert_rejects, assert_repeats, check, gradcheck, randn, skip_unless_served
+from helpers import (
+    DTYPES,
+    assert_rejects,
+    assert_repeats,
+    assert_wanted_gradients_only,
+    check,
+    gradcheck,
+    randn,
+    skip_unless_served,
+)
 
+import pytransformer
 from pytransformer import ops, reference
+from pytransformer.backends import BackendError
 
 
 @pytest.fixture
@@ -16,7 +27,14 @@ def backend(backend_isa):
     return backend_isa
 
 
-POSITIONS = {"none": None, "[T,E]": (17, 33), "[1,T,E]": (1, 17, 33), "[B,T,E]": (4, 17, 33), "[E]": (33,)}
+POSITIONS = {
+    "none": None,
+    "[T,E]": (17, 33),
+    "[1,T,E]": (1, 17, 33),
+    "[B,T,E]": (4, 17, 33),
+    "[E]": (33,),
+    "[B,1,E]": (4, 1, 33),
+}
 
 
 def make(lead=(4, 17), E=33, V=65, dtype=torch.float32, positions=(17, 33), segments=True):
@@ -35,6 +53,45 @@ def make(lead=(4, 17), E=33, V=65, dtype=torch.float32, positions=(17, 33), segm
 def test_against_the_oracle(backend, positions, segments, dtype):
     tensors = make(dtype=dtype, positions=positions, segments=segments)
     check("embedding", tensors, {"scale": 5.7, "dropout_p": 0.1, "seed": 2}, backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_rows_used_by_many_tokens(backend, dtype):
+    """The gradients of a padding token and of two segments, summed in pieces; of a table wider than one piece."""
+    tensors = make((3, 150), E=530, V=9, dtype=dtype, positions=(150, 530))
+    tensors["tokens"][:, 40:] = 3
+    found = check("embedding", tensors, {"scale": 2.0, "dropout_p": 0.2, "seed": 1}, backend)
+    unused = torch.ones(9).index_fill(0, tensors["tokens"].flatten(), 0).bool()
+    assert not found["dweight"][unused].any()
+
+
+def test_only_wanted_gradients(backend):
+    assert_wanted_gradients_only("embedding", make(), {"dropout_p": 0.1, "seed": 1}, backend)
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_the_number_of_threads_changes_no_bit(threads):
+    skip_unless_served("cpu", "embedding")
+    tensors, before = make((4, 200), E=96, V=20, positions=(200, 96)), torch.get_num_threads()
+    weight = tensors["weight"].requires_grad_()
+
+    def call():
+        y = ops.embedding(**tensors, dropout_p=0.1, seed=1, backend="cpu")
+        return y, torch.autograd.grad(y.square().sum(), weight)[0]
+
+    wanted = call()
+    torch.set_num_threads(threads)
+    try:
+        assert all(torch.equal(a, b) for a, b in zip(call(), wanted, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_explain_says_cpu():
+    skip_unless_served("cpu", "embedding")
+    assert str(pytransformer.explain(ops.embedding, **make())) == "embedding: cpu"
+    with pytest.raises(BackendError, match=r"positions must be as wide as weight, got \[17, 1\]"):
+        ops.embedding(**make(positions=(17, 1)), backend="cpu")
 
 
 def test_definition():

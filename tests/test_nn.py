@@ -385,13 +385,41 @@ def test_bad_inputs_name_values():
         encoder(x, mask=torch.ones(5, 5, dtype=torch.bool).triu(1))
     with pytest.raises(RuntimeError, match="attn_mask is None"):
         encoder(x, is_causal=True)
-    nested = torch.nested.nested_tensor([torch.randn(3, E), torch.randn(5, E)], layout=torch.jagged)
-    for bad_call in (
-        lambda: attention(nested, nested, nested),
-        lambda: encoder(nested),
-        lambda: nn.LayerNorm(E)(nested),
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+def test_nested_tensors(layout):
+    """Taken wherever torch takes them, and in training and both layouts besides."""
+    sequences = [torch.randn(length, E, requires_grad=True) for length in (3, 5, 1)]
+
+    def nested():
+        return torch.nested.as_nested_tensor(sequences, layout=layout)
+
+    layer = nn.TransformerEncoderLayer(E, H, 24, 0.0, batch_first=True)
+    for module in (layer, nn.TransformerEncoder(layer, 2), nn.LayerNorm(E)):
+        found = module(nested())
+        assert found.layout == layout
+        for x, y in zip(found.unbind(), sequences, strict=True):
+            assert_close(x, module(y[None])[0])
+    sum(x.sum() for x in nn.TransformerEncoder(layer, 1)(nested()).unbind()).backward()
+    assert all(x.grad.isfinite().all() for x in sequences)
+    x = nested()
+    out, weights = layer.self_attn(x, x, x)
+    for i, y in enumerate(sequences):
+        wanted = layer.self_attn(y, y, y)
+        assert_close(out.unbind()[i], wanted[0])
+        assert_close(weights[i, : len(y), : len(y)], wanted[1])
+        assert (weights[i, len(y) :] == 0).all()
+    for words, bad_call in (
+        ("cannot go with src_key_padding_mask", lambda: layer(x, src_key_padding_mask=torch.zeros(3, 5))),
+        ("cannot go with mask", lambda: nn.TransformerEncoder(layer, 1)(x, torch.zeros(5, 5))),
+        ("needs batch_first=True", lambda: nn.TransformerEncoderLayer(E, H)(x)),
+        ("to be one", lambda: layer.self_attn(x, nested(), x)),
+        ("must not be nested", lambda: nn.TransformerDecoderLayer(E, H, batch_first=True)(x, x)),
+        ("must not be nested", lambda: nn.Transformer(E, H, 1, 1).decoder(x, x)),
     ):
-        with pytest.raises(TypeError, match="nested"):
+        with pytest.raises(TypeError, match=words):
             bad_call()
 
 

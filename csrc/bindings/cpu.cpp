@@ -23,7 +23,9 @@ PYBIND11_MODULE(_cpu, module) {
       },
       "Every instruction set that was built, best last: does this CPU run it?");
   bind_attention(module);
+  bind_embedding(module);
   bind_ffn(module);
   bind_layer_norm(module);
   bind_linear_cross_entropy(module);
+  bind_peak(module);
 }

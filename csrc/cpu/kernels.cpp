@@ -11,6 +11,9 @@ void ffn_fwd(const FfnForward&);
 void ffn_bwd(const FfnBackward&);
 void linear_cross_entropy_fwd(const LinearCrossEntropyForward&);
 void linear_cross_entropy_bwd(const LinearCrossEntropyBackward&);
+void embedding_fwd(const EmbeddingForward&);
+void embedding_bwd(const EmbeddingBackward&);
+double peak_rate(bool paired, double seconds);
 
 #define PYTRANSFORMER_STRING_(x) #x
 #define PYTRANSFORMER_STRING(x) PYTRANSFORMER_STRING_(x)
@@ -26,6 +29,9 @@ const KernelTable table = {
     ffn_bwd,
     linear_cross_entropy_fwd,
     linear_cross_entropy_bwd,
+    embedding_fwd,
+    embedding_bwd,
+    peak_rate,
 };
 
 }  // namespace pytransformer::PYTRANSFORMER_ISA

@@ -17,6 +17,8 @@ struct FfnForward;
 struct FfnBackward;
 struct LinearCrossEntropyForward;
 struct LinearCrossEntropyBackward;
+struct EmbeddingForward;
+struct EmbeddingBackward;
 
 struct KernelTable {
   const char* isa;
@@ -28,6 +30,9 @@ struct KernelTable {
   void (*ffn_bwd)(const FfnBackward&);
   void (*linear_cross_entropy_fwd)(const LinearCrossEntropyForward&);
   void (*linear_cross_entropy_bwd)(const LinearCrossEntropyBackward&);
+  void (*embedding_fwd)(const EmbeddingForward&);
+  void (*embedding_bwd)(const EmbeddingBackward&);
+  double (*peak_rate)(bool paired, double seconds);
 };
 
 // The table in use. At the first call: the one PYTRANSFORMER_ISA names, else the best the CPU runs.

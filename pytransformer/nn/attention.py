@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from pytransformer import ops
 from pytransformer.masks import Mask, dense
 from pytransformer.nn._masks import combine
+from pytransformer.nn._nested import check_alone, to_nested, to_padded
 from pytransformer.nn._packing import Packed
 from pytransformer.nn._plain import LINEAR, is_plain
 from pytransformer.nn.cache import CrossAttentionCache, SelfAttentionCache
@@ -49,7 +51,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         """Attends from ``query`` to ``key`` and ``value``.
 
         Args:
-            query: [L,B,E], [B,L,E] with ``batch_first``, or [L,E] unbatched; floating point.
+            query: [L,B,E], [B,L,E] with ``batch_first``, or [L,E] unbatched; floating point. Or a nested tensor,
+                with ``batch_first``, itself the key and value, and no mask.
             key: [S,B,kdim], [B,S,kdim] or [S,kdim]. value: the same with vdim.
             key_padding_mask: [B,S], or [S] unbatched: bool (True = masked out) or floating point (added).
             need_weights: also return the attention weights. They cost memory and keep the call, when it is
@@ -78,6 +81,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         """
         if isinstance(attn_mask, Packed):
             return self._forward_rows(query, key, attn_mask), None
+        if query.is_nested or key.is_nested or value.is_nested:
+            others = {"attn_mask": attn_mask, "key_padding_mask": key_padding_mask, "cache": cache}
+            return self._forward_nested(query, key, value, need_weights, average_attn_weights, others)
         batched = self._check(query, key, value, cache)
         if not batched:
             query, key, value = self._with_batch(query, key, value)
@@ -104,8 +110,6 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         """Shapes as wanted? True if batched."""
         name, axis = type(self).__name__, 0 if self.batch_first else 1
         for what, x, size in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
-            if x.is_nested:
-                raise TypeError(f"{name}: {what} is a nested tensor, which is not supported; pass a padded one")
             if x.dim() != query.dim() or x.dim() not in (2, 3) or x.shape[-1] != size:
                 layout = "[B,L,E]" if self.batch_first else "[L,B,E]"
                 raise ValueError(
@@ -121,6 +125,20 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 f" value {list(value.shape)} with batch_first={self.batch_first}"
             )
         return batched
+
+    def _forward_nested(
+        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, average: bool, others: Mapping[str, object]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Self-attention of sequences of different lengths; weights are padded, with 0."""
+        name = type(self).__name__
+        if query is not key or key is not value:
+            raise TypeError(f"{name}: nested tensors need query, key and value to be one; pass padded ones")
+        check_alone(name, "query", self.batch_first, **others)
+        x, padding = to_padded(query)
+        out, weights = self.forward(x, x, x, padding, need_weights, None, average)
+        if weights is not None:
+            weights = weights.masked_fill((padding[:, :, None] if average else padding[:, None, :, None]), 0)
+        return to_nested(out, padding, query), weights
 
     def _with_batch(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Unbatched inputs with a batch of one; what was one tensor stays one."""

@@ -112,6 +112,8 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
             TypeError, ValueError: an argument's type, dtype or shape is wrong.
             RuntimeError: a causal hint without its mask.
         """
+        if tgt.is_nested or memory.is_nested:
+            raise TypeError(f"{type(self).__name__}: tgt and memory must not be nested tensors; pass padded ones")
         own = TransformerDecoderLayer
         attention = (self, own, "_sa_block", self._self_attend, self.dropout1)
         target = (tgt_mask, tgt_key_padding_mask, tgt_is_causal)
@@ -241,6 +243,8 @@ class TransformerDecoder(nn.TransformerDecoder):
             TypeError, ValueError: an argument's type, dtype or shape is wrong.
             RuntimeError: a causal hint without its mask.
         """
+        if tgt.is_nested or memory.is_nested:
+            raise TypeError(f"{type(self).__name__}: tgt and memory must not be nested tensors; pass padded ones")
         is_causal = cache is not None if tgt_is_causal is None else tgt_is_causal
         target = LayerMasks(tgt_mask, tgt_key_padding_mask, is_causal)
         source = LayerMasks(memory_mask, memory_key_padding_mask, memory_is_causal)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pytransformer.masks import Mask
 from pytransformer.nn._blocks import attend, layer_feed_forward, norm_takes_rows, run_block, takes_rows
 from pytransformer.nn._masks import LayerMasks, Shape, combine, layer_masks, padding_of
+from pytransformer.nn._nested import check_alone, to_nested, to_padded
 from pytransformer.nn._packing import Packed, Rows, worthwhile_rows
 from pytransformer.nn._plain import is_plain
 from pytransformer.nn.attention import MultiheadAttention
@@ -86,7 +87,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         cache: LayerCache | None = None,
     ) -> Tensor:
         """Args:
-            src: [L,B,E], [B,L,E] with ``batch_first``, or [L,E] unbatched; floating point.
+            src: [L,B,E], [B,L,E] with ``batch_first``, or [L,E] unbatched; floating point. Or a nested tensor, with
+                ``batch_first`` and nothing else.
             src_mask: [L,L] or [B*H,L,L], bool (True = masked out) or floating point (added); or a
                 ``pytransformer.masks.Mask`` (True = attend).
             src_key_padding_mask: [B,L], or [L] unbatched: bool (True = padding) or floating point (added).
@@ -102,6 +104,11 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
             TypeError, ValueError: an argument's type, dtype or shape is wrong.
             RuntimeError: ``is_causal`` without ``src_mask``.
         """
+        if src.is_nested:
+            others = {"src_mask": src_mask, "src_key_padding_mask": src_key_padding_mask, "cache": cache}
+            check_alone(type(self).__name__, "src", self.self_attn.batch_first, is_causal=is_causal, **others)
+            x, padding = to_padded(src)
+            return to_nested(self.forward(x, None, padding), padding, src)
         attention = (self, TransformerEncoderLayer, "_sa_block", self._attend, self.dropout1)
         feed_forward = (self, TransformerEncoderLayer, "_ff_block", self._feed_forward, self.dropout2)
         given = (src_mask, src_key_padding_mask, is_causal)
@@ -181,7 +188,8 @@ class TransformerEncoder(nn.TransformerEncoder):
         skip_padding: bool | None = None,
     ) -> Tensor:
         """Args:
-            src: [L,B,E], [B,L,E] where the layers are ``batch_first``, or [L,E] unbatched; floating point.
+            src: [L,B,E], [B,L,E] where the layers are ``batch_first``, or [L,E] unbatched; floating point. Or a nested
+                tensor, with ``batch_first`` and nothing else.
             mask: [L,L] or [B*H,L,L], bool (True = masked out) or floating point (added); or a
                 ``pytransformer.masks.Mask`` (True = attend).
             src_key_padding_mask: [B,L], or [L] unbatched: bool (True = padding) or floating point (added).
@@ -201,7 +209,15 @@ class TransformerEncoder(nn.TransformerEncoder):
             RuntimeError: ``is_causal`` without ``mask``.
         """
         if src.is_nested:
-            raise TypeError(f"{type(self).__name__}: src is a nested tensor, which is not supported; pass a padded one")
+            others = {
+                "mask": mask,
+                "src_key_padding_mask": src_key_padding_mask,
+                "is_causal": is_causal,
+                "cache": cache,
+            }
+            check_alone(type(self).__name__, "src", self._first_attention.batch_first, **others)
+            x, padding = to_padded(src)
+            return to_nested(self.forward(x, None, padding), padding, src)
         causal = cache is not None if is_causal is None else is_causal
         given, shape = self._prepare(src, LayerMasks(mask, src_key_padding_mask, causal), cache)
         skip = self.enable_nested_tensor if skip_padding is None else skip_padding

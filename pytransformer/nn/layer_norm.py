@@ -20,6 +20,7 @@ class LayerNorm(torch.nn.LayerNorm):
         eps, elementwise_affine, bias, device, dtype: as in ``torch.nn.LayerNorm``.
 
     Shape: input and output [..., *normalized_shape]; any floating dtype, computed in float32 (float64 for float64).
+    A nested tensor goes to torch's own norm.
 
     Raises:
         ValueError: the input's last dimensions are not ``normalized_shape``.
@@ -28,6 +29,8 @@ class LayerNorm(torch.nn.LayerNorm):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.is_nested:
+            return super().forward(input)
         x, weight, bias = _rows(self, input)
         return ops.layer_norm(x, weight, bias, eps=self.eps).reshape(input.shape)
 
@@ -41,6 +44,7 @@ class RMSNorm(torch.nn.RMSNorm):
         elementwise_affine, device, dtype: as in ``torch.nn.RMSNorm``.
 
     Shape: input and output [..., *normalized_shape]; any floating dtype, computed in float32 (float64 for float64).
+    A nested tensor goes to torch's own norm.
 
     Raises:
         ValueError: the input's last dimensions are not ``normalized_shape``.
@@ -49,6 +53,8 @@ class RMSNorm(torch.nn.RMSNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_nested:
+            return super().forward(x)
         rows, weight, _ = _rows(self, x)
         return ops.rms_norm(rows, weight, eps=_rms_eps(self, x)).reshape(x.shape)  # type: ignore[no-any-return]
 
@@ -91,8 +97,6 @@ def _promoted(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def _rows(norm: Any, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Input and parameters with the normalised dimensions as one."""
     shape = tuple(norm.normalized_shape)
-    if x.is_nested:
-        raise TypeError(f"{type(norm).__name__}: nested tensors are not supported; pass a padded tensor")
     if tuple(x.shape[x.dim() - len(shape) :]) != shape or x.dim() < len(shape):
         raise ValueError(f"{type(norm).__name__}: input must be [..., *{list(shape)}], got {list(x.shape)}")
     weight, bias = norm.weight, getattr(norm, "bias", None)

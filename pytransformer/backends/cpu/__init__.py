@@ -34,3 +34,11 @@ def set_isa(name: str) -> None:
 def isa_status() -> dict[str, bool]:
     """Every instruction set that was built, best last: does this CPU run it?"""
     return _cpu.isa_status()
+
+
+def peak_rate(paired: bool, seconds: float) -> float:
+    """Operations a second that all threads sustain in a loop of nothing else, measured for ``seconds``.
+
+    ``paired``: dot products of bfloat16 pairs, 0 where the set has none; else float32 multiply-adds.
+    """
+    return _cpu.peak_rate(paired, seconds)

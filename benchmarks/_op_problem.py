@@ -1,0 +1,139 @@
+"""The problem of one op: ours and torch's way to compute it, judged against the float64 reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pytransformer import _plain, ops
+from pytransformer._tolerance import Comparison, compare
+from pytransformer.benchmarks._case import OURS, PEER, Problem
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class OpProblem:
+    """One call of one op; also the workload that a peer's adapter is given.
+
+    Attributes:
+        op: name of a function of ``pytransformer.ops``.
+        direction: ``fwd``, ``bwd`` or ``fwd+bwd``.
+        tensors: its tensor arguments by name.
+        options: its other arguments.
+        peer: plain PyTorch on the same tensors, as a person would write it.
+        weights: the arguments that stay the same from call to call; an engine may pack them ahead.
+        sampled: arguments whose leading dimension is a batch of independent problems. Where given, the check
+            looks at the first ``count`` of them only; float64 on everything would take longer than the timing.
+        count: how many.
+        random: dropout by torch's own random bits in the peer, so that the peer cannot be checked.
+    """
+
+    op: str
+    direction: str
+    tensors: dict[str, Tensor | None]
+    options: dict[str, Any]
+    peer: Function
+    weights: Sequence[str] = ()
+    sampled: Sequence[str] = ()
+    count: int = 1
+    random: bool = False
+    _kept: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def names(self) -> list[str]:
+        """The arguments whose gradients are asked for."""
+        if self.direction == "fwd":
+            return []
+        return [k for k, v in self.tensors.items() if v is not None and v.is_floating_point()]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the floating-point arguments."""
+        return next(v.dtype for v in self.tensors.values() if v is not None and v.is_floating_point())
+
+    def problem(self) -> Problem:
+        """Both providers and the check."""
+        providers = {OURS: self.provider(getattr(ops, self.op), self.options), PEER: self.provider(self.peer)}
+        return Problem(providers, self.check, self, random=frozenset([PEER]) if self.random else frozenset())
+
+    def provider(self, function: Function, options: Mapping[str, Any] | None = None) -> Callable[[], Any]:
+        """``function`` of the tensors by name, in this problem's direction.
+
+        Forward: outputs alone, as in inference. Backward: the gradients of every floating-point argument, after
+        a forward outside of the timing. Both: outputs and gradients, as in training.
+        """
+        extra = dict(options or {})
+        if self.direction == "fwd":
+
+            def forward() -> Any:
+                with torch.no_grad():
+                    return function(**self.tensors, **extra)
+
+            return forward
+        inputs = _leaves(self.tensors, self.names)
+        wanted = [inputs[k] for k in self.names]
+        if self.direction == "fwd+bwd":
+
+            def both() -> Any:
+                output = function(**inputs, **extra)
+                return output.detach(), *torch.autograd.grad(output, wanted, self._gradient(output))
+
+            return both
+        output = function(**inputs, **extra)
+        gradient = self._gradient(output)
+        return lambda: torch.autograd.grad(output, wanted, gradient, retain_graph=True)
+
+    def check(self, outputs: Any) -> list[Comparison]:
+        """Every output against float64, by the rule of ``_tolerance``."""
+        expected, plain = self._oracle
+        found = outputs if isinstance(outputs, tuple) else (outputs,)
+        parts = [x[: self.count] for x in found] if self.sampled else found
+        return [compare(*each) for each in zip(self._labels, parts, expected, plain, strict=True)]
+
+    @property
+    def _labels(self) -> list[str]:
+        outputs = [] if self.direction == "bwd" else ["output"]
+        return outputs + [f"d{name}" for name in self.names]
+
+    @cached_property
+    def _oracle(self) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """The float64 results of what the check looks at, and plain PyTorch's in two spellings."""
+        tensors = {k: v[: self.count] if k in self.sampled and v is not None else v for k, v in self.tensors.items()}
+        wide = {k: v.double() if v is not None and v.is_floating_point() else v for k, v in tensors.items()}
+        reference, function = {**self.options, "backend": "reference"}, getattr(ops, self.op)
+        expected = self._run(function, wide, reference)
+        spellings = self._run(function, tensors, reference), self._run(getattr(_plain, self.op), tensors, self.options)
+        return expected, [list(pair) for pair in zip(*spellings, strict=True)]
+
+    def _run(
+        self, function: Function, tensors: Mapping[str, Tensor | None], options: Mapping[str, Any]
+    ) -> list[Tensor]:
+        inputs = _leaves(tensors, self.names)
+        output = function(**inputs, **options)
+        outputs = [] if self.direction == "bwd" else [output.detach()]
+        if not self.names:
+            return outputs
+        return outputs + list(torch.autograd.grad(output, [inputs[k] for k in self.names], _gradient(output)))
+
+    def _gradient(self, output: Tensor) -> Tensor:
+        """``_gradient``, drawn once: it is the caller's, and no part of what is timed."""
+        if "gradient" not in self._kept:
+            self._kept["gradient"] = _gradient(output)
+        gradient: Tensor = self._kept["gradient"]
+        return gradient
+
+
+def _leaves(tensors: Mapping[str, Tensor | None], names: list[str]) -> dict[str, Any]:
+    return {k: v.detach().requires_grad_(k in names) if v is not None else None for k, v in tensors.items()}
+
+
+def _gradient(output: Tensor) -> Tensor:
+    """Where the backward starts: numbers that every dtype holds, and a prefix of the batch begins the same."""
+    values = torch.randn(output.numel(), generator=torch.Generator().manual_seed(1))
+    return values.bfloat16().to(output).reshape(output.shape)

@@ -1,0 +1,41 @@
+"""Peak memory of training, op by op and for a layer: what is saved for the backward, and what is written on the way.
+
+Each row is measured in a process of its own (``_memory``). The ratio is the other's bytes over ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from pytransformer.benchmarks import _training, attention, embedding, ffn, layer_norm, linear_cross_entropy
+from pytransformer.benchmarks._case import BYTES, Case
+from pytransformer.benchmarks._models import BERT_BASE, GPT2, Model
+
+VOCABULARY_32K = Model("32k tokens", 12, 64, 3072, 32768)
+
+
+def cases() -> Iterator[Case]:
+    """Forward and backward of each op at a long length; a layer of BERT-base at 2048."""
+    both = "fwd+bwd"
+    for dtype in (torch.float32, torch.bfloat16):
+        yield _bytes(attention.case(both, dtype, BERT_BASE, 1, 2048))
+        yield _bytes(attention.case(both, dtype, GPT2, 1, 2048))
+        yield _bytes(layer_norm.case(both, dtype, BERT_BASE, 16384))
+        yield _bytes(ffn.case(both, dtype, BERT_BASE, 2048))
+        yield cross_entropy(dtype)
+    yield _bytes(embedding.case(both, torch.float32, BERT_BASE, 8, 512))
+    for dtype in (torch.float32, torch.bfloat16):
+        yield _training.case(dtype, BERT_BASE, 1, 1, 2048, metric=BYTES, targets={_training.MATH: 1 / 0.6})
+
+
+def cross_entropy(dtype: torch.dtype) -> Case:
+    """The loss over a vocabulary of 32768: a tenth of torch's memory is asked for."""
+    case = linear_cross_entropy.case("fwd+bwd", dtype, VOCABULARY_32K, 2048)
+    return _bytes(replace(case, targets={"torch": 10.0}))
+
+
+def _bytes(case: Case) -> Case:
+    return replace(case, metric=BYTES)

@@ -1,0 +1,95 @@
+"""embedding by ``csrc/cpu/embedding.cpp``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pytransformer import _cpu
+from pytransformer.backends.cpu._arguments import contiguous, philox_key, rows, unsupported_dtype
+
+
+def why_not(tokens: Tensor, weight: Tensor, positions: Tensor | None, *rest: object) -> str | None:
+    if (reason := unsupported_dtype(weight)) is not None:
+        return reason
+    if weight.shape[1] == 0:
+        return "it takes no weight of width 0"
+    if positions is not None and (positions.dim() == 0 or positions.shape[-1] != weight.shape[1]):
+        return f"positions must be as wide as weight, got {list(positions.shape)}"
+    return None
+
+
+def embedding_fwd(
+    tokens: Tensor,
+    weight: Tensor,
+    positions: Tensor | None,
+    segments: Tensor | None,
+    segment_weight: Tensor | None,
+    rng: Tensor | None,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    output = torch.empty(*tokens.shape, weight.shape[1], dtype=weight.dtype)
+    _cpu.embedding_fwd(
+        contiguous(weight),
+        _flat(tokens),
+        scale,
+        rows(positions),
+        _position_index(positions, tokens),
+        contiguous(segment_weight),
+        _flat(segments),
+        *philox_key(rng),
+        dropout_p,
+        rows(output),
+    )
+    return output, weight.new_empty(0)
+
+
+def embedding_bwd(
+    grad_output: Tensor,
+    tokens: Tensor,
+    weight: Tensor,
+    positions: Tensor | None,
+    segments: Tensor | None,
+    segment_weight: Tensor | None,
+    rng: Tensor | None,
+    saved: Tensor,
+    scale: float,
+    dropout_p: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    tables = (weight, positions, segment_weight)
+    grads = tuple(
+        torch.empty(x.shape if n and x is not None else (0,), dtype=weight.dtype)
+        for x, n in zip(tables, needs, strict=True)
+    )
+    _cpu.embedding_bwd(
+        rows(grad_output),
+        _flat(tokens),
+        scale,
+        _position_index(positions, tokens),
+        _flat(segments),
+        *philox_key(rng),
+        dropout_p,
+        *(rows(g) if n else None for g, n in zip(grads, needs, strict=True)),
+    )
+    return grads
+
+
+def _flat(indices: Tensor | None) -> Tensor | None:
+    return None if indices is None else indices.flatten().long()
+
+
+def _position_index(positions: Tensor | None, tokens: Tensor) -> Tensor | None:
+    """Which row of ``positions`` each token takes; None where they are taken in turn, again and again."""
+    if positions is None:
+        return None
+    lead = positions.shape[:-1]
+    while lead and lead[0] == 1:
+        lead = lead[1:]
+    if lead == tokens.shape[tokens.dim() - len(lead) :]:
+        return None
+    numbers = torch.arange(positions.shape[:-1].numel()).view(positions.shape[:-1])
+    return numbers.expand(tokens.shape).flatten()
