@@ -47,11 +47,32 @@ _Attention = dict[str, dict[tuple[int, int], Config]]
 _PLAIN: dict[str, _Attention] = {
     "sm80": {
         "fwd": {
+            (16, 64): Config((128, 64), 8, 3),
+            (16, 128): Config((128, 64), 8, 3),
+            (16, 256): Config((64, 64), 8, 2),
+        },
+        "dq": {
+            (16, 64): Config((64, 64), 8, 2),
+            (16, 128): Config((64, 64), 8, 2),
+            (16, 256): Config((64, 32), 8, 1),
+        },
+        "dkv": {
+            (16, 64): Config((64, 64), 8, 2),
+            (16, 128): Config((32, 64), 8, 2),
+            (16, 256): Config((32, 64), 8, 1),
+        },
+    },
+    "sm90": {
+        "fwd": {
             (16, 64): Config((128, 64), 4, 3),
             (16, 128): Config((128, 64), 8, 3),
             (16, 256): Config((64, 64), 8, 2),
         },
-        "dq": {(16, 64): Config((128, 64), 8, 2), (16, 128): Config((64, 64), 8, 2), (16, 256): Config((64, 32), 8, 1)},
+        "dq": {
+            (16, 64): Config((128, 64), 8, 2),
+            (16, 128): Config((64, 64), 8, 2),
+            (16, 256): Config((64, 32), 8, 1),
+        },
         "dkv": {
             (16, 64): Config((64, 128), 8, 2),
             (16, 128): Config((32, 128), 8, 2),
@@ -79,7 +100,7 @@ _RICH: dict[str, _Attention] = {
         },
         "dkv": {
             (16, 64): Config((32, 64), 8, 2),
-            (16, 128): Config((32, 64), 8, 1),
+            (16, 128): Config((32, 32), 8, 1),
             (16, 256): Config((32, 64), 8, 1),
             (32, 64): Config((32, 32), 8, 1),
             (32, 128): Config((32, 32), 8, 1),
@@ -152,8 +173,9 @@ def cross_entropy(classes: int, arch: str) -> Config:
 
 def logits_rows(rows: int, row_bytes: int, arch: str) -> int:
     """Rows of logits that are stored at a time: 128 MiB, enough to fill a GPU with a product's tiles."""
-    limit = 2**13 if arch == INTERPRETER else 2**27
-    chunks = -(-rows * row_bytes // limit)
+    if arch == INTERPRETER:
+        return 32
+    chunks = -(-rows * row_bytes // 2**27)
     return -(-rows // max(chunks, 1))
 
 

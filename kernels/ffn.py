@@ -210,7 +210,7 @@ def hidden_bwd(
     constants = {"ACTIVATION": activation, "QUADS": width % 4 == 0}
     arch = _configs.architecture(dy.device)
     if _configs.fuse_activation(O, arch) if fused is None else fused:
-        config = _configs.matmul(dy.dtype, arch)
+        config = _configs.matmul(dy.dtype, arch, operands=2)  # its epilogue takes as many registers as a second operand
         block_m, block_n, block_k = config.tile
         n_rows = triton.cdiv(M, block_m)
         partial = torch.empty(n_rows, width, dtype=torch.float32, device=dy.device)

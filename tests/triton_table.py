@@ -1,8 +1,11 @@
-"""What every Triton kernel configuration takes, compiled for GPUs that need not be here: ``make triton-table``.
+"""What Triton kernel configurations take, compiled for GPUs that need not be here: ``make triton-table``.
 
 A row names an architecture, a case, a kernel, its tile, warps and stages, and what the compiler made of it: registers
 of a thread, bytes of stack (a spill; must be 0) and shared memory of a program. The table is committed, so that a
 change of a kernel or of the compiler shows in review; ``test_triton_table.py`` recomputes a part of it.
+
+    make triton-table                                         every case for every architecture, some minutes
+    python -P tests/triton_table.py "sm80 attention 16 bits"  prints the rows that contain this and writes nothing
 """
 
 from __future__ import annotations
