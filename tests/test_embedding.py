@@ -65,9 +65,9 @@ def test_strided_tokens(backend):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_rows_used_by_many_tokens(backend, dtype):
     """The gradients of a padding token and of two segments, summed in pieces; of a table wider than one piece."""
-    tensors = make((3, 150), E=530, V=9, dtype=dtype, positions=(150, 530))
-    tensors["tokens"][:, 40:] = 3
-    found = check("embedding", tensors, {"scale": 2.0, "dropout_p": 0.2, "seed": 1}, backend)
+    tensors = make((3, 70), E=530, V=9, dtype=dtype, positions=(70, 530))
+    tensors["tokens"][:, 5:] = 3
+    found = check("embedding", tensors, {"scale": 2.0}, backend)
     unused = torch.ones(9).index_fill(0, tensors["tokens"].flatten(), 0).bool()
     assert not found["dweight"][unused].any()
 
