@@ -1,4 +1,7 @@
-"""linear_cross_entropy against ``F.cross_entropy`` of ``F.linear``, rows cut to a CPU's patience."""
+"""linear_cross_entropy against ``F.cross_entropy`` of ``F.linear``, rows cut to a CPU's patience.
+
+No suite lists the backward alone: the gradients are formed in the forward, and it would time a scaling.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,9 @@ ROWS = ((MINILM, 256), (TRANSFORMER_BASE, 128))
 
 
 def cases(device: str = "cpu") -> Iterator[Case]:
-    """Forward, backward and both, of one batch for each vocabulary."""
+    """Forward, and forward with backward, of one batch for each vocabulary."""
     for dtype in (torch.float32, torch.bfloat16):
-        for direction in ("fwd", "bwd", "fwd+bwd"):
+        for direction in ("fwd", "fwd+bwd"):
             for model, N in ROWS if direction == "fwd+bwd" else ROWS[:1]:
                 yield case(direction, dtype, model, N, device=device)
 
@@ -40,7 +43,7 @@ def case(direction: str, dtype: torch.dtype, model: Model, N: int, device: str =
         build=partial(build, direction, dtype, model, N, device),
         sizes={"N": N, "E": E, "V": V},
         device=device,
-        short=model is MINILM and dtype == torch.float32 and direction != "fwd+bwd",
+        short=model is MINILM and dtype == torch.float32,
         **more,
     )
 
