@@ -14,23 +14,18 @@
 #include <cstring>
 #include <initializer_list>
 
-#include "gemm.h"
 #include "parallel.h"
 #include "philox.h"
+#include "rows.h"
+#include "scratch.h"
 #include "simd.h"
 
 namespace pytransformer::PYTRANSFORMER_ISA {
 namespace {
 
-constexpr int64_t piece_rows = 64;         // of grad_output, summed as one
-constexpr int64_t task_rows = 64;          // of a table
-constexpr int64_t width = 512;             // columns summed at a time, on the stack
-constexpr int64_t worth_a_thread = 16384;  // elements: what waking a thread costs
-
-inline int threads_for(int64_t elements) {
-  const int64_t worth = 1 + elements / worth_a_thread;
-  return worth < max_threads() ? int(worth) : max_threads();
-}
+constexpr int64_t piece_rows = 64;  // of grad_output, summed as one
+constexpr int64_t task_rows = 64;   // of a table
+constexpr int64_t width = 512;      // columns summed at a time, on the stack
 
 template <class T>
 inline const T* row_of(const EmbeddingTable& table, int64_t n) {

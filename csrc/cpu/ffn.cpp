@@ -28,6 +28,8 @@
 #include "gemm.h"
 #include "parallel.h"
 #include "philox.h"
+#include "rows.h"
+#include "scratch.h"
 #include "simd.h"
 #include "tile.h"
 #include "vec_math.h"
@@ -107,22 +109,6 @@ void activate_backward(Activation activation, float* values, float* grad, int64_
       store(grad + c, dx, n);
     });
   });
-}
-
-// ---- Rows of at most block_columns values.
-
-template <class From, class To>
-inline void copy_row(const From* from, int64_t count, To* to) {
-  for_vectors(count, [&](int64_t c, int n) { store(to + c, load(from + c, n), n); });
-}
-
-inline void multiply_row(float* values, const float* by, int64_t count) {
-  for_vectors(count, [&](int64_t c, int n) { store(values + c, load(values + c, n) * load(by + c, n), n); });
-}
-
-template <class T>
-inline void add_row(float* values, const T* other, int64_t count) {
-  for_vectors(count, [&](int64_t c, int n) { store(values + c, load(values + c, n) + load(other + c, n), n); });
 }
 
 // An optional bias as float32.
@@ -299,7 +285,7 @@ void forward(const FfnForward& a) {
 
   for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
     const int64_t begin = chunks.begin(chunk), tokens = chunks.size(chunk, N);
-    const Packed<Operand> activated(tokens, F, tile_width);
+    const Packed<Operand> activated(tokens, F);
     {
       const Packed<Operand> input(right_transposed<Operand>(a.input.ptr<const T>() + begin * E, E), tokens, E);
       gate.compute(input, tokens);
@@ -390,9 +376,7 @@ void sum_rows(const Block& strip, const float* values, int64_t F, float* sums) {
   for (int64_t i = 0; i < strip.rows; ++i) {
     for (int64_t c = 0; c < strip.columns; c += tile_width) {
       const int64_t count = strip.columns - c < tile_width ? strip.columns - c : tile_width;
-      Vec sum = Vec::zero();
-      for_vectors(count, [&](int64_t j, int n) { sum = sum + load(values + i * block_columns + c + j, n); });
-      sums[(strip.column + c) / tile_width * F + strip.row + i] = sum.sum();
+      sums[(strip.column + c) / tile_width * F + strip.row + i] = row_sum(values + i * block_columns + c, count);
     }
   }
 }
@@ -415,7 +399,7 @@ class InnerGradient {
         grad_weight_(grad_weight, false, chunks),
         weight_(left_transposed<Operand>(weight.ptr<const T>(), E_), for_input_ ? E_ : 0, F_),
         rows_(for_weight_ ? F_ : 0, chunk_rows),
-        operand_(for_input_ ? chunk_rows : 0, F_, tile_width),
+        operand_(for_input_ ? chunk_rows : 0, F_),
         bias_sums_(for_bias_ ? ceil_div(chunk_rows, tile_width) * F_ : 0) {}
 
   bool wanted() const { return for_input_ || for_bias_ || for_weight_; }
@@ -426,12 +410,9 @@ class InnerGradient {
     if (for_bias_) sum_rows(strip, grad, F_, bias_sums_.get());
   }
 
-  // The gradients of weight and bias, when all strips of the chunk are in.
-  void reduce(const T* input, int64_t tokens, int64_t chunk) const {
-    if (for_weight_) {
-      const Packed<Operand> right_input(right<Operand>(input, E_), E_, tokens);
-      gemm<Operand>(F_, E_, rows_.as_left(tokens), right_input, grad_weight_.add_chunk(chunk));
-    }
+  // The gradients of weight and bias, when all strips of the chunk are in; `input` is its right operand.
+  void reduce(const Packed<Operand>& input, int64_t tokens, int64_t chunk) const {
+    if (for_weight_) gemm<Operand>(F_, E_, rows_.as_left(tokens), input, grad_weight_.add_chunk(chunk));
     if (for_bias_) {
       column_sums(bias_sums_.get(), ceil_div(tokens, tile_width), F_, grad_bias_.template ptr<float>(), chunk > 0);
     }
@@ -535,8 +516,12 @@ void backward(const FfnBackward& a) {
       gemm<Operand>(F, O, activated.as_left(tokens), Packed<Operand>(right<Operand>(grad_output, O), O, tokens),
                     grad2.add_chunk(chunk));
     }
-    grad_hidden.reduce(input, tokens, chunk);
-    grad_gate.reduce(input, tokens, chunk);
+    {
+      const bool for_weights = a.grad_weight1 || a.grad_weight_gate;
+      const Packed<Operand> right_input(right<Operand>(input, E), for_weights ? E : 0, tokens);
+      grad_hidden.reduce(right_input, tokens, chunk);
+      grad_gate.reduce(right_input, tokens, chunk);
+    }
     if (for_input) input_gradient(a, grad_hidden, grad_gate, begin, tokens);
     if (a.grad_bias2) column_sums(grad_output, tokens, O, a.grad_bias2.ptr<float>(), chunk > 0);
   }

@@ -26,13 +26,9 @@
 // applies activations, turns rows into columns and rounds to the storage type.
 #pragma once
 
-#include <new>
-
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include "parallel.h"
+#include "rows.h"
+#include "scratch.h"
 #include "simd.h"
 #include "tile.h"
 
@@ -45,121 +41,6 @@ constexpr int64_t tile_width = tile_vecs * Vec::lanes;
 constexpr int64_t pack_share = 192;  // rows or columns packed by one task; divisible by tile_rows and tile_width
 static_assert(block_rows % tile_rows == 0 && block_columns % tile_width == 0 && block_depth % 2 == 0);
 static_assert(tile_rows <= Vec::lanes, "packing by columns moves a row of a tile as one vector");
-
-// body(index, count) for every vector of [0, size); count < lanes only at its end.
-template <class Body>
-inline __attribute__((always_inline)) void for_vectors(int64_t size, const Body& body) {
-  int64_t i = 0;
-  for (; i + Vec::lanes <= size; i += Vec::lanes) body(i, Vec::lanes);
-  if (i < size) body(i, int(size - i));
-}
-
-template <class T>
-inline __attribute__((always_inline)) Vec load(const T* p, int count) {
-  return count == Vec::lanes ? Vec::load(p) : Vec::load(p, count);
-}
-
-template <class T>
-inline __attribute__((always_inline)) void store(T* p, Vec v, int count) {
-  if (count == Vec::lanes) {
-    v.store(p);
-  } else {
-    v.store(p, count);
-  }
-}
-
-// Memory that calls of one thread take, return and find again. Fresh pages from the system cost more
-// than the arithmetic done on them (a fault for each 4 KB, which it also clears), so a few buffers are
-// kept, up to `most_kept` bytes; those of 2 MB and more are asked for in huge pages.
-class BufferPool {
- public:
-  struct Buffer {
-    void* data = nullptr;
-    size_t bytes = 0;
-  };
-
-  static BufferPool& of_this_thread() {
-    static thread_local BufferPool pool;
-    return pool;
-  }
-  ~BufferPool() {
-    for (Buffer& b : kept_) release(b);
-  }
-
-  // The smallest kept buffer that is large enough, though not far too large, or a new one.
-  Buffer take(size_t bytes) {
-    Buffer* best = nullptr;
-    for (Buffer& b : kept_) {
-      if (b.data && b.bytes >= bytes && b.bytes / 4 <= bytes && (!best || b.bytes < best->bytes)) best = &b;
-    }
-    if (!best) return allocate(bytes);
-    const Buffer found = *best;
-    *best = {};
-    total_ -= found.bytes;
-    return found;
-  }
-
-  // In place of others, in turn, where there is no room for it.
-  void give_back(Buffer buffer) {
-    if (buffer.bytes > most_kept) return release(buffer);
-    for (int tried = 0; tried < slots && (kept_[next_].data || total_ + buffer.bytes > most_kept); ++tried) {
-      if (total_ + buffer.bytes > most_kept || full()) {
-        total_ -= kept_[next_].bytes;
-        release(kept_[next_]);
-        if (total_ + buffer.bytes <= most_kept) break;
-      }
-      next_ = (next_ + 1) % slots;
-    }
-    kept_[next_] = buffer;
-    total_ += buffer.bytes;
-    next_ = (next_ + 1) % slots;
-  }
-
- private:
-  static constexpr int slots = 12;
-  static constexpr size_t most_kept = size_t(128) << 20, huge_page = size_t(2) << 20;
-  static constexpr std::align_val_t small_alignment{64}, huge_alignment{huge_page};
-
-  bool full() const {
-    for (const Buffer& b : kept_) {
-      if (!b.data) return false;
-    }
-    return true;
-  }
-
-  static Buffer allocate(size_t bytes) {
-    if (bytes < huge_page) return {::operator new(bytes, small_alignment), bytes};
-    bytes = (bytes + huge_page - 1) / huge_page * huge_page;
-    void* data = ::operator new(bytes, huge_alignment);
-#ifdef __linux__
-    madvise(data, bytes, MADV_HUGEPAGE);
-#endif
-    return {data, bytes};
-  }
-
-  static void release(Buffer& b) {
-    if (b.data) ::operator delete(b.data, b.bytes < huge_page ? small_alignment : huge_alignment);
-    b = {};
-  }
-
-  Buffer kept_[slots];
-  size_t total_ = 0;
-  int next_ = 0;
-};
-
-// Uninitialised memory on a cache line's boundary, for the duration of a call.
-template <class T>
-class Scratch {
- public:
-  explicit Scratch(int64_t size) : buffer_(BufferPool::of_this_thread().take(size_t(size) * sizeof(T))) {}
-  ~Scratch() { BufferPool::of_this_thread().give_back(buffer_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  T* get() const { return static_cast<T*>(buffer_.data); }
-
- private:
-  BufferPool::Buffer buffer_;
-};
 
 // A matrix as an operand of a product. For A, `outer` counts the rows of the product, for B its columns;
 // `pack` copies `count` of them from `outer` on, for `depth` values of k, padded to a depth_step.
@@ -339,6 +220,15 @@ inline void prefetch_share(const void* from, int64_t bytes, int64_t share, int64
     __builtin_prefetch(p + i * line, 0, 2);
 }
 
+// The extent of the block of depth that begins at k: as it is, and as it is padded.
+inline int64_t depth_of_block(int64_t K, int64_t k) {
+  return K - k < block_depth ? K - k : block_depth;
+}
+template <class Operand>
+int64_t padded_depth(int64_t K, int64_t k) {
+  return round_up(depth_of_block(K, k), depth_step<Operand>);
+}
+
 // A as the product reads it: element (row, k), or pair of k, of the tile that begins at `first` lies at
 // at(first, k0)[row * row_stride(k0) + (k - k0) / depth_step * depth_stride()], k0 being where k's block of
 // depth begins. It does not own the memory.
@@ -351,8 +241,7 @@ struct LeftView {
   bool depth_major;
 
   static constexpr int step = depth_step<Operand>;
-  int64_t depth(int64_t k) const { return K - k < block_depth ? K - k : block_depth; }
-  int64_t padded(int64_t k) const { return round_up(depth(k), step); }
+  int64_t padded(int64_t k) const { return padded_depth<Operand>(K, k); }
   const Operand* at(int64_t first, int64_t k) const {
     return stride > 0 ? data + first * stride + k : data + outer * k + first * padded(k);
   }
@@ -393,13 +282,16 @@ class Packed {
     parallel_tasks(shares * ceil_div(K, block_depth), [&](int64_t task) {
       const int64_t first = task % shares * pack_share, k = task / shares * block_depth;
       const int64_t count = outer - first < pack_share ? outer - first : pack_share;
-      from.pack(from, first, count, k, depth(k), data_.get() + offset(first, k));
+      from.pack(from, first, count, k, depth_of_block(K, k), data_.get() + offset(first, k));
     });
   }
 
-  // An operand yet to be written: a left one by store_row, a right one by store_depths.
-  Packed(int64_t outer, int64_t K, int64_t tile = tile_rows)
-      : outer_(round_up(outer, tile)), K_(K), depth_major_(false), data_(outer_ * round_up(K, depth_step<Operand>)) {}
+  // A right operand yet to be written, by store_depths.
+  Packed(int64_t columns, int64_t K)
+      : outer_(round_up(columns, tile_width)),
+        K_(K),
+        depth_major_(false),
+        data_(outer_ * round_up(K, depth_step<Operand>)) {}
 
   // This operand as A.
   operator LeftView<Operand>() const { return {data_.get(), K_, 0, outer_, depth_major_}; }
@@ -428,28 +320,12 @@ class Packed {
     }
   }
 
-  // Writes elements [k, k + count) of a row, as pack_left_rows would.
-  void store_row(int64_t row, int64_t k, int64_t count, const float* values) const {
-    while (count > 0) {
-      const int64_t start = k / block_depth * block_depth, room = start + depth(start) - k;
-      const int64_t now = count < room ? count : room;
-      Operand* to = data_.get() + outer_ * start + row * padded(start) + (k - start);
-      for_vectors(now, [&](int64_t c, int n) { store(to + c, load(values + c, n), n); });
-      if (now == room && padded(start) > depth(start)) to[now] = from_float<Operand>(0.0f);
-      k += now, values += now, count -= now;
-    }
-  }
-
   int64_t K() const { return K_; }
-  bool depth_major() const { return depth_major_; }
-  // The extent of the block of depth that begins at k: as it is, and as it is padded.
-  int64_t depth(int64_t k) const { return K_ - k < block_depth ? K_ - k : block_depth; }
-  int64_t padded(int64_t k) const { return round_up(depth(k), depth_step<Operand>); }
   // Where the tile lies that begins at `first`.
   const Operand* at(int64_t first, int64_t k) const { return data_.get() + offset(first, k); }
 
  private:
-  int64_t offset(int64_t first, int64_t k) const { return outer_ * k + first * padded(k); }
+  int64_t offset(int64_t first, int64_t k) const { return outer_ * k + first * padded_depth<Operand>(K_, k); }
 
   int64_t outer_, K_;
   bool depth_major_;

@@ -80,12 +80,6 @@ class Parameter {
   const float* data_ = nullptr;
 };
 
-// Waking a thread costs about what 16k elements do: small inputs stay on the calling one.
-inline int threads_for(int64_t rows, int64_t columns) {
-  const int64_t worth = 1 + rows * columns / 16384;
-  return worth < max_threads() ? int(worth) : max_threads();
-}
-
 // Asks for the row after this one: input and output are streams, several at once, and by itself the
 // hardware looks too short a way ahead. Asking beyond the end does no harm.
 template <class T>
@@ -159,7 +153,7 @@ void forward(const LayerNormForward& a) {
   const Parameter weight(a.weight, columns), bias(a.bias, columns), input_bias(a.input_bias, columns);
   const Dropout dropout = Dropout::make(a.dropout_p, {a.seed, a.offset});
 
-  parallel_ranges(rows, threads_for(rows, columns), [&](int64_t begin, int64_t end, int) {
+  parallel_ranges(rows, threads_for(rows * columns), [&](int64_t begin, int64_t end, int) {
     std::unique_ptr<float[]> scratch(new float[2 * columns + Dropout::spare]);
     float* row = scratch.get();
     for (int64_t r = begin; r < end; ++r) {
@@ -242,7 +236,7 @@ void backward(const LayerNormBackward& a) {
   const int64_t columns = a.sum.shape[1], rows = a.sum.shape[0];
   const Parameter weight(a.weight, columns);
   const Dropout dropout = Dropout::make(a.dropout_p, {a.seed, a.offset});
-  const int threads = threads_for(rows, columns);
+  const int threads = threads_for(rows * columns);
   const int64_t stride = 3 * columns;
   std::unique_ptr<float[]> partial(new float[threads * stride]());
   std::unique_ptr<float[]> groups(new float[threads * stride]());

@@ -27,6 +27,8 @@
 
 #include "gemm.h"
 #include "parallel.h"
+#include "rows.h"
+#include "scratch.h"
 #include "simd.h"
 #include "softcap.h"
 #include "tile.h"
@@ -51,16 +53,6 @@ template <class T>
 constexpr int gradient_degree = 6;
 template <>
 constexpr int gradient_degree<bfloat16> = 3;
-
-template <class From, class To>
-inline void copy_row(const From* from, int64_t count, To* to) {
-  for_vectors(count, [&](int64_t c, int n) { store(to + c, load(from + c, n), n); });
-}
-
-template <class T>
-inline void add_row(float* values, const T* other, int64_t count) {
-  for_vectors(count, [&](int64_t c, int n) { store(values + c, load(values + c, n) + load(other + c, n), n); });
-}
 
 // A large buffer for one call. Unlike Scratch it is given back to the system, so that a training step does not
 // hold it while the rest of the model needs the memory.
@@ -304,13 +296,6 @@ class WeightGradient {
   int64_t E_, chunks_;
   std::unique_ptr<T[]> rest_;
 };
-
-template <class T>
-float row_sum(const T* row, int64_t count) {
-  Vec sum = Vec::zero();
-  for_vectors(count, [&](int64_t c, int n) { sum = sum + load(row + c, n); });
-  return sum.sum();
-}
 
 // One chunk's share of the gradients. Its logits are overwritten by their gradient.
 template <class T>

@@ -38,6 +38,12 @@ inline int thread_index() {
 #endif
 }
 
+// How many threads elementwise work on so many elements is worth: waking one costs about what 16k of them do.
+inline int threads_for(int64_t elements) {
+  const int64_t worth = 1 + elements / 16384;
+  return worth < max_threads() ? int(worth) : max_threads();
+}
+
 // Runs body(task) for every task in [0, tasks); threads take tasks one by one, in order, as they
 // become free. For unequal tasks: put the longest first.
 template <class Body>
