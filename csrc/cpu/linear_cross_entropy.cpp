@@ -193,11 +193,11 @@ void compute_logits(const Problem<T>& p, const Chunk<T>& chunk, const Packed<ope
     const int64_t classes = p.V - begin < vocabulary_block ? p.V - begin : vocabulary_block;
     const BlockGrid grid(classes, rows, p.E, max_threads());  // as gemm has it
     const Scratch<Sums> pieces(grid.blocks_down * rows);
-    gemm<Operand>(classes, rows, LeftRows<Operand, T>(p.weight + begin * p.E, p.E, classes, p.E, rows), x,
-                  [&](const Block& block, float* values) {
-                    Sums* found = pieces.get() + block.row / grid.rows * rows + block.column;
-                    finish_logits(p, chunk, block, begin + block.row, values, found, sums + block.column);
-                  });
+    gemm(rows, LeftRows<Operand, T>(p.weight + begin * p.E, p.E, classes, p.E, rows), x,
+         [&](const Block& block, float* values) {
+           Sums* found = pieces.get() + block.row / grid.rows * rows + block.column;
+           finish_logits(p, chunk, block, begin + block.row, values, found, sums + block.column);
+         });
     parallel_ranges(rows, max_threads(), [&](int64_t first, int64_t last, int) {
       for (int64_t r = first; r < last; ++r) {
         for (int64_t i = 0; i < grid.blocks_down; ++i) sums[r].add(pieces.get()[i * rows + r]);
@@ -316,8 +316,8 @@ struct ChunkGradients {
       if (p.grad.bias) add_to_bias(begin, classes);
       if (p.grad.input) add_to_input(grad, begin, classes);
       if (!p.grad.weight) continue;
-      gemm<Operand>(classes, p.E, LeftRows<Operand, T>(grad, chunk.stride, classes, rows, p.E), x,
-                    by_rows(grad_weight.add(begin, number)));
+      gemm(p.E, LeftRows<Operand, T>(grad, chunk.stride, classes, rows, p.E), x,
+           by_rows(grad_weight.add(begin, number)));
     }
   }
 
