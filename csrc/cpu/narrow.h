@@ -12,8 +12,8 @@
 //             acc += A B                              rows x columns accumulators in registers
 //             sums += the lanes of acc, added up
 //
-// The sum of an element is formed in as many parts as there are lanes, then over blocks of depth: more accurate
-// than one running sum, as a product of few rows is by other libraries. It does not depend on the threads.
+// The sum of an element is formed in as many parts as there are lanes, of short runs, then over blocks of depth: more
+// accurate than one running sum, as a product of few rows is by other libraries. It does not depend on the threads.
 // The time is that of reading A, or of Rows * Columns multiply-adds for Rows + Columns loads.
 #pragma once
 
@@ -26,8 +26,8 @@
 namespace pytransformer::PYTRANSFORMER_ISA {
 
 constexpr int narrow_rows = 3, narrow_columns = tile_vecs == 4 ? 8 : 3;  // accumulators that fit in the registers
-constexpr int64_t narrow_bytes = int64_t(64) << 10;                      // of a block of B
-constexpr int64_t narrow_share = 48;  // rows of A for a task; divisible by narrow_rows
+constexpr int64_t narrow_depth = 64 * Vec::lanes;  // a lane adds up 64 products; B for the columns of a tile is 32 KB
+constexpr int64_t narrow_share = 48;               // rows of A for a task; divisible by narrow_rows
 
 // Up to how many columns this is the faster way. Beyond, A that is not in the tile's type is worth packing.
 template <class T>
@@ -110,8 +110,7 @@ inline auto narrow_product_for(int64_t rows, int64_t columns) {
 template <class T, class Epilogue>
 void narrow_gemm(int64_t M, int64_t N, const T* a, int64_t stride, const NarrowRight& right, const Epilogue& epilogue) {
   if (M <= 0 || N <= 0) return;
-  const int64_t K = right.K(), columns = N < narrow_columns ? N : narrow_columns;
-  const int64_t depth = narrow_bytes / (columns * Vec::lanes * int64_t(sizeof(float))) * Vec::lanes;
+  const int64_t K = right.K();
   const bool worth_sharing = double(M) * double(N) * double(K) > 1e6;
   const int64_t share = worth_sharing ? narrow_share : block_rows;
   const Scratch<float> memory(max_threads() * share * block_columns);
@@ -121,14 +120,14 @@ void narrow_gemm(int64_t M, int64_t N, const T* a, int64_t stride, const NarrowR
     const int64_t first = task * share, rows = M - first < share ? M - first : share;
     int64_t k = 0;
     do {  // once even for K = 0, to clear the sums
-      const int64_t now = K - k < depth ? K - k : depth;
+      const int64_t now = K - k < narrow_depth ? K - k : narrow_depth;
       for (int64_t j = 0; j < N; j += narrow_columns) {
         for (int64_t i = 0; i < rows; i += narrow_rows) {
           narrow_product_for<T>(rows - i, N - j)(a + (first + i) * stride + k, stride, right.at(j, k), right.stride(),
                                                  now, sums + i * block_columns + j, k > 0);
         }
       }
-      k += depth;
+      k += narrow_depth;
     } while (k < K);
     epilogue(Block{first, 0, rows, N}, sums);
   });
