@@ -15,10 +15,8 @@ from pytransformer import backends, ops
 from pytransformer._parity import alike
 
 Tensors = Mapping[str, "Tensor | None"]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the session of the Triton kernels
-if INTERPRETED:
-    DTYPES["float16"] = torch.float16
 
 
 def skip_unless_served(backend: str, op: str) -> None:

@@ -117,11 +117,8 @@ class Bias {
  public:
   explicit Bias(const TensorView& view) : copy_(view ? view.shape[0] : 0), defined_(view) {
     if (!view) return;
-    if (view.dtype == DType::bfloat16) {
-      copy_row(view.ptr<bfloat16>(), view.shape[0], copy_.get());
-    } else {
-      copy_row(view.ptr<float>(), view.shape[0], copy_.get());
-    }
+    with_storage(view.dtype,
+                 [&](auto type) { copy_row(view.ptr<const decltype(type)>(), view.shape[0], copy_.get()); });
   }
   // To a block whose rows are features.
   void add_to(const Block& block, float* values) const {
@@ -566,11 +563,11 @@ void forward(const FfnForward& a) {
 }  // namespace
 
 void ffn_fwd(const FfnForward& a) {
-  a.input.dtype == DType::bfloat16 ? forward<bfloat16>(a) : forward<float>(a);
+  with_storage(a.input.dtype, [&](auto type) { forward<decltype(type)>(a); });
 }
 
 void ffn_bwd(const FfnBackward& a) {
-  a.input.dtype == DType::bfloat16 ? backward<bfloat16>(a) : backward<float>(a);
+  with_storage(a.input.dtype, [&](auto type) { backward<decltype(type)>(a); });
 }
 
 }  // namespace pytransformer::PYTRANSFORMER_ISA

@@ -13,6 +13,11 @@ struct bfloat16 {
   uint16_t bits;
 };
 
+// Storage type of an IEEE binary16.
+struct float16 {
+  uint16_t bits;
+};
+
 enum class DType : int32_t { float32, float64, float16, bfloat16, int32, int64, boolean };
 
 inline const char* name_of(DType dtype) {
@@ -26,6 +31,11 @@ inline const char* name_of(DType dtype) {
     case DType::boolean: return "bool";
   }
   return "?";
+}
+
+// Whether the kernels take tensors of this type.
+inline bool stored(DType dtype) {
+  return dtype == DType::float32 || dtype == DType::float16 || dtype == DType::bfloat16;
 }
 
 struct TensorView {
