@@ -5,7 +5,8 @@ functions of one signature in all backends:
 
     <op>_fwd(*args) -> outputs        <op>_bwd(*args) -> gradients        why_not(*args) -> reason or None
 
-and the package holds ``unavailable() -> reason or None``. Selection walks ``ORDER`` for the call's device
+and may hold <op>_inference(*args), the forward with None in place of what only a backward wants. The package holds
+``unavailable() -> reason or None``. Selection walks ``ORDER`` for the call's device
 and takes the first backend without a reason against it; ``reference`` comes last and has none. A backend
 asked for by name serves the call or raises ``BackendError`` with the reason: nothing falls back silently.
 """
@@ -87,6 +88,11 @@ def record_decisions() -> Iterator[list[Decision]]:
         yield decisions
     finally:
         _state.decisions = outer
+
+
+def settled() -> str | None:
+    """What ``use_backend`` says; None while decisions are recorded, each of which is wanted."""
+    return _state.forced if _state.decisions is None else None
 
 
 def select(op: str, device_type: str, backend: str, args: tuple[Any, ...], obstacle: str | None = None) -> str:
@@ -183,9 +189,7 @@ def implementation(name: str, op: str) -> ModuleType | None:
 
 
 def _record(op: str, backend: str, reasons: dict[str, str]) -> None:
-    if torch.compiler.is_compiling():
-        return
-    if _state.decisions is not None:
+    if not torch.compiler.is_compiling() and _state.decisions is not None:
         _state.decisions.append(Decision(op, backend, reasons))
 
 
