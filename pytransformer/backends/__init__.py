@@ -166,7 +166,17 @@ def has_op(name: str, op: str) -> bool:
     """Does backend ``name`` have kernels for ``op``? Loads its module if so, where the backend works."""
     if unavailable(name) is not None:
         return importlib.util.find_spec(f"{PACKAGES[name]}.{op}") is not None
+    _load_all()
     return implementation(name, op) is not None
+
+
+@cache
+def _load_all() -> None:
+    """All modules of the backends that work, at once: a tracer reads ``_loaded`` when it first meets it, and would miss
+    what a later op of the same trace loads."""
+    for name in PACKAGES:
+        for op in OPS if _unavailable(name) is None else ():
+            implementation(name, op)
 
 
 @cache
