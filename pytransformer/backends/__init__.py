@@ -9,6 +9,8 @@ and may hold <op>_inference(*args), the forward with None in place of what only 
 ``unavailable() -> reason or None``. Selection walks ``ORDER`` for the call's device
 and takes the first backend without a reason against it; ``reference`` comes last and has none. A backend
 asked for by name serves the call or raises ``BackendError`` with the reason: nothing falls back silently.
+``why_not`` looks at types, dtypes, shapes and devices of tensors and at the other arguments, never at strides, places
+in memory or values: its answer holds for every call of the same signature (``ops._op.recall``).
 """
 
 from __future__ import annotations
