@@ -12,6 +12,7 @@ from pytransformer import reference
 from pytransformer.backends import select
 from pytransformer.masks import ALIGNMENTS, Mask
 from pytransformer.ops._autocast import autocast_off, cast_to
+from pytransformer.ops._bands import check_window
 from pytransformer.ops._checks import (
     check_broadcasts,
     check_choice,
@@ -297,10 +298,7 @@ def _combine(
 def _window(window: Any) -> Mask:
     if window is None:
         return Mask()
-    left, right = window if isinstance(window, tuple) and len(window) == 2 else (window, window)
-    for side in (left, right):
-        if side is not None and (isinstance(side, bool) or not isinstance(side, int) or side < 0):
-            raise ValueError(f"attention: window must be a non-negative integer or a pair of them, got {window!r}")
+    left, right = check_window("attention", window)
     return Mask(left=left, right=right)
 
 
