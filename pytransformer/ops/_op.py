@@ -13,12 +13,14 @@ The last argument of either op is the name of the backend, chosen before the cal
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from pytransformer.backends import implementation
+from pytransformer.ops._packed import packed_form
 
 LIBRARY = torch.library.Library("pytransformer", "DEF")  # type: ignore[no-untyped-call]
 
@@ -98,6 +100,8 @@ class FusedOp:
 
     # How many of the outputs carry gradients; they come first.
     differentiable_outputs: ClassVar[int] = 1
+    # Where among the arguments of ``<op>_fwd`` and ``<op>_bwd`` a mask stands that a backend may pack.
+    masks_at: ClassVar[dict[str, int]] = {}
 
     def __init__(self) -> None:
         forward_name, backward_name = f"{self.name}_fwd", f"{self.name}_bwd"
@@ -125,17 +129,23 @@ class FusedOp:
         elif torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
             result = self.function.apply(*args)  # type: ignore[attr-defined]
         else:
-            result = self._forward(*args)
+            result = self._forward(*args, eager=True)
         return result
 
-    def _forward(self, *args: Any) -> tuple[Tensor, ...]:
-        module = implementation(args[-1], self.name)
-        result: tuple[Tensor, ...] = getattr(module, f"{self.name}_fwd")(*args[:-1])
-        return result
+    def _forward(self, *args: Any, eager: bool = False) -> tuple[Tensor, ...]:
+        return self._run("fwd", args, eager)
 
-    def _backward(self, *args: Any) -> tuple[Tensor, ...]:
-        module = implementation(args[-1], self.name)
-        result: tuple[Tensor, ...] = getattr(module, f"{self.name}_bwd")(*args[:-1])
+    def _backward(self, *args: Any, eager: bool = False) -> tuple[Tensor, ...]:
+        return self._run("bwd", args, eager and plain_eager(args))
+
+    def _run(self, way: str, args: tuple[Any, ...], eager: bool) -> tuple[Tensor, ...]:
+        *args_of_backend, backend = args
+        module = implementation(backend, self.name)
+        function = getattr(module, f"{self.name}_{way}")
+        mask = args[self.masks_at[way]] if eager and self.masks_at else None
+        if mask is not None and getattr(module, "PACKS_MASKS", False):
+            function = partial(function, packed=packed_form(mask, backend))
+        result: tuple[Tensor, ...] = function(*args_of_backend)
         return result
 
     def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -166,13 +176,13 @@ class FusedOp:
         class Function(torch.autograd.Function):
             @staticmethod
             def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-                outputs = op._forward(*args)
+                outputs = op._forward(*args, eager=True)
                 op._setup_context(ctx, args, outputs)
                 return outputs
 
             @staticmethod
             def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-                return op._differentiate(ctx, grads, op._backward)
+                return op._differentiate(ctx, grads, partial(op._backward, eager=True))
 
         Function.__name__ = Function.__qualname__ = f"{self.name}_function"
         return Function
