@@ -152,7 +152,7 @@ def run_case(
 
 def _blank(case: Case) -> dict[str, Any]:
     fields = ("name", "op", "direction", "dtype", "shape", "operations", "bytes", "metric", "limit_target",
-              "rate_target", "device")  # fmt: skip
+              "rate_target", "speed_target", "device")  # fmt: skip
     plain = {name: getattr(case, name) for name in fields}
     empty = {"samples": {}, "busy": [], "wrong": {}, "absent": {}, "unfused": []}
     return {**plain, "sizes": dict(case.sizes), "targets": dict(case.targets), **empty}

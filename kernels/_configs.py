@@ -259,9 +259,10 @@ _MATMUL: dict[str, dict[tuple[int, int], Config]] = {
         (32, 2): Config((64, 32, 32), 4, 2),
     },
 }
-# Up to this width of the input the activation is fused with the product before it. Not measured on a GPU here: set
-# from what others report, that an unfused activation costs some 30, 20, 15 and 4% of the product at 512, 768, 1024
-# and 4096, and that on Hopper a product in Triton gives away about 10 to 15%.
+# Up to this width of the input the activation is fused with the product before it; `pytransformer tune` decides it
+# for each width. Not measured on a GPU here: set from what others report, that an unfused activation costs some 30,
+# 20, 15 and 4% of the product at 512, 768, 1024 and 4096, and that on Hopper a product in Triton gives away about 10
+# to 15%.
 _FUSED_WIDTH = {"sm80": 2048, "sm86": 2048, "sm90": 1024, "sm100": 768, "gfx942": 768, INTERPRETER: 64}
 
 

@@ -189,7 +189,7 @@ def _decode_call(dtype: torch.dtype, D: int, device: str) -> Callable[[], object
 def _of_layer_norm(arch: str, device: str) -> Iterator[Problem]:
     for E in (256, 512, 1024, 2048, 4096, 8192, 16384):
         for direction in ("fwd", "bwd"):
-            pieces = E > _configs.whole_row(direction, HALF, arch)
+            pieces = _configs.whole_row(direction, HALF, arch) < E
             if pieces and E < 16384:  # whose pieces are those of the longest
                 continue
             built_in = _configs.layer_norm(direction, HALF, E, arch)

@@ -330,7 +330,7 @@ def layer_norm_fwd(
     mean, rstd = (torch.empty(N, dtype=torch.float32, device=x.device) for _ in range(2))
     arch = _configs.architecture(x.device)
     config = _configs.layer_norm("fwd", x.dtype, E, arch)
-    kernel = forward_kernel if E <= _configs.whole_row("fwd", x.dtype, arch) else forward_in_pieces_kernel
+    kernel = forward_kernel if _configs.whole_row("fwd", x.dtype, arch) >= E else forward_in_pieces_kernel
     tensors = (x, weight, bias, residual, input_bias, rng, y, z, mean, rstd)
     _launch(kernel, config, x, tensors, (eps,), dropout_p, rms)
     return y, z, mean, rstd
@@ -357,7 +357,7 @@ def layer_norm_bwd(
     arch = _configs.architecture(z.device)
     config, kernel = _configs.layer_norm("bwd", z.dtype, E, arch), backward_kernel
     partial = torch.empty(_programs(config, z), 3, E, dtype=torch.float32, device=z.device)
-    if E > _configs.whole_row("bwd", z.dtype, arch):
+    if _configs.whole_row("bwd", z.dtype, arch) < E:
         kernel = backward_in_pieces_kernel
         partial.zero_()
     _launch(kernel, config, z, (dy, dsum, z, weight, mean, rstd, rng, dz, dx, partial), (), dropout_p, rms)

@@ -5,6 +5,7 @@ of a thread, bytes of stack (a spill; must be 0) and shared memory of a program.
 change of a kernel or of the compiler shows in review; ``test_triton_table.py`` recomputes a part of it.
 
     make triton-table                                         every case for every architecture, half an hour of a core
+    make test-triton-table                                    fails where the committed table says otherwise
     python -P tests/triton_table.py "sm80 attention 16 bits"  prints the rows that contain this and writes nothing
 
 Compiled kernels stay in Triton's cache (``TRITON_CACHE_DIR``), which processes share: the table is made by as many as
@@ -20,15 +21,17 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 
 TABLE = Path(__file__).parent.parent / "docs" / "triton-kernels.txt"
 ARCHITECTURES = ("sm80", "sm90", "sm100", "gfx942")
-ROW = "{:7} {:34} {:26} {:11} {:>5} {:>6} {:>5} {:>5} {:>7}"
+FIGURES = " {:>5} {:>5} {:>7}"
+ROW = "{:7} {:34} {:26} {:11} {:>5} {:>6}" + FIGURES
+WIDTH = len(ROW.format(*[""] * 9)) - len(FIGURES.format("", "", ""))
 HEADER = ROW.format("arch", "case", "kernel", "tile", "warps", "stages", "regs", "stack", "shared")
-# 32 bits stand for true float32 products, tf32 for the tensor cores' short form of them.
-DTYPES = {"16 bits": torch.bfloat16, "32 bits": torch.float32, "tf32": torch.float32}
+DTYPES = {"16 bits": torch.bfloat16, "32 bits": torch.float32}  # products in true float32
 
 
 def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -115,7 +118,7 @@ def embedding(dtype: torch.dtype) -> None:
 
 
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
-    """Every shape class of the configurations, in 16 bits and in true float32, and where most is multiplied in tf32."""
+    """Every shape class of the configurations, in 16 bits and in float32."""
     for head_dim, everything in product((64, 128, 256), (False, True)):
         for name, dtype in DTYPES.items():
             if everything or dtype != torch.float32:  # in 32 bits all calls are taken as rich
@@ -127,7 +130,7 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     for (name, dtype), (activation, gated) in product(DTYPES.items(), (("gelu", False), ("silu", True))):
         how = f"{activation} gated" if gated else activation
         yield f"ffn {name} {how}", lambda d=dtype, a=activation, g=gated: ffn(d, a, g)
-    for name, dtype in list(DTYPES.items())[:2]:
+    for name, dtype in DTYPES.items():
         for head_dim in (64, 128, 256):
             yield f"attention_decode {name} D={head_dim}", lambda d=dtype, n=head_dim: decode(d, n)
         yield f"linear_cross_entropy {name}", lambda d=dtype: linear_cross_entropy(d)
@@ -137,29 +140,28 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
                 yield f"layer_norm {name} E={width}", lambda d=dtype, n=width: layer_norm(d, n)
 
 
-def wanted(arch: str, name: str) -> bool:
-    """AMD GPUs have no tf32."""
-    return not (arch.startswith("gfx") and " tf32" in name)
+def launched(arch: str, name: str) -> dict[str, Any]:
+    """The launches of one case, by their rows without figures."""
+    from pytransformer.kernels import _offline
+
+    with _offline.recorded(arch) as launches:
+        dict(cases())[name]()
+    found: dict[str, Any] = {}
+    for launch in launches:
+        options = launch.options["num_warps"], launch.options.get("num_stages", 3)
+        row = ROW.format(arch, name, launch.name, tile(launch.arguments), *options, "", "", "").rstrip()
+        found.setdefault(row, launch)
+    return found
 
 
 def rows(arch: str, name: str, kernels: str = "") -> list[str]:
     """The rows of one case; of the kernels whose name contains ``kernels``."""
-    from pytransformer.kernels import _offline
-
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if " tf32" in name else "ieee"
-    with _offline.recorded(arch) as launches:
-        dict(cases())[name]()
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    found: dict[str, str] = {}
-    for launch in launches:
-        options = launch.options["num_warps"], launch.options.get("num_stages", 3)
-        key = ROW.format(arch, name, launch.name, tile(launch.arguments), *options, "", "", "").rstrip()
-        if key in found or kernels not in launch.name:
-            continue
-        figures = launch.compile(arch)
-        numbers = figures.registers, figures.stack, figures.shared
-        found[key] = ROW.format(arch, name, launch.name, tile(launch.arguments), *options, *numbers)
-    return list(found.values())
+    found = []
+    for row, launch in launched(arch, name).items():
+        if kernels in launch.name:
+            figures = launch.compile(arch)
+            found.append(row.ljust(WIDTH) + FIGURES.format(figures.registers, figures.stack, figures.shared))
+    return found
 
 
 def tile(arguments: dict[str, object]) -> str:
@@ -169,8 +171,10 @@ def tile(arguments: dict[str, object]) -> str:
 
 
 def main(*patterns: str) -> None:
-    """Writes the table; with patterns prints the rows that contain one of them instead."""
-    work = [(arch, name) for arch in ARCHITECTURES for name, _ in cases() if wanted(arch, name)]
+    """Writes the table; with patterns prints the rows that contain one of them, with ``--check`` compares instead."""
+    check = "--check" in patterns
+    patterns = tuple(pattern for pattern in patterns if pattern != "--check")
+    work = [(arch, name) for arch in ARCHITECTURES for name, _ in cases()]
     work = [pair for pair in work if not patterns or any(pattern in " ".join(pair) for pattern in patterns)]
     found = [HEADER]
     print(HEADER)
@@ -178,6 +182,11 @@ def main(*patterns: str) -> None:
         for case in pool.map(rows, *zip(*work, strict=True)):
             print(*case, sep="\n", flush=True)
             found += case
+    if check:
+        known = set(TABLE.read_text().splitlines())
+        changed = [row for row in found if row not in known]
+        print(*changed, sep="\n")
+        sys.exit(f"{len(changed)} rows are not in {TABLE.name}: run `make triton-table`" if changed else 0)
     if not patterns:
         TABLE.write_text("\n".join(found) + "\n")
 
