@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ _NO_MASK = Mask()
 
 class AttentionOp(FusedOp):
     name = "attention"
+    masks_at: ClassVar[dict[str, int]] = {"fwd": 3, "bwd": 6}
     forward_schema = (
         "(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, Tensor? key_lengths, Tensor? rng,"
         " SymInt? band_lower, SymInt? band_upper, float scale, float softcap, float dropout_p)"
