@@ -22,7 +22,7 @@ def test_explain():
     assert str(explanation) == "layer_norm: cpu"
     assert torch.equal(explanation.result, ops.layer_norm(X, WEIGHT))
     text = str(pytransformer.explain(ops.layer_norm, X.double(), WEIGHT.double()))
-    assert text == "layer_norm: reference\n    not cpu: it takes float32 and bfloat16, not torch.float64"
+    assert text == "layer_norm: reference\n    not cpu: it takes float32, float16 and bfloat16, not torch.float64"
 
 
 @built
@@ -85,15 +85,15 @@ def test_unknown_names(name):
 Q = torch.ones(1, 2, 3, 4)
 W = torch.ones(4, 4)
 REFUSED = [
-    ("layer_norm", (X.half(), WEIGHT.half()), {}, "it takes float32 and bfloat16, not torch.float16"),
+    ("layer_norm", (X.double(), WEIGHT.double()), {}, "it takes float32, float16 and bfloat16, not torch.float64"),
     ("layer_norm", (X, WEIGHT.double()), {}, "weight must be float32 or torch.float32, not torch.float64"),
-    ("attention", (Q.half(),) * 3, {}, "it takes float32 and bfloat16, not torch.float16"),
+    ("attention", (Q.double(),) * 3, {}, "it takes float32, float16 and bfloat16, not torch.float64"),
     ("attention", (Q,) * 3, {"bias": torch.ones(3, 3).double()}, "bias must be float32 or torch.float32"),
     (
         "ffn",
-        (X.half(), torch.ones(4, 8).half(), None, W.half(), None),
+        (X.double(), torch.ones(4, 8).double(), None, W.double(), None),
         {},
-        "it takes float32 and bfloat16, not torch.fl",
+        "it takes float32, float16 and bfloat16, not torch.fl",
     ),
 ]
 
