@@ -8,6 +8,7 @@ from torch import Tensor
 Call = tuple[int, int, Tensor | None, Tensor | None, Tensor]
 
 def report_devices() -> dict[str, Any]: ...
+def multiprocessors(device: int) -> int: ...
 def layer_norm_fwd(
     input: Tensor,
     weight: Tensor | None,
