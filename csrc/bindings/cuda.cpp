@@ -41,5 +41,8 @@ PYBIND11_MODULE(_cuda, module) {
         return pytransformer::cuda::multiprocessors();
       },
       py::arg("device"));
+  pytransformer::bind_embedding(module);
+  pytransformer::bind_ffn(module);
   pytransformer::bind_layer_norm(module);
+  pytransformer::bind_linear_cross_entropy(module);
 }

@@ -44,29 +44,28 @@ struct BlockSums {
   int* counters = nullptr;
   int width = 0, count = 0, group = 0;  // group: blocks in a group
 
-  static int group_of(int count) {
+  static __host__ __device__ int group_of(int count) {
     int group = 1;
     while (group * group < count) ++group;
     return group;
   }
-  static int groups(int count) { return int(ceil_div(count, group_of(count))); }
+  static __host__ __device__ int groups(int count) { return (count + group_of(count) - 1) / group_of(count); }
 };
 
 // Did all of `count` blocks arrive at this counter? True in every thread of the last one, which then sees what the
-// others wrote before.
+// others wrote before. The fences stand in the thread that counts: the barrier hands it the writes of its block, the
+// fence hands them on.
 inline __device__ bool last_to_arrive(int* counter, int count) {
   __shared__ bool last;
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0 && threadIdx.y == 0) {
+    __threadfence();
     last = atomicAdd(counter, 1) == count - 1;
     if (last) *counter = 0;
+    __threadfence();
   }
   __syncthreads();
-  const bool result = last;
-  __syncthreads();  // before `last` is written again
-  if (result) __threadfence();
-  return result;
+  return last;
 }
 
 // The sum over `count` rows, `stride` apart, of one column. Past the L1 cache, which does not see other blocks' writes.
