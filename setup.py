@@ -59,6 +59,9 @@ INSTRUCTION_SETS: dict[str, dict[str, list[str]]] = {
 }
 EMULATED_SETS = {"x86_64": {"avx512_bf16_emulated": [*AVX512, "-DPYTRANSFORMER_EMULATE_BF16"]}}
 
+# Ops whose problem is the same on CPUs and GPUs: their bindings are compiled for both modules.
+SHARED_BINDINGS = ("layer_norm",)
+
 NO_COMPILER = """
 pytransformer needs a C++17 compiler with OpenMP to build its CPU kernels, and {problem}.
     Debian, Ubuntu:  apt-get install g++
@@ -201,7 +204,7 @@ class BuildKernels(build_ext):
         compilation.add(CSRC / "cpu" / "dispatch.cpp", [*flags, f"-DPYTRANSFORMER_ISAS={listing}"])
         bindings = [*flags, f"-I{CSRC}/bindings", *python_includes(compilation.folder)]
         for source in sorted((CSRC / "bindings").glob("*.cpp")):
-            if source.name != "cuda.cpp":
+            if not source.stem.endswith("cuda"):
                 compilation.add(source, bindings)
         compilation.run()
         run([compiler, "-shared", "-o", target, *compilation.objects, "-fopenmp", "-Wl,--exclude-libs,ALL"])
@@ -213,9 +216,11 @@ class BuildKernels(build_ext):
         flags += [f"-I{CSRC}/cuda"]
         for source in sorted((CSRC / "cuda").glob("*.cu")):
             compilation.add(source, [*flags, *gencode(nvcc)])
-        bindings = [find_compiler(), "-O2", *CXX_FLAGS, f"-I{CSRC}/include", f"-I{CSRC}/cuda"]
-        bindings += [f"-I{CSRC}/bindings", *python_includes(compilation.folder)]
-        compilation.add(CSRC / "bindings" / "cuda.cpp", bindings)
+        bindings = [find_compiler(), "-O2", *CXX_FLAGS, "-DPYTRANSFORMER_CUDA_MODULE", f"-I{CSRC}/include"]
+        bindings += [f"-I{CSRC}/cuda", f"-I{CSRC}/bindings", *python_includes(compilation.folder)]
+        own = sorted((CSRC / "bindings").glob("*cuda.cpp"))
+        for source in [*own, *(CSRC / "bindings" / f"{op}.cpp" for op in SHARED_BINDINGS)]:
+            compilation.add(source, bindings)
         compilation.run()
         # nvcc links: it knows where its libraries are, which the path it was found at need not tell.
         run([nvcc, "-shared", "-cudart", "static", "-Xlinker", "--exclude-libs,ALL", "-o", target,

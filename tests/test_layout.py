@@ -17,9 +17,9 @@ PACKAGE = Path(pytransformer.__file__).parent
 LAYERS = {
     "kernels": {"kernels"},
     "reference": {"reference"},
-    "backends.cpu": {"backends.cpu", "_cpu"},
-    "backends.cuda": {"backends.cuda", "_cuda"},
-    "backends.triton": {"backends.triton", "kernels"},
+    "backends.cpu": {"backends.cpu", "backends._arguments", "_cpu"},
+    "backends.cuda": {"backends.cuda", "backends._arguments", "_cuda"},
+    "backends.triton": {"backends.triton", "backends._arguments", "kernels"},
     "backends": set(),
     "masks": set(),
     "ops": {"ops", "backends", "masks", "reference"},
