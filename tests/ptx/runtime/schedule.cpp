@@ -9,7 +9,6 @@
 
 #include <cstring>
 #include <map>
-#include <mutex>
 #include <numeric>
 
 #include "block.h"
@@ -242,8 +241,6 @@ uint8_t* stack_of(uint32_t thread, size_t* bytes) {
 }
 
 void run(const Image& image, Dim3 grid, Dim3 threads, size_t dynamic_bytes, const uint8_t* params) {
-  static std::mutex one_at_a_time;
-  const std::lock_guard<std::mutex> lock(one_at_a_time);
   block.image = &image;
   block.params = params;
   grid_size = grid;
