@@ -44,7 +44,7 @@ inline T load_generic(uint64_t address, Access kind, Line line, uint32_t& hint) 
   return taken<T>(at_generic(address, sizeof(T), false, kind, line, hint));
 }
 
-// Lanes of one warp may store one value at one place: `changes` tells the detectors that apart.
+// Threads of one block may store one value at one place: `changes` tells the detectors that apart.
 bool would_change_shared(uint32_t address, const void* value, uint32_t bytes);
 bool would_change_global(uint64_t address, const void* value, uint32_t bytes);
 template <class T>

@@ -77,9 +77,10 @@ struct Place {
   uint64_t offset;
 };
 
-// A store of the value that is there may meet the same instruction of its warp storing it too.
+// A store of the value that is there may meet the same instruction storing it too, in this block: Triton's way of
+// broadcasting, and a scalar that every thread stores.
 bool harmless(const Epoch& old, const Epoch& now, bool changes) {
-  return !changes && old.block == now.block && old.line == now.line && old.agent / 32 == now.agent / 32;
+  return !changes && old.block == now.block && old.line == now.line;
 }
 
 void judge(const Epoch& old, bool old_writes, const Epoch& now, bool writes, bool changes, const Actor& actor,

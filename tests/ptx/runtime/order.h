@@ -54,7 +54,7 @@ struct Actor {
 };
 Actor self();
 
-// One access by `actor`. `changes`: a store that leaves memory as it is may meet another such store of its warp.
+// One access by `actor`. A store that `changes` nothing may meet another of the same line and block.
 void access_shared(uint32_t address, uint32_t bytes, bool write, Access kind, const Actor& actor, Line line,
                    bool changes = true);
 

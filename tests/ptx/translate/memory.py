@@ -120,7 +120,7 @@ def copy(f: Function, i: Instruction) -> None:
     elif i.has("mbarrier"):
         raise UnsupportedError("an arrival by cp.async")
     else:
-        size = int(i.args[2])
+        size = int(i.args[2], 0)
         given = f.read(i.args[3], "u32") if len(i.args) > 3 else str(size)
         if len(i.args) > 3 and (register := f.register(i.args[3])) is not None and register[1] == "bool":
             raise UnsupportedError("the predicate that ignores the source")
