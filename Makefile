@@ -9,7 +9,7 @@ SOURCES := $(wildcard csrc/*/*) setup.py pyproject.toml constraints.txt
 # The root of the repository stays off sys.path: the folder kernels/ would shadow a package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: setup build lint format type test test-ptx triton-table bench bench-table bench-regress sanitize neon clean
+.PHONY: setup build lint format type test test-ptx triton-table cuda-table bench bench-table bench-regress sanitize neon clean
 
 setup: $(STAMP)
 
@@ -48,6 +48,10 @@ test-ptx: setup
 # The figures of every Triton kernel as compiled for GPUs that need not be here: some minutes.
 triton-table: setup
 	$(BIN)/python tests/triton_table.py
+
+# The figures of every CUDA kernel in the module as built.
+cuda-table: setup
+	$(BIN)/python tests/cuda_table.py
 
 bench: setup
 	$(BIN)/pytransformer bench
