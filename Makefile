@@ -67,7 +67,7 @@ bench-regress: setup
 	    --benchmark-autosave --benchmark-columns=median,iqr,rounds --benchmark-group-by=group \
 	    $$(ls .benchmarks/*/*.json >/dev/null 2>&1 && echo --benchmark-compare --benchmark-compare-fail=median:10%)
 
-# The CPU kernels without Python: under AddressSanitizer and UndefinedBehaviorSanitizer, and on AArch64 under an
+# The CPU kernels without Python: under Address-, UndefinedBehavior- and ThreadSanitizer, and on AArch64 under an
 # emulator. tests/native/Makefile says what they need.
 sanitize:
 	$(MAKE) -C tests/native asan tsan

@@ -7,6 +7,7 @@ so that a peer in another process builds the same tensors from it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from pytransformer._tolerance import Comparison
 OURS, PEER = "pytransformer", "torch"
 DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
 SECONDS, BYTES = "seconds", "bytes"
+PERIOD = 1_000_003
 
 
 class AbsentError(Exception):
@@ -97,6 +99,9 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def draw(*shape: int, dtype: torch.dtype, scale: float = 1.0, seed: int = 0, device: str = "cpu") -> Tensor:
-    """Normal numbers, the same on every machine."""
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
+    """Normal numbers, the same on every machine. They begin again after ``PERIOD``, a prime number: no two rows of a
+    matrix are alike, and a vocabulary's table costs a copy instead of a second of drawing."""
+    count = math.prod(shape)
+    drawn = torch.randn(min(count, PERIOD), generator=torch.Generator().manual_seed(seed)) * scale
+    repeated = drawn.to(device, dtype).repeat(-(-count // PERIOD))
+    return repeated[:count].view(shape)

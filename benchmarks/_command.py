@@ -40,7 +40,7 @@ def _run(args: argparse.Namespace) -> int:
     settings = runner.Settings(args.quick, args.flush, names)
     output = Path(args.output or DEFAULT_OUTPUT)
     try:
-        with LiveTable(len(cases)) as live:
+        with LiveTable(sum(map(settings.visits, cases))) as live:
             results = runner.run(cases, output, args.suite, settings, resume=args.resume,
                                  instructions=args.instructions, starting=live.starting,
                                  finished=live.finished)  # fmt: skip

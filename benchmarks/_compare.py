@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pytransformer.benchmarks._case import OURS, PEER
-from pytransformer.benchmarks._figures import walls
-from pytransformer.benchmarks._statistics import TOLERANCE, Ratio, change, change_verdict
+from pytransformer.benchmarks._case import BYTES, OURS, PEER
+from pytransformer.benchmarks._figures import rounds
+from pytransformer.benchmarks._statistics import TOLERANCE, Ratio, change, change_verdict, drift
 
 UNTOLD = ("started", "load", "versions", "cpu_features", "megahertz")
 
@@ -24,19 +24,28 @@ class Change:
 
 def compare(before: dict[str, Any], after: dict[str, Any], tolerance: float = TOLERANCE) -> list[Change]:
     """The rows that both runs have a time (or a size) of ours for."""
-    old = {row["name"]: row for row in before["rows"]}
+    pairs, moved = _shared(before, after), drift_of(before, after)
     found = []
-    for row in after["rows"]:
-        other = old.get(row["name"])
-        if other is None or OURS not in row["samples"] or OURS not in other["samples"]:
-            continue
-        ratio = change(walls(other), walls(row), OURS, PEER)
+    for other, row in pairs:
+        ratio = change(rounds(other), rounds(row), OURS, PEER, moved)
         verdict, counted = change_verdict(ratio, tolerance), _counted(other, row)
         if verdict == "cannot tell" and counted is not None:
             found.append(Change(row["name"], counted, change_verdict(counted, tolerance), "instructions"))
         else:
             found.append(Change(row["name"], ratio, verdict))
     return found
+
+
+def drift_of(before: dict[str, Any], after: dict[str, Any]) -> float:
+    """How far the same code drifts between visits, in both runs together; see ``_statistics``."""
+    timed = [row for pair in _shared(before, after) for row in pair if row["metric"] != BYTES]
+    return drift([rounds(row) for row in timed], OURS, PEER)
+
+
+def _shared(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The rows that both runs have samples of ours for, as pairs."""
+    old = {row["name"]: row for row in before["rows"] if OURS in row["samples"]}
+    return [(old[row["name"]], row) for row in after["rows"] if OURS in row["samples"] and row["name"] in old]
 
 
 def _counted(before: dict[str, Any], after: dict[str, Any]) -> Ratio | None:
@@ -77,5 +86,8 @@ def print_comparison(before: dict[str, Any], after: dict[str, Any], tolerance: f
             f"{'' if row.of == 'time' else ', by ' + row.of}"
         )
     print(f"{len(rows)} rows: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
-    print("change of our time, in units of torch's time in the same run where torch was timed")
+    moved = drift_of(before, after)
+    print(
+        f"change of our time, in units of torch's in the same rounds where torch was timed; drift ±{moved:.1%} a visit"
+    )
     return counts.get("slower", 0)

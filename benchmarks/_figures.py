@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +13,7 @@ from pytransformer.benchmarks._peaks import copy_rate
 from pytransformer.benchmarks._statistics import (
     MOST_NOISE,
     Ratio,
+    Rounds,
     median,
     over_median,
     paired_ratio,
@@ -54,18 +57,26 @@ class Figures:
         return self.others.get(PEER)
 
 
-def walls(row: dict[str, Any]) -> dict[str, list[float]]:
+def walls(row: dict[str, Any]) -> Mapping[str, Sequence[float]]:
     """The samples by provider; without those of busy rounds, where enough others are left."""
+    return rounds(row).walls
+
+
+def rounds(row: dict[str, Any]) -> Rounds:
+    """The same with the visit of each round."""
     found = {name: samples["wall"] for name, samples in row["samples"].items()}
-    busy = row.get("busy") or []
+    busy, visits = row.get("busy") or [], row.get("visits") or []
     if not any(busy) or busy.count(False) < LEAST_ROUNDS:
-        return found
-    return {name: [x for x, flag in zip(wall, busy, strict=True) if not flag] for name, wall in found.items()}
+        return Rounds(found, visits)
+    quiet = [index for index, flag in enumerate(busy) if not flag]
+    return Rounds(
+        {name: [wall[i] for i in quiet] for name, wall in found.items()}, [visits[i] for i in quiet] if visits else []
+    )
 
 
 def figures(row: dict[str, Any], limits: dict[str, Any], threads: int = 1) -> Figures:
     """The figures of a row; ``limits`` as ``raised_peaks`` gives them."""
-    samples = walls(row)
+    samples = dict(walls(row))
     if OURS not in samples:
         others = {name: Versus(median(wall), None, None, "") for name, wall in samples.items()}
         return Figures(None, others, None, None, _without_ours(row))
@@ -131,7 +142,7 @@ def too_noisy(results: dict[str, Any]) -> list[str]:
         if OURS in row["samples"] and row["metric"] != BYTES and row["device"] == "cpu":
             noise = figures(row, limits).peer
             ratio = over_median(1.0, walls(row)[OURS]) if noise is None or noise.ratio is None else noise.ratio
-            if ratio.noise > MOST_NOISE:
+            if ratio.noise * math.sqrt(2) > MOST_NOISE:  # of two runs
                 found.append(row["name"])
     return found
 

@@ -1,10 +1,15 @@
-"""The loop over the cases: build, check, time, save. A killed run leaves a valid file of what it had done."""
+"""The loop over the cases: build, check, time, save. A killed run leaves a valid file of what it had done.
+
+The loop goes around twice. The first visit of a case checks its providers; the second makes its tensors anew and takes
+as many samples again. By what both say, ``_statistics`` knows how far two runs of the same code differ. Where peers
+take part, some of which compile a model for a minute, and where memory is measured, one visit is all.
+"""
 
 from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +26,8 @@ from pytransformer.benchmarks._file import SCHEMA, Results, resumable, save
 from pytransformer.benchmarks._peaks import peaks
 from pytransformer.benchmarks._timing import Provider, flusher, measure
 
-SECONDS, QUICK_SECONDS = 0.8, 0.16  # of timing, for each case
+SECONDS, QUICK_SECONDS = 0.4, 0.1  # of timing, for each visit of a case
+VISITS = 2  # of a case in a run, so that two runs can be compared
 PEER_SLACK = 4.0  # a peer a little less exact than eager torch is not wrong; ours is held to the rule itself
 
 Starting = Callable[[Case], None]
@@ -33,7 +39,7 @@ class Settings:
     """How a run is timed: what a resumed run must share with the one it goes on with.
 
     Attributes:
-        quick: a fifth of the time.
+        quick: one short visit.
         flush: the caches are emptied before each sample.
         peers: names of the peers that take part.
     """
@@ -45,6 +51,10 @@ class Settings:
     @property
     def seconds(self) -> float:
         return QUICK_SECONDS if self.quick else SECONDS
+
+    def visits(self, case: Case) -> int:
+        """How often a case is timed."""
+        return 1 if self.quick or self.peers or case.metric == BYTES else VISITS
 
 
 PLAIN = Settings()
@@ -71,7 +81,7 @@ def run(
         resume: keep the rows that ``output`` has, and run the others only.
         instructions: count them for the rows that are too noisy to time.
         starting: called before a case.
-        finished: called after it, with all results so far and the case's index.
+        finished: called after each visit, with all results so far and the row's index.
 
     Raises:
         ValueError: ``output`` is of another run, and cannot be resumed.
@@ -92,19 +102,35 @@ def run(
         }
     results["finished"] = False
     save(results, output)
-    done = {row["name"] for row in results["rows"]}
     with peers.Peers(settings.peers) as joined:
-        for index, case in enumerate(cases):
-            if case.name not in done:
-                starting(case)
-                results["rows"].append(run_case(case, settings, joined, seed=index))
-                save(results, output)
-            finished(results, index)
+        for visit in range(VISITS):
+            for index, case in enumerate(cases):
+                if visit < settings.visits(case):
+                    finished(results, _visit(results, case, visit, settings, joined, index, output, starting))
     if instructions:
         _count_noisy(results, cases, output, starting)
     results["finished"] = True
     save(results, output)
     return results
+
+
+def _visit(
+    results: Results, case: Case, visit: int, settings: Settings, joined: peers.Peers, seed: int, output: Path,
+    starting: Starting,
+) -> int:  # fmt: skip
+    """One visit of a case, unless ``results`` has it already; the index of its row."""
+    rows = results["rows"]
+    index = next((index for index, row in enumerate(rows) if row["name"] == case.name), len(rows))
+    if index == len(rows):
+        starting(case)
+        rows.append(run_case(case, settings, joined, seed))
+    elif rows[index]["samples"] and rows[index]["visits"][-1] < visit:
+        starting(case)
+        time_again(rows[index], case, settings, visit, seed)
+    else:
+        return index
+    save(results, output)
+    return index
 
 
 def _count_noisy(results: Results, cases: Sequence[Case], output: Path, starting: Starting) -> None:
@@ -150,11 +176,22 @@ def run_case(
     return row
 
 
+def time_again(row: dict[str, Any], case: Case, settings: Settings, visit: int, seed: int) -> None:
+    """Another visit of ``row``: the same providers on new tensors, which need no second check."""
+    problem = case.build()
+    providers = {name: _device.local(problem.providers[name], case.device) for name in row["samples"]}
+    for provider in providers.values():
+        provider()
+    _time(providers, case, settings, seed, row, visit)
+    del problem, providers
+    gc.collect()
+
+
 def _blank(case: Case) -> dict[str, Any]:
     fields = ("name", "op", "direction", "dtype", "shape", "operations", "bytes", "metric", "limit_target",
               "rate_target", "device")  # fmt: skip
     plain = {name: getattr(case, name) for name in fields}
-    empty = {"samples": {}, "busy": [], "wrong": {}, "absent": {}, "unfused": []}
+    empty = {"samples": {}, "busy": [], "visits": [], "wrong": {}, "absent": {}, "unfused": []}
     return {**plain, "sizes": dict(case.sizes), "targets": dict(case.targets), **empty}
 
 
@@ -192,11 +229,17 @@ def _gate(outputs: Any, check: Callable[[Any], list[Comparison]], slack: float) 
         return f"{type(error).__name__}: {error}"
 
 
-def _time(right: dict[str, Provider], case: Case, settings: Settings, seed: int, row: dict[str, Any]) -> None:
+def _time(
+    right: Mapping[str, Provider], case: Case, settings: Settings, seed: int, row: dict[str, Any], visit: int = 0
+) -> None:
     flush = flusher(case.device) if settings.flush else None
-    timing = measure(right, settings.seconds, seed, flush)
-    row["samples"] = {name: asdict(samples) for name, samples in timing.samples.items()}
-    row["busy"] = timing.busy
+    timing = measure(right, settings.seconds, seed + visit, flush)
+    for name, samples in timing.samples.items():
+        found = row["samples"].setdefault(name, {"calls": samples.calls, "wall": [], "cpu": []})
+        found["wall"] += samples.wall
+        found["cpu"] += samples.cpu
+    row["busy"] += timing.busy
+    row["visits"] += [visit] * len(timing.busy)
     row["clock"] = next(iter(right.values())).clock
     row["load"] = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
@@ -210,6 +253,7 @@ def _measure_memory(case: Case, row: dict[str, Any]) -> None:
         return
     row.update(found)
     row["busy"] = [False] * max((len(x["wall"]) for x in row["samples"].values()), default=0)
+    row["visits"] = [0] * len(row["busy"])
 
 
 def memory_of(case: Case) -> dict[str, Any]:

@@ -1,27 +1,40 @@
-"""What may be said of samples: medians, bootstrap intervals, and verdicts that stay below the noise.
+"""What may be said of samples: ratios, bootstrap intervals, and verdicts that stay below the noise.
 
-A ratio is that of the medians of samples taken in the same rounds, with the 95% interval of a bootstrap over
-rounds. Where an interval holds the bound that a verdict turns on, the verdict is "cannot tell".
+On a shared machine a kernel runs at 60% of its best for some seconds and at 95% for the next, and no time of it
+alone means much. But a round times ours and the other within one such moment: a ratio is the middle of the rounds'
+own ratios (the mean of the middle half of their logarithms), with the 95% interval of a bootstrap over rounds. Where
+an interval holds the bound that a verdict turns on, the verdict is "cannot tell".
 
-Source: Efron, Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 13 (percentile intervals).
+Two runs are compared by how that ratio changed: the other's code is the same in both. A run visits a row twice, a
+minute apart, with tensors that lie elsewhere. What the two visits of the same code differ by beyond the noise of
+their rounds is what two runs of the same code will differ by too: this drift is taken from all rows together, and
+widens each interval.
+
+Sources: Efron, Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 13 (percentile intervals); Wilcox,
+"Introduction to Robust Estimation and Hypothesis Testing", 2012, sec. 3.3 (trimmed means and their errors).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 RESAMPLES = 1000
+TRIMMED = 0.25  # of the rounds, at either end
 TOLERANCE = 0.05  # two runs whose times differ by less do not differ
-DRIFT = 0.02  # the same code differs by this between processes (where its memory lies), whatever one process shows
+LEAST_DRIFT = 0.02  # what is taken where few rows tell, or less than this
+LEAST_ROWS = 8  # that tell of drift
 MOST_NOISE = 0.10  # an interval wider than this either way gives no verdict on two runs
+_NORMAL_MEDIAN = 0.6745  # of the absolute value of a normal number
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio of medians and its 95% interval."""
+    """A ratio and its 95% interval."""
 
     value: float
     low: float
@@ -33,46 +46,115 @@ class Ratio:
         return (self.high - self.low) / 2 / self.value
 
 
+@dataclass(frozen=True)
+class Rounds:
+    """The rounds of a row: each provider's times, and the visit of each round (all of one where left out)."""
+
+    walls: Mapping[str, Sequence[float]]
+    visits: Sequence[int] = field(default_factory=tuple)
+
+    def logarithms(self, ours: str, peer: str | None) -> list[Tensor]:
+        """By visit: the logarithm of our time in each round, in units of the peer's where there is one."""
+        found = _logs(self.walls[ours])
+        found = found if peer is None else found - _logs(self.walls[peer])
+        if not self.visits:
+            return [found]
+        visits = torch.tensor(self.visits)
+        return [found[visits == visit] for visit in sorted(set(self.visits))]
+
+
 def median(values: Sequence[float]) -> float:
     """The median; the mean of the middle two where the count is even."""
     return torch.tensor(values, dtype=torch.float64).quantile(0.5).item()
 
 
 def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Ratio:
-    """median(numerator) / median(denominator) of samples that were taken in the same rounds."""
-    above, below = _resampled(numerator, denominator)
-    return _ratio(median(numerator) / median(denominator), above / below)
+    """The middle of numerator / denominator, of samples that were taken in the same rounds."""
+    logs = _logs(numerator) - _logs(denominator)
+    return _ratio(_middle(logs).exp().item(), _resampled(logs).exp())
 
 
 def over_median(numerator: float, samples: Sequence[float]) -> Ratio:
     """numerator / median(samples)."""
-    return _ratio(numerator / median(samples), numerator / _resampled(samples)[0])
+    values = torch.tensor(samples, dtype=torch.float64)
+    resampled = values[_rounds(len(values))].quantile(0.5, dim=1)
+    return _ratio(numerator / median(samples), numerator / resampled)
 
 
-def change(before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]], ours: str, peer: str) -> Ratio:
-    """Our time after over our time before, each in units of the peer's time in its own run.
+def change(before: Rounds, after: Rounds, ours: str, peer: str, drift: float = LEAST_DRIFT) -> Ratio:
+    """Our time after over our time before, each in units of the peer's time in its own rounds.
 
-    The peer's code is the same in both runs, so what changed about the machine cancels. Without the peer in
-    both runs it is the plain ratio of our times.
+    The peer's code is the same in both runs, so what changed about the machine cancels. Without the peer in both runs
+    it is the plain ratio of our times. ``drift`` is the standard deviation of a visit.
     """
-    if peer not in before or peer not in after:
-        new, old = _resampled(after[ours])[0], _resampled(before[ours], seed=1)[0]
-        return _ratio(median(after[ours]) / median(before[ours]), new / old)
-    new_ours, new_peer = _resampled(after[ours], after[peer])
-    old_ours, old_peer = _resampled(before[ours], before[peer], seed=1)
-    value = median(after[ours]) / median(after[peer]) / (median(before[ours]) / median(before[peer]))
-    return _ratio(value, (new_ours / new_peer) / (old_ours / old_peer))
+    unit = peer if peer in before.walls and peer in after.walls else None
+    old, new = before.logarithms(ours, unit), after.logarithms(ours, unit)
+    value = _mean([_middle(x) for x in new]) - _mean([_middle(x) for x in old])
+    resampled = _mean([_resampled(x, seed) for seed, x in enumerate(new)])
+    resampled = resampled - _mean([_resampled(x, -1 - seed) for seed, x in enumerate(old)])
+    moved = torch.randn(RESAMPLES, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    resampled = resampled + moved * drift * math.sqrt(1 / len(old) + 1 / len(new))
+    return _ratio(value.exp().item(), resampled.exp())
 
 
-def _resampled(*series: Sequence[float], seed: int = 0) -> list[torch.Tensor]:
-    """Medians of resampled rounds, [RESAMPLES] for each series; the same rounds in all of them."""
-    rounds = min(len(values) for values in series)
-    generator = torch.Generator().manual_seed(seed)
-    index = torch.randint(rounds, (RESAMPLES, rounds), generator=generator)
-    return [torch.tensor(values[:rounds], dtype=torch.float64)[index].quantile(0.5, dim=1) for values in series]
+def drift(rows: Sequence[Rounds], ours: str, peer: str) -> float:
+    """The standard deviation of a visit's ratio beyond the noise of its rounds: what explains the median difference
+    between the two visits of a row. At least ``LEAST_DRIFT``, and this where fewer than ``LEAST_ROWS`` rows tell."""
+    pairs = [row.logarithms(ours, peer) for row in rows if peer in row.walls]
+    pairs = [pair[:2] for pair in pairs if len(pair) > 1]
+    if len(pairs) < LEAST_ROWS:
+        return LEAST_DRIFT
+    apart = torch.stack([(_middle(a) - _middle(b)).abs() for a, b in pairs])
+    noise = torch.stack([_resampled(a).var() + _resampled(b, 1).var() for a, b in pairs])
+    low, high = LEAST_DRIFT, 1.0
+    while high - low > 1e-4:
+        guess = (low + high) / 2
+        explained = (apart / (2 * guess**2 + noise).sqrt()).median() <= _NORMAL_MEDIAN
+        low, high = (low, guess) if explained else (guess, high)
+    return low
 
 
-def _ratio(value: float, resampled: torch.Tensor) -> Ratio:
+def _logs(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64).log()
+
+
+def _mean(values: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(values)).mean(0)
+
+
+def _middle(values: Tensor) -> Tensor:
+    """The mean of the middle half, along the last dimension."""
+    count = values.shape[-1]
+    cut = int(count * TRIMMED)
+    return values.sort(-1).values.narrow(-1, cut, count - 2 * cut).mean(-1)
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the middle of ``values``' logarithms, by their winsorised variance: cheap enough to ask after every round."""
+    logs = sorted(map(math.log, values))
+    count, cut = len(logs), int(len(logs) * TRIMMED)
+    if count - 2 * cut < 2:
+        return math.inf
+    kept = [min(max(x, logs[cut]), logs[count - 1 - cut]) for x in logs]
+    mean = sum(kept) / count
+    variance = sum((x - mean) ** 2 for x in kept) / (count - 1)
+    return math.sqrt(variance / count) / (1 - 2 * TRIMMED)
+
+
+def _rounds(count: int, seed: int = 0) -> Tensor:
+    """Resampled rounds, [RESAMPLES,count]."""
+    return torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(seed))
+
+
+def _resampled(logs: Tensor, seed: int = 0) -> Tensor:
+    """Middles of resampled rounds, [RESAMPLES]; spread a little, as few rounds are less alike than their resamples."""
+    count = len(logs)
+    spread = math.sqrt(count / max(count - 1, 1))
+    centre = _middle(logs)
+    return centre + (_middle(logs[_rounds(count, seed)]) - centre) * spread
+
+
+def _ratio(value: float, resampled: Tensor) -> Ratio:
     low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Ratio(value, low, high)
 
@@ -94,10 +176,10 @@ def worst_verdict(verdicts: Sequence[str]) -> str:
 def change_verdict(found: Ratio, tolerance: float = TOLERANCE) -> str:
     """``slower``, ``faster``, ``no difference`` or ``cannot tell``, for the time after over the time before.
 
-    A difference is one beyond ``tolerance`` whose interval, with ``DRIFT``, lies on one side of 1.
+    A difference is one beyond ``tolerance`` whose interval lies on one side of 1.
     """
-    if found.value > 1 + tolerance and found.low > 1 + DRIFT:
+    if found.value > 1 + tolerance and found.low > 1:
         return "slower"
-    if found.value < 1 - tolerance and found.high < 1 - DRIFT:
+    if found.value < 1 - tolerance and found.high < 1:
         return "faster"
     return "cannot tell" if found.noise > MOST_NOISE else "no difference"

@@ -20,8 +20,8 @@ DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 TITLES = ("ours", PEER, "ratio", "peak")
 
 
-def table(results: dict[str, Any], last: int | None = None) -> Table:
-    """The rows, grouped by op, direction and dtype; only the ``last`` so many where given."""
+def table(results: dict[str, Any], shown: slice = slice(None)) -> Table:
+    """The rows, or those that are ``shown``, grouped by op, direction and dtype."""
     found = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     found.add_column("milliseconds", no_wrap=True, max_width=33)
     for title in TITLES:
@@ -29,7 +29,7 @@ def table(results: dict[str, Any], last: int | None = None) -> Table:
     found.add_column("target", no_wrap=True)
     limits, threads = raised_peaks(results), results["environment"]["threads"]
     group = None
-    for row in results["rows"] if last is None else results["rows"][-last:]:
+    for row in results["rows"][shown]:
         kind = "memory" if row["metric"] == BYTES else row["direction"]
         heading = f"{row['op']} {kind} {DTYPES.get(row['dtype'], row['dtype'])}"
         if heading != group:
@@ -114,7 +114,7 @@ def print_results(results: dict[str, Any], console: Console | None = None) -> No
 class LiveTable:
     """Shows the rows as they come, with progress and time left; plain lines where there is no terminal."""
 
-    def __init__(self, cases: int, console: Console | None = None) -> None:
+    def __init__(self, visits: int, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -125,7 +125,7 @@ class LiveTable:
             TimeRemainingColumn(),
             console=self.console,
         )
-        self.task = self.progress.add_task("measuring the machine", total=cases)
+        self.task = self.progress.add_task("measuring the machine", total=visits)
         self.live = Live(self.progress, console=self.console, transient=True, refresh_per_second=4)
 
     def __enter__(self) -> LiveTable:
@@ -142,11 +142,12 @@ class LiveTable:
         self.progress.update(self.task, description=escape(f"{case.op} {case.direction} {case.shape}"[:34]))
 
     def finished(self, results: dict[str, Any], index: int) -> None:
-        self.progress.update(self.task, completed=index + 1)
+        self.progress.advance(self.task)
         if self.console.is_terminal:
-            self.live.update(Group(table(results, last=max(self.console.height // 2 - 4, 3)), self.progress))
+            fitting = max(self.console.height // 2 - 4, 3)
+            self.live.update(Group(table(results, slice(max(index + 1 - fitting, 0), index + 1)), self.progress))
             return
-        row = results["rows"][-1]
+        row = results["rows"][index]
         numbers = figures(row, raised_peaks(results), results["environment"]["threads"])
         ratio = ratio_text(numbers.peer.ratio if numbers.peer else None)
         self.console.print(f"{row['name']}: {ratio} {numbers.verdict}", markup=False, highlight=False)

@@ -4,7 +4,8 @@ Providers that are timed one after the other meet different machines: clocks, ne
 each round times every provider once, in a random order, so drift meets all of them. A sample is the mean of as
 many calls as fill ``SAMPLE_SECONDS``, in wall time and in the CPU time of the process. A sample in which the
 process waited for a core that another one had, or that the hypervisor had taken, was not of this library: its
-round is kept, flagged, and taken again.
+round is kept, flagged, and taken again. Rounds go on, up to a bound, until their ratios agree: a row that is quiet
+costs little, and a row that is not gets what the others left.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from pytransformer.benchmarks._contention import waited_seconds
+from pytransformer.benchmarks._statistics import standard_error
 
 SAMPLE_SECONDS = 0.004
-LEAST_ROUNDS, MOST_ROUNDS = 6, 200
+LEAST_ROUNDS, MOST_ROUNDS = 4, 200  # of a visit
 BUSY_FRACTION = 0.05  # of a sample's wall time spent waiting for a core
-MOST_EXTRA = 1.0  # rounds are retaken for this times the row's own time, at most
+WANTED_ERROR = 0.02  # standard error of a visit's ratio that is good enough
+MOST_EXTRA = 2.0  # times a visit's own time that busy rounds and disagreement may cost besides
+MOST_RETAKEN = 0.5  # of its rounds, where the least of them take longer than that
 FLUSH_BYTES = 2**28
 
 
@@ -84,11 +88,18 @@ class Timing:
         """How many rounds were not."""
         return self.busy.count(False)
 
+    def error(self) -> float:
+        """The standard error of the first provider's time in units of the second's, or of its time alone."""
+        first, *others = (samples.wall for samples in self.samples.values())
+        ratios = [a / b for a, b in zip(first, others[0], strict=True)] if others else first
+        quiet = [x for x, busy in zip(ratios, self.busy, strict=True) if not busy]
+        return standard_error(quiet if len(quiet) >= LEAST_ROUNDS else ratios)
+
 
 def measure(
     providers: Mapping[str, Provider], seconds: float, seed: int = 0, flush: Callable[[], Any] | None = None
 ) -> Timing:
-    """Times every provider for ``seconds`` altogether, or for ``LEAST_ROUNDS`` where these take longer.
+    """One visit: times every provider for ``seconds`` altogether, or for ``LEAST_ROUNDS`` where these take longer.
 
     ``flush`` empties the caches before each sample, which is then of a single call.
     """
@@ -112,18 +123,23 @@ def measure(
 
 
 def _enough(timing: Timing, elapsed: float, seconds: float) -> bool:
-    """Are these rounds all? Time lost to busy rounds is given back, up to ``MOST_EXTRA``."""
+    """Are these rounds all? What busy rounds and disagreement cost is given back, within bounds."""
     rounds = len(timing.busy)
     if rounds < LEAST_ROUNDS:
         return False
     each = elapsed / rounds
     wanted = max(seconds, LEAST_ROUNDS * each)
-    return timing.quiet * each >= wanted or elapsed >= wanted * (1 + MOST_EXTRA) or timing.quiet >= MOST_ROUNDS
+    longest = max(seconds * (1 + MOST_EXTRA), wanted * (1 + MOST_RETAKEN))
+    if elapsed >= longest or timing.quiet >= MOST_ROUNDS:
+        return True
+    return timing.quiet * each >= wanted and timing.error() <= WANTED_ERROR
 
 
 def _calls(provider: Provider) -> int:
     """How many calls fill one sample; the provider has run before, when it was checked."""
-    once = min(provider.sample(1).wall for _ in range(2))
+    once = provider.sample(1).wall
+    if once < SAMPLE_SECONDS:
+        once = min(once, provider.sample(1).wall)
     return max(1, round(SAMPLE_SECONDS / max(once, 1e-7)))
 
 

@@ -1,13 +1,18 @@
 """Greedy translation: the tokens of a batch of sources, by an encoder-decoder of the paper's base size.
 
-The peer is transformers' ``generate`` on the same random weights (BART's form, which both sides read). No token
-ends a sentence, so that every run writes the same number; the gate is that the tokens are equal.
+The peers are transformers' ``generate`` on the same random weights (BART's form, which all sides read), and CTranslate2
+where it is installed. The token that ends a sentence is suppressed, so that every run writes the same number; the gate
+is that the tokens are equal.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +24,37 @@ from pytransformer.benchmarks._models import TRANSFORMER_BASE
 
 PEER = "transformers"
 LAYERS, VOCABULARY, PAD, START = 6, 8192, 1, 2
+
+
+@dataclass(frozen=True)
+class TranslationWorkload:
+    """What a peer is given: the sources, how many tokens to write, and the weights as a directory of Hugging Face's."""
+
+    model: Any
+    sources: Tensor
+    target: int
+
+    op = "translation"
+    direction = "fwd"
+    dtype = torch.float32
+
+    def provider(self, function: Callable[[], Any]) -> Callable[[], Any]:
+        return function
+
+    def save_hf(self, folder: Path) -> list[str]:
+        """Writes model and vocabulary, of made-up words; returns these."""
+        self.model.save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text())
+        config.update(normalize_before=False, normalize_embedding=True)  # converters ask; transformers 5 says neither
+        (folder / "config.json").write_text(json.dumps(config))
+        words = ["<s>", "<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(VOCABULARY - 4))]
+        vocabulary = {word: i for i, word in enumerate(words)}
+        (folder / "vocab.json").write_text(json.dumps(vocabulary))
+        (folder / "merges.txt").write_text("#version: 0.2\n")
+        import transformers
+
+        transformers.BartTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt")).save_pretrained(folder)
+        return words
 
 
 def case(B: int, source: int, target: int, **more: Any) -> Case:
@@ -51,12 +87,20 @@ def build(B: int, source: int, target: int) -> Problem:
     def run_ours() -> Tensor:
         from pytransformer.generation import generate
 
-        found: Tensor = generate(ours, ids, mask, max_new_tokens=target, eos_token_id=None).sequences
+        found: Tensor = generate(
+            ours, ids, mask, max_new_tokens=target, eos_token_id=None, suppress_tokens=(START,)
+        ).sequences
         return found
 
     def run_theirs() -> Tensor:
         found: Tensor = theirs.generate(
-            ids, attention_mask=mask, max_new_tokens=target, do_sample=False, num_beams=1, eos_token_id=None
+            ids,
+            attention_mask=mask,
+            max_new_tokens=target,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=None,
+            suppress_tokens=[START],
         )
         return found
 
@@ -67,7 +111,7 @@ def build(B: int, source: int, target: int) -> Problem:
             kept["expected"] = run_theirs().double()
         return [compare("tokens", tokens.double(), kept["expected"])]
 
-    return Problem({OURS: run_ours, PEER: run_theirs}, check)
+    return Problem({OURS: run_ours, PEER: run_theirs}, check, TranslationWorkload(theirs, ids, target))
 
 
 def _hugging_face() -> Any:

@@ -26,6 +26,7 @@ from pytransformer.benchmarks._op_problem import OpProblem
 
 REAL = 0.56  # of a padded batch: lengths spread evenly around it, up to the whole
 DROPOUT, SEED = 0.1, 1
+CHECKED_GROUPS = 2  # key/value heads, of the first sequence
 FORWARD = (
     (BERT_BASE, 8, 128, ""),
     (BERT_BASE, 8, 128, "padding"),
@@ -123,5 +124,9 @@ def build(direction: str, dtype: torch.dtype, model: Model, B: int, S: int, vari
         return F.scaled_dot_product_attention(query, key, value, attn_mask, **options, **dropout)
 
     ours = {**options, **dropout, "seed": SEED} if dropout else options
-    names = () if dropout else tuple(tensors)  # dropped elements hang on the whole shape
-    return OpProblem("attention", direction, tensors, ours, peer, sampled=names, random=bool(dropout)).problem()
+    shared = model.heads // model.groups
+    heads, groups = (1, CHECKED_GROUPS * shared), (1, CHECKED_GROUPS)
+    sampled = {"query": heads, "output": heads, "key": groups, "value": groups, "attn_mask": (1,)}
+    if dropout:
+        sampled = {}  # dropped elements hang on the whole shape
+    return OpProblem("attention", direction, tensors, ours, peer, sampled=sampled, random=bool(dropout)).problem()

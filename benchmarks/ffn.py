@@ -91,6 +91,5 @@ def build(direction: str, dtype: torch.dtype, model: Model, M: int, device: str)
 
     weights = tuple(name for name, x in tensors.items() if name != "input" and x is not None)
     options = {"activation": model.activation}
-    sampled = ("input",) if direction == "fwd" else ()
-    problem = OpProblem("ffn", direction, tensors, options, peer, weights, sampled, CHECKED_ROWS)
-    return problem.problem()
+    sampled = dict.fromkeys(("input", "output"), (CHECKED_ROWS,)) if direction == "fwd" else {}
+    return OpProblem("ffn", direction, tensors, options, peer, weights, sampled).problem()

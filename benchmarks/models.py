@@ -52,7 +52,7 @@ def cases(device: str = "cpu") -> Iterator[Case]:
     if device == "cpu":
         yield Case("models", "fwd", "float32", f"MiniLM-L6, {len(texts)} texts", 0.0, 0.0, partial(minilm, texts),
                    {"texts": len(texts)}, short=True)  # fmt: skip
-        yield _translation.case(32, 32, 32, targets={_translation.PEER: 3.0})
+        yield _translation.case(32, 32, 32, targets={_translation.PEER: 3.0, "ctranslate2": 1.0})
     for dtype in (torch.float32, torch.bfloat16):
         yield bert_case(dtype, 8, 128, device=device)
         yield bert_case(dtype, 1, 512, device=device)

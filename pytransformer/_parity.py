@@ -58,7 +58,7 @@ class Parity:
         for other in alike(self.tensors):
             if all(c.ok or c.mismatch is not None for c in verdicts):
                 break
-            verdicts = [_looser(c, self._bounds(other)[c.name]) for c in verdicts]
+            verdicts = [looser(c, self._bounds(other)[c.name]) for c in verdicts]
         return verdicts
 
     def _compare(self, actual: Mapping[str, Tensor]) -> list[Comparison]:
@@ -97,7 +97,8 @@ def alike(tensors: Mapping[str, Tensor | None]) -> Iterator[dict[str, Tensor | N
         yield {**tensors, **changed}
 
 
-def _looser(c: Comparison, other: Comparison) -> Comparison:
+def looser(c: Comparison, other: Comparison) -> Comparison:
+    """``c``, held to the looser of both bounds."""
     return replace(
         c,
         max_allowed=max(c.max_allowed, other.max_allowed),

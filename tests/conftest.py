@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import pytransformer
+
 sys.path.insert(0, str(Path(__file__).parent))  # helpers.py and compare.py, under importlib's import mode
 
 from pytransformer import backends
@@ -40,6 +42,13 @@ def backend_names():
     if EMULATED:
         return ["cuda_emulated-80", "cuda_emulated-90a"]
     return ["reference", *(f"cpu-{isa}" for isa in ISAS or ("not built",))]
+
+
+@pytest.fixture(params=["reference", "auto"])
+def both_backends(request):
+    """For tests of models: the plain path, and whatever serves here."""
+    with pytransformer.use_backend(request.param):
+        yield request.param
 
 
 @pytest.fixture(params=backend_names())

@@ -30,10 +30,20 @@ def pair(name, *args, seed=0, **kwargs):
     return theirs, ours
 
 
-def shake(module):
+def shake(module, by=0.1):
+    """Moves biases and norms off their initial 0 and 1."""
     with torch.no_grad():
         for p in module.parameters():
-            p.add_(0.1 * torch.randn_like(p))
+            if p.requires_grad:
+                p.add_(by * torch.randn_like(p))
+    return module
+
+
+def attention_mask(length, padded, pad):
+    """int64 [B,length], 0 for the ``padded`` tokens of each row, on the side that ``pad`` says, or on none."""
+    place, count = torch.arange(length), torch.tensor(padded)[:, None]
+    hidden = {"right": place >= length - count, "left": place < count}.get(pad, count < 0)
+    return (~hidden).long().expand(len(padded), length)
 
 
 def assert_close(ours, theirs, what=""):

@@ -11,12 +11,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from modules import attention_mask, shake
 from safetensors.torch import load_file, save_file
 
-import pytransformer
 from pytransformer.models import Bert, BertConfig, BertForPreTraining, SentenceEncoder, load_minilm, minilm
 
 transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.usefixtures("both_backends")
 
 SIZES = {
     "vocab_size": 50,
@@ -30,21 +32,12 @@ SIZES = {
 }
 
 
-@pytest.fixture(params=["reference", "auto"], autouse=True)
-def backend(request):
-    with pytransformer.use_backend(request.param):
-        yield request.param
-
-
 def hugging_face(**changes):
     """A random BertModel whose biases and norms are not their initial 0 and 1."""
     torch.manual_seed(0)
     config = transformers.BertConfig(**{**SIZES, **changes}, attn_implementation="eager")
     model = transformers.BertModel(config).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return model
+    return shake(model)
 
 
 def saved(directory, model):
@@ -56,11 +49,7 @@ def saved(directory, model):
 
 def batch(pad):
     ids = torch.randint(1, 50, (3, 9), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones(3, 9, dtype=torch.long)
-    if pad == "right":
-        mask[0, 6:], mask[2, 2:] = 0, 0
-    elif pad == "left":
-        mask[0, :3], mask[2, :7] = 0, 0
+    mask = attention_mask(9, (3, 0, 7), pad)
     return {
         "input_ids": ids * mask,
         "attention_mask": mask,
@@ -393,8 +382,8 @@ def test_minilm_without_its_package(monkeypatch):
 
 
 @needs_weights
-@pytest.mark.parametrize("backend", ["auto"], indirect=True)
-def test_example_runs_without_transformers(backend):
+@pytest.mark.parametrize("both_backends", ["auto"], indirect=True)
+def test_example_runs_without_transformers(both_backends):
     example = Path(__file__).parent.parent / "examples" / "embed_sentences.py"
     script = (
         "import runpy, sys\n"

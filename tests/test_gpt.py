@@ -7,13 +7,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from modules import attention_mask, shake
 from safetensors.torch import load_file, save_file
 
-import pytransformer
 from pytransformer import masks
 from pytransformer.models import Gpt, GptConfig
 
 transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.usefixtures("both_backends")
 
 SIZES = {
     "vocab_size": 50,
@@ -29,30 +31,17 @@ SIZES = {
 }
 
 
-@pytest.fixture(params=["reference", "auto"], autouse=True)
-def backend(request):
-    with pytransformer.use_backend(request.param):
-        yield request.param
-
-
 def hugging_face(**changes):
     """A random GPT2LMHeadModel whose biases and norms are not their initial 0 and 1."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(**{**SIZES, **changes}, attn_implementation="eager")
     model = transformers.GPT2LMHeadModel(config).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return model
+    return shake(model)
 
 
 def batch(pad):
     ids = torch.randint(3, 50, (3, 9), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones(3, 9, dtype=torch.long)
-    if pad == "right":
-        mask[0, 6:], mask[2, 2:] = 0, 0
-    elif pad == "left":
-        mask[0, :3], mask[2, :7] = 0, 0
+    mask = attention_mask(9, (3, 0, 7), pad)
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 

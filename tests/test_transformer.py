@@ -7,13 +7,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from modules import attention_mask, shake
 from safetensors.torch import load_file, save_file
 
-import pytransformer
 from pytransformer.generation import generate
 from pytransformer.models import Transformer, TransformerConfig
 
 transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.usefixtures("both_backends")
 
 SIZES = {
     "vocab_size": 40,
@@ -38,12 +40,6 @@ FORMS = {
 }
 
 
-@pytest.fixture(params=["reference", "auto"], autouse=True)
-def backend(request):
-    with pytransformer.use_backend(request.param):
-        yield request.param
-
-
 def hugging_face(form):
     """A random model whose biases and norms are not their initial 0 and 1."""
     torch.manual_seed(0)
@@ -53,10 +49,8 @@ def hugging_face(form):
     config = config_class(**options, attn_implementation="eager")
     model_class = transformers.BartForConditionalGeneration if family == "bart" else transformers.MarianMTModel
     model = model_class(config).eval()
+    shake(model, 0.2)
     with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(0.2 * torch.randn_like(p))
         model.final_logits_bias.add_(torch.randn_like(model.final_logits_bias))
     return model
 
@@ -64,11 +58,7 @@ def hugging_face(form):
 def batch(pad):
     generator = torch.Generator().manual_seed(1)
     ids, target = (torch.randint(4, 40, (3, n), generator=generator) for n in (9, 7))
-    mask, target_mask = torch.ones_like(ids), torch.ones_like(target)
-    if pad == "right":
-        mask[0, 6:] = mask[2, 2:] = target_mask[1, 5:] = target_mask[2, 1:] = 0
-    elif pad == "left":
-        mask[0, :3] = mask[2, :7] = target_mask[1, :2] = target_mask[2, :6] = 0
+    mask, target_mask = attention_mask(9, (3, 0, 7), pad), attention_mask(7, (0, 2, 6), pad)
     return {
         "input_ids": ids.masked_fill(mask == 0, 1),
         "attention_mask": mask,
@@ -154,7 +144,7 @@ def test_label_smoothing_in_training_mode_alone():
     ],
     ids=["greedy", "beam", "early", "never"],
 )
-@pytest.mark.parametrize("backend", ["auto"], indirect=True)
+@pytest.mark.parametrize("both_backends", ["auto"], indirect=True)
 def test_decoding_equals_transformers(tmp_path, form, settings):
     theirs = hugging_face(form)
     theirs.save_pretrained(tmp_path)
@@ -166,7 +156,7 @@ def test_decoding_equals_transformers(tmp_path, form, settings):
     assert torch.equal(found, wanted)
 
 
-@pytest.mark.parametrize("backend", ["auto"], indirect=True)
+@pytest.mark.parametrize("both_backends", ["auto"], indirect=True)
 def test_bad_words_of_the_config(tmp_path):
     """Marian's files forbid the padding token, which is the decoder's start, by a list in config.json."""
     theirs = hugging_face("marian")
@@ -280,7 +270,7 @@ def test_the_papers_sizes():
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
-@pytest.mark.parametrize("backend", ["auto"], indirect=True)
+@pytest.mark.parametrize("both_backends", ["auto"], indirect=True)
 def test_learns_to_copy(norm_first):
     torch.manual_seed(0)
     config = TransformerConfig(

@@ -1,4 +1,5 @@
-"""CTranslate2's encoder: whole models only, converted from a Hugging Face directory; padding is not computed."""
+"""CTranslate2: whole models only, converted from a Hugging Face directory. Its encoder, which computes no padding; its
+greedy translation."""
 
 from __future__ import annotations
 
@@ -35,4 +36,25 @@ def encoder(workload: Any) -> Callable[..., Any]:
     return run
 
 
-PEERS = (Peer("ctranslate2", {"models": encoder}, "ctranslate2", "ctranslate2", isolated=True, inference=True),)
+def translator(workload: Any) -> Callable[..., Any]:
+    import ctranslate2
+
+    with tempfile.TemporaryDirectory() as folder:
+        words = workload.save_hf(Path(folder, "hf"))
+        target = Path(folder, "ct2")
+        ctranslate2.converters.TransformersConverter(str(Path(folder, "hf"))).convert(str(target))
+        engine = ctranslate2.Translator(str(target), device="cpu", compute_type="float32", inter_threads=1,
+                                        intra_threads=torch.get_num_threads())  # fmt: skip
+    sources = [[words[i] for i in row] for row in workload.sources.tolist()]
+    ids, count = {word: i for i, word in enumerate(words)}, workload.target
+    start = workload.model.config.decoder_start_token_id
+
+    def run() -> Tensor:
+        found = engine.translate_batch(sources, beam_size=1, max_decoding_length=count, min_decoding_length=count)
+        return torch.tensor([[start, *(ids[word] for word in each.hypotheses[0])] for each in found])
+
+    return run
+
+
+ADAPTERS = {"models": encoder, "translation": translator}
+PEERS = (Peer("ctranslate2", ADAPTERS, "ctranslate2", "ctranslate2", isolated=True, inference=True),)

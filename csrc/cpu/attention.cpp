@@ -66,28 +66,22 @@ struct QueryBlock {
 };
 
 template <class T>
-class Forward : Dimensions {
+class Forward : Scoring {
   using Op = operand_t<T>;
   static constexpr bool in_place = sizeof(Op) == sizeof(float);
 
  public:
   explicit Forward(const AttentionForward& a)
-      : Dimensions(a),
-        a_(a),
-        visibility_(a),
-        score_map_(a),
-        dropout_(Dropout::make(a.dropout_p, {a.seed, a.offset})),
-        // The factor is left to the exponent only where it keeps the order of the scores.
-        scale_first_(visibility_.addends().any() || a.softcap > 0 || !(a.scale > 0)) {}
+      : Scoring(a), a_(a), dropout_(Dropout::make(a.dropout_p, {a.seed, a.offset})) {}
 
   void run() {
     const int64_t threads = max_threads(), kv_tasks = batches * kv_heads;
     const bool by_head = kv_tasks >= 4 * threads || (threads == 1);
     const int64_t packed_heads = by_head ? threads : kv_tasks;
-    const Buffer<char> block_memory(threads * carve_block(nullptr).second);
-    const Buffer<char> head_memory(packed_heads * carve_head(nullptr).second);
-    const auto block = [&](int64_t i) { return carve_block(at(block_memory, i, carve_block(nullptr).second)).first; };
-    const auto head = [&](int64_t i) { return carve_head(at(head_memory, i, carve_head(nullptr).second)).first; };
+    const int64_t block_size = carve_block(nullptr).second, head_size = carve_head(nullptr).second;
+    const Buffer<char> block_memory(threads * block_size), head_memory(packed_heads * head_size);
+    const auto block = [&](int64_t i) { return carve_block(block_memory.data() + i * block_size).first; };
+    const auto head = [&](int64_t i) { return carve_head(head_memory.data() + i * head_size).first; };
     const int64_t blocks = ceil_div(query_count, query_block);
 
     if (by_head) {
@@ -114,8 +108,6 @@ class Forward : Dimensions {
   }
 
  private:
-  static char* at(const Buffer<char>& memory, int64_t i, int64_t size) { return memory.data() + i * size; }
-
   std::pair<QueryBlock<Op>, int64_t> carve_block(char* base) const {
     QueryBlock<Op> s;
     Carver carver(base);
@@ -204,7 +196,7 @@ class Forward : Dimensions {
   // maxima of the visible ones.
   void score(const Rows& rows, int64_t n, int64_t count, const PackedHead<Op>& packed, const QueryBlock<Op>& s) const {
     const Keys& keys = visibility_.keys(rows.b);
-    const bool maps = has_addends(rows.b);
+    const bool mapped = maps(rows.b);
     for (int64_t i = 0; i < rows.count * lanes; ++i) s.maxima[i] = negative_infinity;
     for (int64_t p = n; p < n + count; p += panel) {
       const Op* key = packed.key + p * round_up(depth, depth_step<Op>);
@@ -214,39 +206,32 @@ class Forward : Dimensions {
         const auto [begin, end] = range(keys, t, tile);
         const int64_t first = most(p, round_down(begin, lanes)), last = least(end, p + panel);
         if (begin >= end || first >= last) continue;
-        const bool whole = !maps && visibility_.lower(keys, t + tile - 1) <= first &&
+        const bool whole = !mapped && visibility_.lower(keys, t + tile - 1) <= first &&
                            visibility_.upper(keys, t) >= round_up(last, lanes);
         float* scores = s.scores + r * score_stride + (first - n);
         multiply_tile<Op>({s.query + r * depth_stride, depth_stride, depth_step<Op>}, tile,
                           key + (first - p) * depth_step<Op>, key_stride, last - first, depth,
                           {scores, score_stride, false, whole ? s.maxima + r * lanes : nullptr});
-        if (!whole) mask_tile({rows.b, rows.h, t, tile}, first, last, maps, scores, s.maxima + r * lanes, s.addends);
+        if (!whole) mask_tile({rows.b, rows.h, t, tile}, first, last, mapped, scores, s.maxima + r * lanes, s.addends);
       }
     }
   }
 
   // Scores of keys [first, last): mapped, if there are addends, and -inf where a row does not see them.
-  void mask_tile(const Rows& rows, int64_t first, int64_t last, bool maps, float* scores, float* maxima,
+  void mask_tile(const Rows& rows, int64_t first, int64_t last, bool mapped, float* scores, float* maxima,
                  float* addends) const {
     const Keys& keys = visibility_.keys(rows.b);
     const bool shared = visibility_.addends().shared();
-    if (maps) {
+    if (mapped) {
       visibility_.addends().fill(rows.b, rows.h, rows.t, first, false, shared ? 1 : rows.count, last - first,
                                  keys.keep != nullptr ? keys.keep + first : nullptr, addends, panel);
     }
     for (int64_t i = 0; i < rows.count; ++i) {
-      const int low = int(most(visibility_.lower(keys, rows.t + i) - first, 0));
-      const int high = int(clamp(visibility_.upper(keys, rows.t + i) - first, 0, last - first));
-      float* row = scores + i * score_stride;
-      Vec highest = Vec::load(maxima + i * lanes);
-      for (int j = 0; j < last - first; j += lanes) {
-        Vec x = Vec::load(row + j);
-        if (maps) x = score_map_(x, Vec::load(addends + (shared ? 0 : i * panel) + j));
-        x = select(Mask::first(high - j) & ~Mask::first(low - j), x, Vec::set1(negative_infinity));
-        x.store(row + j);
-        highest = max(highest, x);
-      }
-      highest.store(maxima + i * lanes);
+      const int64_t low = most(visibility_.lower(keys, rows.t + i) - first, 0);
+      const int64_t high = clamp(visibility_.upper(keys, rows.t + i) - first, 0, last - first);
+      const float* own = !mapped ? nullptr : shared ? addends : addends + i * panel;
+      mask_scores(scores + i * score_stride, last - first, low, high, own, Vec::load(maxima + i * lanes))
+          .store(maxima + i * lanes);
     }
   }
 
@@ -284,10 +269,6 @@ class Forward : Dimensions {
     sum.store(s.sums + i * lanes);
   }
 
-  bool has_addends(int64_t b) const { return visibility_.keys(b).keep != nullptr || scale_first_; }
-  // From scores to units of log2.
-  float factor(int64_t b) const { return has_addends(b) ? 1.0f : a_.scale * log2_e; }
-
   // out += weights * value for keys [from, to) of one chunk; the block of keys begins at n.
   void add_values(const Rows& rows, int64_t n, int64_t from, int64_t to, const PackedHead<Op>& packed,
                   const QueryBlock<Op>& s) const {
@@ -315,25 +296,14 @@ class Forward : Dimensions {
   }
 
   void store(const Rows& rows, const QueryBlock<Op>& s) const {
-    // Scores are as the product left them, or mapped to units of log2.
-    const double unit = has_addends(rows.b) ? 0.6931471805599453 : double(a_.scale);
-    float* lse = a_.lse.template ptr<float>() + (rows.b * heads + rows.h) * query_count + rows.t;
     for (int64_t i = 0; i < rows.count; ++i) {
-      const float sum = Vec::load(s.sums + i * lanes).sum();
-      const Vec inverse = Vec::set1(sum == 0 ? 0.0f : dropout_.scale / sum);
-      T* out = row_of<T>(a_.out, rows.b, rows.h, rows.t + i);
-      for (int64_t c = 0; c < columns; c += lanes) {
-        store_some(out + c, Vec::load(s.out + i * columns_stride + c) * inverse, columns - c);
-      }
-      lse[i] = sum == 0 ? negative_infinity : float(double(s.top[i]) * unit + std::log(double(sum)));
+      store_query<T>(a_, rows.b, rows.h, rows.t + i, s.out + i * columns_stride, s.top[i],
+                     Vec::load(s.sums + i * lanes).sum(), dropout_.scale);
     }
   }
 
   const AttentionForward& a_;
-  const Visibility visibility_;
-  const ScoreMap score_map_;
   const Dropout dropout_;
-  const bool scale_first_;
 };
 
 }  // namespace

@@ -6,6 +6,7 @@
 // A panel is `panel` columns wide, the last one only as many vectors as it needs.
 #pragma once
 
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
@@ -301,14 +302,19 @@ class ScoreMap {
  public:
   explicit ScoreMap(const AttentionProblem& a) : cap_{a.softcap}, scale_(Vec::set1(a.scale)) {}
 
-  Vec operator()(Vec score, Vec addend) const {
+  // `slope`, where it is asked for, becomes the derivative of softcap.
+  Vec operator()(Vec score, Vec addend, Vec* slope = nullptr) const {
     const Vec masked = Vec::set1(negative_infinity), to_log2 = Vec::set1(log2_e);
-    const Vec x = cap_ ? fused(cap_.value(score * scale_), to_log2, addend) : fused(score, scale_ * to_log2, addend);
+    Vec x;
+    if (cap_) {
+      const Vec capped = cap_.value(score * scale_);
+      if (slope != nullptr) *slope = cap_.slope(capped);
+      x = fused(capped, to_log2, addend);
+    } else {
+      x = fused(score, scale_ * to_log2, addend);
+    }
     return select(addend == masked, masked, x);
   }
-
-  // The derivative of softcap at a score.
-  Vec slope(Vec score) const { return cap_.slope(cap_.value(score * scale_)); }
 
  private:
   Softcap cap_;
@@ -482,6 +488,56 @@ class Visibility {
   Buffer<Keys> keys_;
   Buffer<uint8_t> keep_;
   int64_t lower_ = 0, upper_ = 0;
+};
+
+// ---- What all directions share: sizes, who sees whom, and how scores become exponents of 2
+
+class Scoring : protected Dimensions {
+ protected:
+  explicit Scoring(const AttentionProblem& a)
+      : Dimensions(a),
+        visibility_(a),
+        score_map_(a),
+        scale_(a.scale),
+        scale_first_(visibility_.addends().any() || a.softcap > 0 || !(a.scale > 0)) {}
+
+  // Whether the scores of a batch are mapped before their maximum is taken. Otherwise the scale, which then keeps
+  // their order, is left to the exponent.
+  bool maps(int64_t b) const { return visibility_.keys(b).keep != nullptr || scale_first_; }
+  // From scores, mapped or not, to units of log2; and to natural ones.
+  float factor(int64_t b) const { return maps(b) ? 1.0f : scale_ * log2_e; }
+  double unit(int64_t b) const { return maps(b) ? 0.6931471805599453 : double(scale_); }
+
+  // Of `count` scores of a row: mapped, where there are addends, and -inf outside [low, high). Returns the largest
+  // of each lane and `highest`.
+  Vec mask_scores(float* scores, int64_t count, int64_t low, int64_t high, const float* addends, Vec highest) const {
+    for (int64_t j = 0; j < count; j += lanes) {
+      Vec x = Vec::load(scores + j);
+      if (addends != nullptr) x = score_map_(x, Vec::load(addends + j));
+      x = select(Mask::first(int(high - j)) & ~Mask::first(int(low - j)), x, Vec::set1(negative_infinity));
+      x.store(scores + j);
+      highest = max(highest, x);
+    }
+    return highest;
+  }
+
+  // Output and lse of query (b, h, t), of the sum of its values weighted by 2^(score - top) and of these weights.
+  template <class T>
+  void store_query(const AttentionForward& a, int64_t b, int64_t h, int64_t t, const float* values, float top,
+                   float sum, float rescale) const {
+    const Vec inverse = Vec::set1(sum == 0 ? 0.0f : rescale / sum);
+    T* out = row_of<T>(a.out, b, h, t);
+    for (int64_t c = 0; c < columns; c += lanes) store_some(out + c, Vec::load(values + c) * inverse, columns - c);
+    a.lse.template ptr<float>()[(b * heads + h) * query_count + t] =
+        sum == 0 ? negative_infinity : float(double(top) * unit(b) + std::log(double(sum)));
+  }
+
+  const Visibility visibility_;
+  const ScoreMap score_map_;
+
+ private:
+  const float scale_;
+  const bool scale_first_;
 };
 
 }  // namespace

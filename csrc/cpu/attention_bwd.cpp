@@ -60,18 +60,13 @@ struct Block {
 };
 
 template <class T>
-class Backward : Dimensions {
+class Backward : Scoring {
   using Op = operand_t<T>;
   static constexpr int64_t step = depth_step<Op>;
 
  public:
   explicit Backward(const AttentionBackward& a)
-      : Dimensions(a),
-        a_(a),
-        visibility_(a),
-        score_map_(a),
-        dropout_(Dropout::make(a.dropout_p, {a.seed, a.offset})),
-        scale_first_(visibility_.addends().any() || a.softcap > 0 || !(a.scale > 0)) {}
+      : Scoring(a), a_(a), dropout_(Dropout::make(a.dropout_p, {a.seed, a.offset})) {}
 
   void run() {
     const int64_t threads = max_threads(), kv_tasks = batches * kv_heads, wanted = 4 * threads;
@@ -230,8 +225,8 @@ class Backward : Dimensions {
   // P^T and dS^T of keys [n, n + count) against the block's queries, in weights and grad_scores.
   void score_gradients(const Rows& rows, int64_t n, int64_t count, const Head<Op>& head, const Block<Op>& s) const {
     const Keys& keys = visibility_.keys(rows.b);
-    const bool maps = keys.keep != nullptr || scale_first_;
-    if (maps) {
+    const bool mapped = maps(rows.b);
+    if (mapped) {
       visibility_.addends().fill(rows.b, rows.h, rows.t, n, true, count, rows.count,
                                  keys.keep != nullptr ? keys.keep + n : nullptr, s.addends, query_block);
     }
@@ -246,9 +241,8 @@ class Backward : Dimensions {
       multiply_columns(head.value + (n + r) * columns_stride, columns_stride, tile, s.grad_columns, rows.count, columns,
                        seen, s.grad_weights);
       for (int64_t i = 0; i < tile; ++i) {
-        mask_row(keys, rows, n, r + i, seen, maps, s, s.slopes + i * query_block);
-        weigh_row(r + i, seen, s.grad_weights + i * query_block, s.slopes + i * query_block,
-                  maps ? 1.0f : a_.scale * log2_e, s);
+        mask_row(keys, rows, n, r + i, seen, mapped, s, s.slopes + i * query_block);
+        weigh_row(r + i, seen, s.grad_weights + i * query_block, s.slopes + i * query_block, factor(rows.b), s);
         if (a_.grad_bias) store_bias_gradient(rows, seen, n + r + i, s.scores + (r + i) * query_block);
       }
     }
@@ -267,18 +261,23 @@ class Backward : Dimensions {
   }
 
   // Scores of key n + row: mapped, if there are addends, and -inf for the queries that do not see it.
-  void mask_row(const Keys& keys, const Rows& rows, int64_t n, int64_t row, std::pair<int64_t, int64_t> seen, bool maps,
-                const Block<Op>& s, float* slopes) const {
+  void mask_row(const Keys& keys, const Rows& rows, int64_t n, int64_t row, std::pair<int64_t, int64_t> seen,
+                bool mapped, const Block<Op>& s, float* slopes) const {
     const int64_t key = n + row;
     const int64_t high = clamp(visibility_.last_query(key, query_count) - rows.t, 0, rows.count);
     const int64_t low = key < keys.begin ? high : clamp(visibility_.first_query(key, query_count) - rows.t, 0, high);
-    if (!maps && low <= seen.first && high >= round_up(seen.second, lanes)) return;
+    if (!mapped && low <= seen.first && high >= round_up(seen.second, lanes)) return;
     float* scores = s.scores + row * query_block;
     const float* addends = s.addends + row * query_block;
     for (int64_t j = seen.first; j < seen.second; j += lanes) {
       Vec x = Vec::load(scores + j);
-      if (a_.softcap > 0) score_map_.slope(x).store(slopes + j);
-      if (maps) x = score_map_(x, Vec::load(addends + j));
+      if (a_.softcap > 0) {
+        Vec slope;
+        x = score_map_(x, Vec::load(addends + j), &slope);
+        slope.store(slopes + j);
+      } else if (mapped) {
+        x = score_map_(x, Vec::load(addends + j));
+      }
       const Mask visible = Mask::first(int(high - j)) & ~Mask::first(int(low - j));
       select(visible, x, Vec::set1(negative_infinity)).store(scores + j);
     }
@@ -377,10 +376,7 @@ class Backward : Dimensions {
   }
 
   const AttentionBackward& a_;
-  const Visibility visibility_;
-  const ScoreMap score_map_;
   const Dropout dropout_;
-  const bool scale_first_;
 };
 
 }  // namespace

@@ -32,15 +32,9 @@ struct Partial {
 };
 
 template <class T>
-class Decode : Dimensions {
+class Decode : Scoring {
  public:
-  explicit Decode(const AttentionForward& a)
-      : Dimensions(a),
-        a_(a),
-        visibility_(a),
-        score_map_(a),
-        scale_first_(visibility_.addends().any() || a.softcap > 0 || !(a.scale > 0)),
-        rows_(group * query_count) {}
+  explicit Decode(const AttentionForward& a) : Scoring(a), a_(a), rows_(group * query_count) {}
 
   void run() {
     const int64_t splits = ceil_div(key_count, split), kv_tasks = batches * kv_heads;
@@ -83,9 +77,6 @@ class Decode : Dimensions {
   // Row r of a key/value head as query t of head h.
   int64_t head_of(int64_t g, int64_t r) const { return g * group + r / query_count; }
   int64_t query_of(int64_t r) const { return r % query_count; }
-
-  bool maps(int64_t b) const { return visibility_.keys(b).keep != nullptr || scale_first_; }
-  float factor(int64_t b) const { return maps(b) ? 1.0f : a_.scale * log2_e; }
 
   // Keys [first, first + split) of head (b, g), as far as some row sees them.
   void attend(int64_t b, int64_t g, int64_t first, const Part& s, const Partial& result) const {
@@ -163,23 +154,16 @@ class Decode : Dimensions {
   // Scores of row r to weights, their maximum and sum.
   void weigh(int64_t b, int64_t g, int64_t r, int64_t begin, int64_t end, const Part& s, const Partial& result) const {
     const Keys& keys = visibility_.keys(b);
-    const int64_t t = query_of(r), low = visibility_.lower(keys, t) - begin, high = visibility_.upper(keys, t) - begin;
+    const int64_t t = query_of(r), low = visibility_.lower(keys, t) - begin;
+    const int64_t high = least(visibility_.upper(keys, t), end) - begin;
     float* scores = s.scores + r * split;
     const bool mapped = maps(b);
     if (mapped) {
       visibility_.addends().fill(b, head_of(g, r), t, begin, false, 1, end - begin,
                                  keys.keep != nullptr ? keys.keep + begin : nullptr, s.addends, 0);
     }
-    Vec highest = Vec::set1(negative_infinity);
-    for (int64_t j = 0; j < end - begin; j += lanes) {
-      Vec x = Vec::load(scores + j);
-      if (mapped) x = score_map_(x, Vec::load(s.addends + j));
-      const Mask seen = Mask::first(int(least(high, end - begin) - j)) & ~Mask::first(int(low - j));
-      x = select(seen, x, Vec::set1(negative_infinity));
-      x.store(scores + j);
-      highest = max(highest, x);
-    }
-    result.top[r] = highest.max();
+    result.top[r] =
+        mask_scores(scores, end - begin, low, high, mapped ? s.addends : nullptr, Vec::set1(negative_infinity)).max();
     const Vec top = Vec::set1(result.top[r] == negative_infinity ? 0.0f : result.top[r]), scale = Vec::set1(factor(b));
     Vec sum = Vec::zero();
     for (int64_t j = 0; j < end - begin; j += lanes) {
@@ -221,23 +205,12 @@ class Decode : Dimensions {
   }
 
   void store(int64_t b, int64_t g, const Partial& s) const {
-    const double unit = maps(b) ? 0.6931471805599453 : double(a_.scale);
     for (int64_t r = 0; r < rows_; ++r) {
-      const int64_t h = head_of(g, r), t = query_of(r);
-      const Vec inverse = Vec::set1(s.sum[r] == 0 ? 0.0f : 1.0f / s.sum[r]);
-      T* out = row_of<T>(a_.out, b, h, t);
-      for (int64_t c = 0; c < columns; c += lanes) {
-        store_some(out + c, Vec::load(s.out + r * columns_stride + c) * inverse, columns - c);
-      }
-      a_.lse.template ptr<float>()[(b * heads + h) * query_count + t] =
-          s.sum[r] == 0 ? negative_infinity : float(double(s.top[r]) * unit + std::log(double(s.sum[r])));
+      store_query<T>(a_, b, head_of(g, r), query_of(r), s.out + r * columns_stride, s.top[r], s.sum[r], 1.0f);
     }
   }
 
   const AttentionForward& a_;
-  const Visibility visibility_;
-  const ScoreMap score_map_;
-  const bool scale_first_;
   const int64_t rows_;
 };
 

@@ -5,9 +5,12 @@ functions of one signature in all backends:
 
     <op>_fwd(*args) -> outputs        <op>_bwd(*args) -> gradients        why_not(*args) -> reason or None
 
-and the package holds ``unavailable() -> reason or None``. Selection walks ``ORDER`` for the call's device
+and may hold <op>_inference(*args), the forward with None in place of what only a backward wants. The package holds
+``unavailable() -> reason or None``. Selection walks ``ORDER`` for the call's device
 and takes the first backend without a reason against it; ``reference`` comes last and has none. A backend
 asked for by name serves the call or raises ``BackendError`` with the reason: nothing falls back silently.
+``why_not`` looks at types, dtypes, shapes and devices of tensors and at the other arguments, never at strides, places
+in memory or values: its answer holds for every call of the same signature (``ops._op.recall``).
 """
 
 from __future__ import annotations
@@ -89,6 +92,11 @@ def record_decisions() -> Iterator[list[Decision]]:
         _state.decisions = outer
 
 
+def settled() -> str | None:
+    """What ``use_backend`` says; None while decisions are recorded, each of which is wanted."""
+    return _state.forced if _state.decisions is None else None
+
+
 def select(op: str, device_type: str, backend: str, args: tuple[Any, ...], obstacle: str | None = None) -> str:
     """The name of the backend that serves ``op`` for ``args``.
 
@@ -160,7 +168,17 @@ def has_op(name: str, op: str) -> bool:
     """Does backend ``name`` have kernels for ``op``? Loads its module if so, where the backend works."""
     if unavailable(name) is not None:
         return importlib.util.find_spec(f"{PACKAGES[name]}.{op}") is not None
+    _load_all()
     return implementation(name, op) is not None
+
+
+@cache
+def _load_all() -> None:
+    """All modules of the backends that work, at once: a tracer reads ``_loaded`` when it first meets it, and would miss
+    what a later op of the same trace loads."""
+    for name in PACKAGES:
+        for op in OPS if _unavailable(name) is None else ():
+            implementation(name, op)
 
 
 @cache
@@ -183,9 +201,7 @@ def implementation(name: str, op: str) -> ModuleType | None:
 
 
 def _record(op: str, backend: str, reasons: dict[str, str]) -> None:
-    if torch.compiler.is_compiling():
-        return
-    if _state.decisions is not None:
+    if not torch.compiler.is_compiling() and _state.decisions is not None:
         _state.decisions.append(Decision(op, backend, reasons))
 
 

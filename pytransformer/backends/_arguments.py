@@ -14,7 +14,9 @@ def rows(x: Tensor) -> Tensor: ...
 def rows(x: Tensor | None) -> Tensor | None: ...
 def rows(x: Tensor | None) -> Tensor | None:
     """[..., E] as contiguous [rows, E], without a copy where the memory allows it."""
-    return None if x is None else x.contiguous().view(-1, x.shape[-1])
+    if x is None or (x.dim() == 2 and x.is_contiguous()):
+        return x
+    return x.contiguous().view(-1, x.shape[-1])
 
 
 @overload
@@ -22,7 +24,7 @@ def contiguous(x: Tensor) -> Tensor: ...
 @overload
 def contiguous(x: Tensor | None) -> Tensor | None: ...
 def contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
+    return x if x is None or x.is_contiguous() else x.contiguous()
 
 
 @overload

@@ -9,6 +9,10 @@ An op is a subclass of ``FusedOp`` with the pieces that differ from op to op. Wh
 * a double backward, through the reference's differentiable backward.
 
 The last argument of either op is the name of the backend, chosen before the call: a traced graph keeps it.
+
+A small kernel takes a microsecond, and checking its arguments takes ten. What the checks and the choice of a backend
+look at is the signature of a call: types, dtypes, shapes and devices of its tensors, and its other arguments. So a
+public function asks ``recall`` whether a call of this signature has passed before, and ``remember``s it once it has.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pytransformer.backends import implementation
+from pytransformer.backends import ORDER, implementation, settled
 
 LIBRARY = torch.library.Library("pytransformer", "DEF")  # type: ignore[no-untyped-call]
 
@@ -27,6 +31,9 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _functorch_active = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
+
+_MOST_REMEMBERED = 4096
+_remembered: dict[tuple[Any, ...], str] = {}
 
 
 def obstacle(tensors: tuple[Tensor | None, ...]) -> str | None:
@@ -41,16 +48,74 @@ def obstacle(tensors: tuple[Tensor | None, ...]) -> str | None:
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Will autograd record a call with these tensors?"""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                return True
+    return False
 
 
 def plain_eager(args: tuple[Any, ...]) -> bool:
     """Is this a call in plain eager mode, with nothing listening in between?"""
-    if torch.compiler.is_compiling() or _dispatch_modes() or _function_modes() or _functorch_active():
+    if not _undisturbed():
         return False
-    if _tracing_state() is not None:
-        return False
-    return all(type(x) in _PLAIN_TYPES for x in args if isinstance(x, Tensor))
+    for x in args:
+        kind = type(x)
+        if kind is not Tensor and kind not in _PLAIN_TYPES and isinstance(x, Tensor):
+            return False
+    return True
+
+
+def _undisturbed() -> bool:
+    """Is nothing tracing, transforming or intercepting the calls of this thread?"""
+    return not (
+        torch.compiler.is_compiling()
+        or _dispatch_modes()
+        or _function_modes()
+        or _functorch_active()
+        or _tracing_state() is not None
+    )
+
+
+def recall(op: str, tensors: tuple[Any, ...], backend: str, *others: Any) -> tuple[tuple[Any, ...] | None, str | None]:
+    """``(signature, name)``: the signature of a call, None where it is no plain one, and the name of the backend that
+    serves it, None where no such call has passed all checks yet.
+
+    Args:
+        op: the public function.
+        tensors: every argument that may be a tensor.
+        backend: the one asked for.
+        others: every other argument that a check or a backend's ``why_not`` looks at.
+    """
+    if not _undisturbed() or (forced := settled()) is None:
+        return None, None
+    signature: list[Any] = [op, backend, forced, *others]
+    device = "cpu"
+    for x in tensors:
+        if type(x) in _PLAIN_TYPES:
+            if not x.is_cpu:
+                device = x.device.type
+                signature.append(x.device)
+            signature += (x.dtype, x.shape, x.layout)
+        elif isinstance(x, Tensor):
+            return None, None
+        else:
+            signature.append(x)
+    if device not in ORDER or torch.is_autocast_enabled(device):
+        return None, None
+    key = tuple(signature)
+    try:
+        return key, _remembered.get(key)
+    except TypeError:  # an argument of a wrong type, which the checks will name
+        return None, None
+
+
+def remember(signature: tuple[Any, ...] | None, name: str) -> None:
+    """A call of this signature has passed, and backend ``name`` serves it."""
+    if signature is not None:
+        if len(_remembered) >= _MOST_REMEMBERED:  # every step of a decoding has lengths of its own
+            _remembered.clear()
+        _remembered[signature] = name
 
 
 class FusedOp:
@@ -118,24 +183,35 @@ class FusedOp:
         self.library_forward = getattr(torch.ops.pytransformer, forward_name).default
         self.library_backward = getattr(torch.ops.pytransformer, backward_name).default
         self.function = self._make_function()
+        self._forward_name, self._backward_name = forward_name, backward_name
+        self._inference_name = f"{self.name}_inference"
 
     def __call__(self, *args: Any) -> tuple[Tensor, ...]:
-        if not plain_eager(args):
-            result: tuple[Tensor, ...] = self.library_forward(*args)
-        elif torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
-            result = self.function.apply(*args)  # type: ignore[attr-defined]
-        else:
-            result = self._forward(*args)
+        if plain_eager(args):
+            return self.eager(*args)
+        result: tuple[Tensor, ...] = self.library_forward(*args)
         return result
+
+    def eager(self, *args: Any) -> tuple[Tensor, ...]:
+        """The call in plain eager mode."""
+        if torch.is_grad_enabled():
+            for x in args:
+                if isinstance(x, Tensor) and x.requires_grad:
+                    result: tuple[Tensor, ...] = self.function.apply(*args)  # type: ignore[attr-defined]
+                    return result
+        module = implementation(args[-1], self.name)
+        run = getattr(module, self._inference_name, None) or getattr(module, self._forward_name)
+        found: tuple[Tensor, ...] = run(*args[:-1])
+        return found
 
     def _forward(self, *args: Any) -> tuple[Tensor, ...]:
         module = implementation(args[-1], self.name)
-        result: tuple[Tensor, ...] = getattr(module, f"{self.name}_fwd")(*args[:-1])
+        result: tuple[Tensor, ...] = getattr(module, self._forward_name)(*args[:-1])
         return result
 
     def _backward(self, *args: Any) -> tuple[Tensor, ...]:
         module = implementation(args[-1], self.name)
-        result: tuple[Tensor, ...] = getattr(module, f"{self.name}_bwd")(*args[:-1])
+        result: tuple[Tensor, ...] = getattr(module, self._backward_name)(*args[:-1])
         return result
 
     def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

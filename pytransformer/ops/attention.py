@@ -25,12 +25,13 @@ from pytransformer.ops._checks import (
     describe,
     random_state,
 )
-from pytransformer.ops._op import FusedOp, needs_grad, obstacle
+from pytransformer.ops._op import FusedOp, needs_grad, obstacle, recall, remember
 from pytransformer.reference.attention import attention_scores, attention_weights, visible_keys
 
 __all__ = ["attention", "visible_keys"]  # the second for nn, which does not reach below ops
 
 _LETTERS = "[B,H,T,S]"
+_NO_MASK = Mask()
 
 
 class AttentionOp(FusedOp):
@@ -137,26 +138,52 @@ def attention(
     Source: Vaswani et al., "Attention Is All You Need", 2017, eq. 1.
     """
     lead = query.shape[:-2] if isinstance(query, Tensor) else ()
-    query, key, value, attn_mask, bias = _as_batches(query, key, value, attn_mask, bias)
-    _check_inputs(query, key, value, enable_gqa)
-    _check_options(dropout_p, scale, softcap, causal_align)
+    options = (dropout_p, is_causal, scale, enable_gqa, window, causal_align, softcap, return_lse, return_weights)
+    signature, known = _recall(query, key, value, attn_mask, bias, key_lengths, backend, options)
+    if known is None or not query.dim() == key.dim() == value.dim() == 4:
+        query, key, value, attn_mask, bias = _as_batches(query, key, value, attn_mask, bias)
+    if known is None:
+        _check_inputs(query, key, value, enable_gqa)
+        _check_options(dropout_p, scale, softcap, causal_align)
     full = (*query.shape[:3], key.shape[2])
     mask, added = _combine(attn_mask, bias, is_causal, window, key_lengths, causal_align, query, full)
-    if not autocast_off(query.device.type):
+    if known is None and not autocast_off(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = cast_to(dtype, query, key, value)  # type: ignore[assignment]
-
-    if 0 in (query.numel(), key.numel(), value.numel()):
+    if known is None and 0 in (query.numel(), key.numel(), value.numel()):
         backend = "reference"  # nothing to compute, and no kernel takes a grid of no blocks
-    rng = random_state("attention", seed, dropout_p, query.device)
+    rng = random_state("attention", seed, dropout_p, query.device) if dropout_p else None
     keep = None if mask.keep is None else mask.keep.expand(full)
     added = None if added is None else _four_dimensional(added)
     scale = 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else float(scale)
     tensors = (query, key, value, keep, added, mask.key_lengths, rng)
     args = (*tensors, *mask.band(*full[2:]), scale, float(softcap or 0.0), float(dropout_p))
-    name = select("attention", query.device.type, backend, args, _obstacle(args, return_lse, return_weights))
+    name = known
+    if name is None:
+        name = select("attention", query.device.type, backend, args, _obstacle(args, return_lse, return_weights))
+        remember(signature, name)
     out, lse, weights = _run(name, args, return_weights)
     return _returned(out, lse if return_lse else None, weights, lead)
+
+
+def _recall(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any,
+    bias: Any,
+    key_lengths: Any,
+    backend: str,
+    options: tuple[Any, ...],
+) -> tuple[tuple[Any, ...] | None, str | None]:
+    """``recall`` of a call."""
+    tensors: tuple[Any, ...] = (query, key, value, attn_mask, bias, key_lengths)
+    banded: tuple[Any, ...] | None = None
+    if isinstance(attn_mask, Mask):
+        banded = (attn_mask.causal, attn_mask.left, attn_mask.right, attn_mask.align)
+        tensors = (query, key, value, attn_mask.keep, bias, key_lengths, attn_mask.key_lengths)
+    wants = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
+    return recall("attention", tensors, backend, banded, wants, *options)
 
 
 def _obstacle(args: tuple[Any, ...], return_lse: bool, return_weights: bool) -> str | None:
@@ -241,7 +268,7 @@ def _combine(
     full: tuple[int, ...],
 ) -> tuple[Mask, Tensor | None]:
     """Everything that masks as one Mask, and everything that is added to the scores as one tensor."""
-    mask = attn_mask if isinstance(attn_mask, Mask) else Mask()
+    mask = attn_mask if isinstance(attn_mask, Mask) else _NO_MASK
     added = bias
     if isinstance(attn_mask, Tensor):
         check_broadcasts("attention", "attn_mask", attn_mask, full, _LETTERS)
@@ -257,12 +284,14 @@ def _combine(
         check_floating("attention", "bias", added)
         check_broadcasts("attention", "bias", added, full, _LETTERS)
         check_device("attention", "bias", added, "query", query)
-    mask = mask & Mask(causal=bool(is_causal)) & _window(window) & _lengths(key_lengths)
+    if is_causal or window is not None or key_lengths is not None:
+        mask = mask & Mask(causal=bool(is_causal)) & _window(window) & _lengths(key_lengths)
     for name, x, wanted in (("attn_mask", mask.keep, full), ("key_lengths", mask.key_lengths, full[:1])):
         if x is not None:
             check_device("attention", name, x, "query", query)
             check_broadcasts("attention", name, x, wanted, _LETTERS if len(wanted) == 4 else "[B]")
-    return mask.aligned(causal_align), added
+    open_end = mask.align is None and (mask.causal or mask.left is not None or mask.right is not None)
+    return mask.aligned(causal_align) if open_end else mask, added
 
 
 def _window(window: Any) -> Mask:

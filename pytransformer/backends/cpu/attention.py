@@ -46,7 +46,7 @@ def attention_fwd(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     B, H, T, _ = query.shape
-    out = torch.empty(B, H, T, value.shape[-1], dtype=query.dtype)
+    out = query.new_empty(B, H, T, value.shape[-1])
     lse = torch.empty(B, H, T)
     _cpu.attention_fwd(
         _unit_stride(query),

@@ -31,8 +31,8 @@ def ffn_fwd(
     store_hidden: bool,
 ) -> tuple[Tensor, Tensor]:
     lead = input.shape[:-1]
-    output = torch.empty(*lead, weight2.shape[0], dtype=input.dtype)
-    hidden = torch.empty((*lead, weight1.shape[0]) if store_hidden else (0,), dtype=input.dtype)
+    output = input.new_empty(*lead, weight2.shape[0])
+    hidden = input.new_empty((*lead, weight1.shape[0]) if store_hidden else 0)
     _cpu.ffn_fwd(
         rows(input),
         contiguous(weight1),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,10 +42,33 @@ def layer_norm_fwd(
     rms: bool,
     store_sum: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    output = torch.empty(input.shape, dtype=input.dtype)
-    total = torch.empty(input.shape if store_sum else (0,), dtype=input.dtype)
     count = input.numel() // input.shape[-1]
     mean, rstd = torch.empty(count), torch.empty(count)
+    args = (input, weight, bias, residual, input_bias, rng, dropout_p, eps, rms, store_sum)
+    output, total = _forward(mean, rstd, *args)
+    return output, input.new_empty(0) if total is None else total, mean, rstd
+
+
+def layer_norm_inference(*args: Any) -> tuple[Tensor, Tensor | None, None, None]:
+    return *_forward(None, None, *args), None, None
+
+
+def _forward(
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    input_bias: Tensor | None,
+    rng: Tensor | None,
+    dropout_p: float,
+    eps: float,
+    rms: bool,
+    store_sum: bool,
+) -> tuple[Tensor, Tensor | None]:
+    output = input.new_empty(input.shape)
+    total = input.new_empty(input.shape) if store_sum else None
     _cpu.layer_norm_fwd(
         rows(input),
         contiguous(weight),
@@ -54,12 +79,12 @@ def layer_norm_fwd(
         eps,
         rms,
         rows(output),
-        rows(total) if store_sum else None,
+        rows(total),
         mean,
         rstd,
         rng,
     )
-    return output, total, mean, rstd
+    return output, total
 
 
 def layer_norm_bwd(
