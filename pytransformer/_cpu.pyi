@@ -51,8 +51,6 @@ def layer_norm_fwd(
     bias: Tensor | None,
     residual: Tensor | None,
     input_bias: Tensor | None,
-    seed: int,
-    offset: int,
     dropout_p: float,
     eps: float,
     rms: bool,
@@ -60,6 +58,7 @@ def layer_norm_fwd(
     sum: Tensor | None,
     mean: Tensor | None,
     rstd: Tensor | None,
+    rng: Tensor | None,
 ) -> None: ...
 def layer_norm_bwd(
     grad_output: Tensor,
@@ -68,8 +67,6 @@ def layer_norm_bwd(
     weight: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
-    seed: int,
-    offset: int,
     dropout_p: float,
     rms: bool,
     grad_residual: Tensor,
@@ -77,6 +74,7 @@ def layer_norm_bwd(
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
     grad_input_bias: Tensor | None,
+    rng: Tensor | None,
 ) -> None: ...
 def ffn_fwd(
     input: Tensor,

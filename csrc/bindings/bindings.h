@@ -1,4 +1,5 @@
-// What each op adds to the CPU module. One short file per op defines its function.
+// What each op adds to a module. One short file per op defines its function, for both modules where the problem is
+// the same (see call.h); the CUDA module's own stand in <op>_cuda.cpp.
 #pragma once
 
 #include <pybind11/pybind11.h>

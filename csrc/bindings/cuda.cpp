@@ -1,7 +1,9 @@
 // The module pytransformer._cuda.
 #include <pybind11/pybind11.h>
 
+#include "bindings.h"
 #include "device.h"
+#include "tensor_caster.h"
 
 namespace py = pybind11;
 
@@ -29,6 +31,18 @@ py::dict report() {
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
+  pytransformer::load_exchange_api();
   module.doc() = "CUDA kernels. Private: use pytransformer.ops.";
   module.def("report_devices", &report, "Devices, versions, and why there is no device where there is none.");
+  module.def(
+      "multiprocessors",
+      [](int device) {
+        const pytransformer::cuda::DeviceGuard guard(device);
+        return pytransformer::cuda::multiprocessors();
+      },
+      py::arg("device"));
+  pytransformer::bind_embedding(module);
+  pytransformer::bind_ffn(module);
+  pytransformer::bind_layer_norm(module);
+  pytransformer::bind_linear_cross_entropy(module);
 }

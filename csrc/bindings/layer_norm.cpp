@@ -1,9 +1,8 @@
 #include "layer_norm.h"
 
 #include "bindings.h"
+#include "call.h"
 #include "check.h"
-#include "kernels.h"
-#include "tensor_caster.h"
 
 namespace py = pybind11;
 
@@ -16,46 +15,50 @@ void check_rows(const TensorView& view, const TensorView& like, const char* name
                       "layer_norm: ", name, " must be contiguous [rows, columns] of dtype ", name_of(like.dtype));
 }
 
-void check_vector(const TensorView& view, int64_t size, const char* name) {
-  PYTRANSFORMER_CHECK(!view || (view.ndim == 1 && view.contiguous() && view.shape[0] == size), "layer_norm: ", name,
-                      " must be contiguous [", size, "]");
+// A parameter is of the input's dtype or float32, a statistic or a gradient float32.
+void check_vector(const TensorView& view, int64_t size, DType dtype, const char* name) {
+  PYTRANSFORMER_CHECK(!view || (view.ndim == 1 && view.contiguous() && view.shape[0] == size &&
+                                (view.dtype == dtype || view.dtype == DType::float32)),
+                      "layer_norm: ", name, " must be contiguous [", size, "] of dtype ", name_of(dtype),
+                      " or float32");
 }
 
 void forward(const TensorView& input, const TensorView& weight, const TensorView& bias, const TensorView& residual,
-             const TensorView& input_bias, uint64_t seed, uint64_t offset, float dropout_p, float eps, bool rms,
-             const TensorView& output, const TensorView& sum, const TensorView& mean, const TensorView& rstd) {
+             const TensorView& input_bias, float dropout_p, float eps, bool rms, const TensorView& output,
+             const TensorView& sum, const TensorView& mean, const TensorView& rstd, const Call& call) {
   check_rows(input, input, "input");
   check_rows(output, input, "output");
   if (residual) check_rows(residual, input, "residual");
   if (sum) check_rows(sum, input, "sum");
-  check_vector(weight, input.shape[1], "weight");
-  check_vector(bias, input.shape[1], "bias");
-  check_vector(input_bias, input.shape[1], "input_bias");
-  check_vector(mean, input.shape[0], "mean");
-  check_vector(rstd, input.shape[0], "rstd");
-  py::gil_scoped_release released;
-  kernels().layer_norm_fwd(
-      {input, weight, bias, residual, input_bias, output, sum, mean, rstd, seed, offset, dropout_p, eps, rms});
+  check_vector(weight, input.shape[1], input.dtype, "weight");
+  check_vector(bias, input.shape[1], input.dtype, "bias");
+  check_vector(input_bias, input.shape[1], input.dtype, "input_bias");
+  check_vector(mean, input.shape[0], DType::float32, "mean");
+  check_vector(rstd, input.shape[0], DType::float32, "rstd");
+  const LayerNormForward problem{input, weight, bias,        residual,      input_bias, output, sum,
+                                 mean,  rstd,   call.seed(), call.offset(), dropout_p,  eps,    rms};
+  call(PYTRANSFORMER_KERNEL(layer_norm_fwd), problem);
 }
 
 void backward(const TensorView& grad_output, const TensorView& grad_sum, const TensorView& sum,
-              const TensorView& weight, const TensorView& mean, const TensorView& rstd, uint64_t seed, uint64_t offset,
-              float dropout_p, bool rms, const TensorView& grad_residual, const TensorView& grad_input,
-              const TensorView& grad_weight, const TensorView& grad_bias, const TensorView& grad_input_bias) {
+              const TensorView& weight, const TensorView& mean, const TensorView& rstd, float dropout_p, bool rms,
+              const TensorView& grad_residual, const TensorView& grad_input, const TensorView& grad_weight,
+              const TensorView& grad_bias, const TensorView& grad_input_bias, const Call& call) {
   check_rows(sum, sum, "sum");
   check_rows(grad_output, sum, "grad_output");
   check_rows(grad_residual, sum, "grad_residual");
   if (grad_sum) check_rows(grad_sum, sum, "grad_sum");
   if (grad_input) check_rows(grad_input, sum, "grad_input");
-  check_vector(weight, sum.shape[1], "weight");
-  check_vector(grad_weight, sum.shape[1], "grad_weight");
-  check_vector(grad_bias, sum.shape[1], "grad_bias");
-  check_vector(grad_input_bias, sum.shape[1], "grad_input_bias");
-  check_vector(mean, sum.shape[0], "mean");
-  check_vector(rstd, sum.shape[0], "rstd");
-  py::gil_scoped_release released;
-  kernels().layer_norm_bwd({grad_output, grad_sum, sum, weight, mean, rstd, grad_residual, grad_input, grad_weight,
-                            grad_bias, grad_input_bias, seed, offset, dropout_p, rms});
+  check_vector(weight, sum.shape[1], sum.dtype, "weight");
+  check_vector(grad_weight, sum.shape[1], DType::float32, "grad_weight");
+  check_vector(grad_bias, sum.shape[1], DType::float32, "grad_bias");
+  check_vector(grad_input_bias, sum.shape[1], DType::float32, "grad_input_bias");
+  check_vector(mean, sum.shape[0], DType::float32, "mean");
+  check_vector(rstd, sum.shape[0], DType::float32, "rstd");
+  const LayerNormBackward problem{
+      grad_output, grad_sum,        sum,         weight,        mean,      rstd, grad_residual, grad_input, grad_weight,
+      grad_bias,   grad_input_bias, call.seed(), call.offset(), dropout_p, rms};
+  call(PYTRANSFORMER_KERNEL(layer_norm_bwd), problem);
 }
 
 }  // namespace

@@ -4,6 +4,8 @@
 
 #include "device.h"
 
+#include "check.h"
+
 namespace pytransformer {
 
 DeviceReport report_devices() {
@@ -30,4 +32,35 @@ DeviceReport report_devices() {
   return report;
 }
 
+namespace cuda {
+namespace {
+
+void check(cudaError_t error, const char* call) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();
+  throw std::runtime_error(std::string("pytransformer: ") + call + ": " + cudaGetErrorString(error));
+}
+
+}  // namespace
+
+DeviceGuard::DeviceGuard(int device) {
+  int current = 0;
+  check(cudaGetDevice(&current), "cudaGetDevice");
+  if (current == device) return;
+  check(cudaSetDevice(device), "cudaSetDevice");
+  before_ = current;
+}
+
+DeviceGuard::~DeviceGuard() {
+  if (before_ >= 0) cudaSetDevice(before_);
+}
+
+int multiprocessors() {
+  int device = 0, count = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  return count;
+}
+
+}  // namespace cuda
 }  // namespace pytransformer

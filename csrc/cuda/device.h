@@ -1,4 +1,4 @@
-// What the CUDA runtime says of this machine.
+// What the CUDA runtime says of this machine, and the choice of a device.
 #pragma once
 
 #include <string>
@@ -23,4 +23,22 @@ struct DeviceReport {
 // Never fails: on a machine without a driver the report has no devices and says why.
 DeviceReport report_devices();
 
+namespace cuda {
+
+// Makes `device` the current one for as long as it lives.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_ = -1;  // the device to go back to; -1: nothing was changed
+};
+
+// Of the current device.
+int multiprocessors();
+
+}  // namespace cuda
 }  // namespace pytransformer

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from pytransformer import _cpu
-from pytransformer.backends.cpu._arguments import contiguous, philox_key, unsupported_dtype
+from pytransformer.backends._arguments import contiguous
+from pytransformer.backends.cpu._arguments import philox_key, unsupported_dtype
 
 
 def why_not(

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from pytransformer import _cpu
-from pytransformer.backends.cpu._arguments import contiguous, philox_key, rows, unsupported_dtype
+from pytransformer.backends._arguments import contiguous, rows
+from pytransformer.backends.cpu._arguments import unsupported_dtype
 
 
 def why_not(
@@ -68,15 +69,12 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None]:
     output = input.new_empty(input.shape)
     total = input.new_empty(input.shape) if store_sum else None
-    seed, offset = philox_key(rng)
     _cpu.layer_norm_fwd(
         rows(input),
         contiguous(weight),
         contiguous(bias),
         rows(residual),
         contiguous(input_bias),
-        seed,
-        offset,
         dropout_p,
         eps,
         rms,
@@ -84,6 +82,7 @@ def _forward(
         rows(total),
         mean,
         rstd,
+        rng,
     )
     return output, total
 
@@ -107,6 +106,7 @@ def layer_norm_bwd(
     grad_stream = torch.empty(stream.shape, dtype=stream.dtype)
     grad_input = torch.empty(stream.shape if dropout_p > 0 else (0,), dtype=stream.dtype)
     columns = (vector(needs[0]), vector(needs[1]), vector(needs[2]))
+    weight_sums, bias_sums, input_bias_sums = (x if needed else None for x, needed in zip(columns, needs, strict=True))
     _cpu.layer_norm_bwd(
         rows(torch.zeros_like(stream) if grad_output is None else grad_output),
         rows(grad_sum),
@@ -114,11 +114,13 @@ def layer_norm_bwd(
         contiguous(weight),
         mean,
         rstd,
-        *philox_key(rng),
         dropout_p,
         rms,
         rows(grad_stream),
         rows(grad_input) if dropout_p > 0 else None,
-        *(column if needed else None for column, needed in zip(columns, needs, strict=True)),
+        weight_sums,
+        bias_sums,
+        input_bias_sums,
+        rng,
     )
     return grad_stream, grad_input, *columns

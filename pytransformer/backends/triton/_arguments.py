@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import overload
-
 import torch
 from torch import Tensor
 
@@ -13,20 +11,3 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def unsupported_dtype(x: Tensor) -> str | None:
     """Why no Triton kernel takes a tensor of this dtype, or None."""
     return None if x.dtype in DTYPES else f"it takes float32, float16 and bfloat16, not {x.dtype}"
-
-
-@overload
-def rows(x: Tensor) -> Tensor: ...
-@overload
-def rows(x: Tensor | None) -> Tensor | None: ...
-def rows(x: Tensor | None) -> Tensor | None:
-    """[..., E] as contiguous [rows, E], without a copy where the memory allows it."""
-    return None if x is None else x.contiguous().view(-1, x.shape[-1])
-
-
-@overload
-def contiguous(x: Tensor) -> Tensor: ...
-@overload
-def contiguous(x: Tensor | None) -> Tensor | None: ...
-def contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
