@@ -34,5 +34,6 @@ PYBIND11_MODULE(_cuda, module) {
   pytransformer::load_exchange_api();
   module.doc() = "CUDA kernels. Private: use pytransformer.ops.";
   module.def("report_devices", &report, "Devices, versions, and why there is no device where there is none.");
+  pytransformer::bind_attention(module);
   pytransformer::bind_layer_norm(module);
 }
