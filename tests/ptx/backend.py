@@ -1,0 +1,153 @@
+"""The backend ``cuda_emulated``: the library's own adapters and host code, its kernels on the runner, CPU tensors.
+
+``installed("80")`` loads a second copy of ``pytransformer.backends.cuda`` over the module that ``build.module`` makes,
+and registers it for tensors on the CPU. Every call of a bound function tells the runner which tensors it was given,
+by the names in ``_cuda.pyi``, so that a kernel may touch these and nothing else; what the detectors find is raised.
+"""
+
+from __future__ import annotations
+
+import ast
+import ctypes
+import importlib
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from ptx import build, emulator
+
+import pytransformer
+from pytransformer import backends
+
+NAME = "cuda_emulated"
+ADAPTERS = "pytransformer.backends.cuda"
+CALL = ("device", "stream", "rng", "workspace", "counters")  # the parts of the argument `call`
+
+
+class Faulty(AssertionError):
+    """A kernel did what no kernel may: each line is one finding of the runner."""
+
+
+class EmulatedModule(ModuleType):
+    """``pytransformer._cuda`` whose functions run under the runner."""
+
+    def __init__(self) -> None:
+        super().__init__("pytransformer._cuda")
+        emulator.library()
+        path, self.ptx = build.module()
+        loader = importlib.machinery.ExtensionFileLoader("_cuda", str(path))
+        spec = importlib.util.spec_from_file_location("_cuda", str(path), loader=loader)
+        assert spec is not None
+        self.compiled = importlib.util.module_from_spec(spec)
+        loader.exec_module(self.compiled)
+        self.names = _parameter_names()
+        self.arch = build.ARCHS[0]
+        self.images: dict[tuple[str, str], int | None] = {}
+        self.failure: Exception | None = None
+        self.finder = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)(self._find)
+        emulator.library().ptx_set_finder(self.finder)
+
+    def use(self, arch: str) -> None:
+        """Kernels launched from now on are those compiled for ``arch``."""
+        self.arch = arch
+        emulator.library().ptx_set_capability(int(arch.rstrip("a")))
+
+    def _find(self, name: bytes) -> int | None:
+        """Called by the stand-in runtime at a launch."""
+        key = self.arch, name.decode()
+        if key not in self.images:
+            try:
+                self.images[key] = emulator.translated(self._source(key[1]), key[1]).image
+            except Exception as error:  # crosses C++: raised again when the call is back
+                self.failure = error
+                return None
+        return self.images[key]
+
+    def _source(self, name: str) -> str:
+        for text in self.ptx[self.arch]:
+            if f".entry {name}(" in text:
+                return text
+        raise KeyError(f"no kernel {name} in the PTX for {self.arch}")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._watched(name, getattr(self.compiled, name))
+
+    def _watched(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            for label, x in _tensors(self.names.get(name, ()), args):
+                emulator.add_tensor(label, x)
+            self.failure = None
+            try:
+                return function(*args)
+            finally:
+                emulator.forget_tensors()
+                found = emulator.Findings(emulator.findings())
+                emulator.clear()
+                if self.failure is not None:
+                    raise self.failure
+                if found:
+                    raise Faulty(f"{name} for sm_{self.arch}: {found!r}")
+
+        return call
+
+
+def _parameter_names() -> dict[str, tuple[str, ...]]:
+    stub = build.ROOT / "pytransformer" / "_cuda.pyi"
+    functions = [node for node in ast.parse(stub.read_text()).body if isinstance(node, ast.FunctionDef)]
+    return {node.name: tuple(argument.arg for argument in node.args.args) for node in functions}
+
+
+def _tensors(names: tuple[str, ...], args: tuple[Any, ...]) -> Iterator[tuple[str, torch.Tensor]]:
+    for i, value in enumerate(args):
+        parts = zip(CALL, value, strict=False) if isinstance(value, tuple) else [(names[i] if i < len(names) else str(i), value)]
+        for name, part in parts:
+            if isinstance(part, torch.Tensor):
+                yield name, part
+
+
+@cache
+def module() -> EmulatedModule:
+    """The module, with the adapters over it under the name ``cuda_emulated.<op>``."""
+    emulated = EmulatedModule()
+    before = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith((ADAPTERS, "pytransformer._cuda"))}
+    outer = pytransformer.__dict__.get("_cuda")
+    package = backends.__dict__.get("cuda")
+    pytransformer._cuda = sys.modules["pytransformer._cuda"] = emulated
+    try:
+        importlib.import_module(ADAPTERS)
+        for op in backends.OPS:
+            if importlib.util.find_spec(f"{ADAPTERS}.{op}") is not None:
+                importlib.import_module(f"{ADAPTERS}.{op}")
+        for name in [name for name in sys.modules if name.startswith(ADAPTERS)]:
+            sys.modules[name.replace(ADAPTERS, NAME)] = sys.modules.pop(name)
+    finally:
+        del sys.modules["pytransformer._cuda"], pytransformer._cuda
+        sys.modules.update(before)
+        if outer is not None:
+            pytransformer._cuda = outer
+        if package is not None:
+            backends.cuda = package
+    return emulated
+
+
+@contextmanager
+def installed(arch: str, *, seed: int = 0, races: bool = False) -> Iterator[str]:
+    """Registers the backend for the block, and gives its name."""
+    module().use(arch)
+    order, package = backends.ORDER["cpu"], {**backends.PACKAGES, NAME: NAME}
+    outer, backends.PACKAGES = backends.PACKAGES, package
+    backends.ORDER["cpu"] = (*order[:-1], NAME, order[-1])
+    emulator.library().ptx_options(seed, int(races), 0)
+    try:
+        yield NAME
+    finally:
+        emulator.library().ptx_options(0, 0, 0)
+        backends.PACKAGES, backends.ORDER["cpu"] = outer, order

@@ -1,0 +1,138 @@
+"""Instructions by which threads act together: barriers, shuffles, votes, matrix loads and matrix multiplications.
+
+Each becomes a call that returns when all threads it needs have made it. What a fragment register holds, the runtime
+knows (``runtime/matrix.cpp``); here registers are only lined up.
+"""
+
+from __future__ import annotations
+
+from ptx.translate.function import Function, Instruction, opcode
+from ptx.translate.parse import Unsupported
+
+
+@opcode("bar", "barrier")
+def barrier(f: Function, i: Instruction) -> None:
+    if i.has("cluster"):
+        if i.has("wait"):
+            f.emit(f"barrier_sync(0, 0, {i.line});")
+        return
+    if i.has("warp"):
+        f.emit(f"sync_warp({f.read(i.args[0], 'u32')}, {i.line});")
+        return
+    if i.has("red"):
+        _barrier_reduction(f, i)
+        return
+    threads = f.read(i.args[1], "u32") if len(i.args) > 1 else "0"
+    name = "arrive" if i.has("arrive") else "sync"
+    f.emit(f"barrier_{name}({f.read(i.args[0], 'u32')}, {threads}, {i.line});")
+
+
+def _barrier_reduction(f: Function, i: Instruction) -> None:
+    name = i.one_of("and", "or", "popc")
+    to, number, *threads, predicate = i.args
+    count = f.read(threads[0], "u32") if threads else "0"
+    total = f"barrier_count({f.read(number, 'u32')}, {count}, {f.read(predicate, 'pred')}, {i.line})"
+    value = {"popc": "total.yes", "or": "total.yes != 0", "and": "total.yes == total.all"}[name]
+    f.emit(f"{{ const auto total = {total};")
+    f.write(to, f"uint32_t({value})" if name == "popc" else value)
+    f.emit("}")
+
+
+@opcode("shfl")
+def shuffle(f: Function, i: Instruction) -> None:
+    to, _, valid = i.args[0].partition("|")
+    value, distance, bounds, mask = (f.read(arg, "u32") for arg in i.args[1:5])
+    mode = i.one_of("up", "down", "bfly", "idx")
+    f.emit("{ bool within;")
+    f.emit(f"const uint32_t got = shuffle(Shuffle::{mode}, {mask}, {value}, {distance}, {bounds}, &within, {i.line});")
+    f.write(to, "got")
+    if valid:
+        f.write(valid, "within")
+    f.emit("}")
+
+
+@opcode("vote")
+def vote(f: Function, i: Instruction) -> None:
+    mode = i.one_of("ballot", "any", "all", "uni")
+    mask, predicate = f.read(i.args[2], "u32"), f.read(i.args[1], "pred")
+    ballot = f"ballot({mask}, {predicate}, {i.line})"
+    lanes = f"(({mask}) & warp_lanes())"
+    forms = {
+        "ballot": ballot,
+        "any": f"({ballot} != 0)",
+        "all": f"({ballot} == {lanes})",
+        "uni": f"uniform({ballot}, {lanes})",
+    }
+    f.write(i.args[0], forms[mode])
+
+
+@opcode("activemask")
+def active(f: Function, i: Instruction) -> None:
+    f.write(i.args[0], "warp_lanes()")
+
+
+@opcode("redux")
+def redux(f: Function, i: Instruction) -> None:
+    name = i.one_of("add", "min", "max", "and", "or", "xor")
+    kind = name + ("_signed" if name in ("min", "max") and i.type == "s32" else "")
+    value = f"reduce_warp(Reduction::{kind.replace('and', 'bit_and').replace('xor', 'bit_xor')}, "
+    if name == "or":
+        value = "reduce_warp(Reduction::bit_or, "
+    f.write(i.args[0], f"{value}{f.read(i.args[2], 'u32')}, {f.read(i.args[1], 'u32')}, {i.line})")
+
+
+@opcode("elect")
+def elect(f: Function, i: Instruction) -> None:
+    lane, _, chosen = i.args[0].partition("|")
+    f.emit(f"{{ const uint32_t leader = elect({f.read(i.args[1], 'u32')}, {i.line});")
+    f.write(lane, "leader")
+    f.write(chosen or "_", "leader == current->lane")
+    f.emit("}")
+
+
+@opcode("ldmatrix", "stmatrix")
+def matrix(f: Function, i: Instruction) -> None:
+    if not i.has("m8n8") or i.type != "b16":
+        raise Unsupported("a matrix of other than 8x8 elements of 16 bits")
+    count = int((i.one_of("x1", "x2", "x4"))[1:])
+    load = i.base == "ldmatrix"
+    where, what = (i.args[1], i.args[0]) if load else (i.args[0], i.args[1])
+    transposed = str(i.has("trans")).lower()
+    rest = f"{count}, {transposed}, {f.address(where, shared=True)}, {i.line});"
+    registers = f.vector(what)
+    if load:
+        f.emit(f"{{ uint32_t rows[{count}]; load_matrices(rows, {rest}")
+        for n, register in enumerate(registers):
+            f.write(register, f"rows[{n}]")
+    else:
+        f.emit(f"{{ uint32_t rows[{count}] = {{{', '.join(f.read(r, 'b32') for r in registers)}}};")
+        f.emit(f"store_matrices(rows, {rest}")
+    f.emit("}")
+
+
+@opcode("movmatrix")
+def move_matrix(f: Function, i: Instruction) -> None:
+    f.write(i.args[0], f"transpose_matrix({f.read(i.args[1], 'b32')}, {i.line})")
+
+
+@opcode("mma")
+def mma(f: Function, i: Instruction) -> None:
+    shapes = {
+        ("m16n8k16", "bf16"): "bf16_k16",
+        ("m16n8k16", "f16"): "f16_k16",
+        ("m16n8k8", "bf16"): "bf16_k8",
+        ("m16n8k8", "f16"): "f16_k8",
+        ("m16n8k8", "tf32"): "tf32_k8",
+        ("m16n8k4", "tf32"): "tf32_k4",
+    }
+    shape, (d, a, b, c) = next(part for part in i.parts if part.startswith("m16") or part.startswith("m8")), i.parts[-4:]
+    if (shape, a) not in shapes or a != b or d != "f32" or c != "f32":
+        raise Unsupported("this shape and these types of mma")
+    to, *sources = (f.vector(arg) for arg in i.args)
+    f.emit("{ float d[4]; const float c[4] = {" + ", ".join(f.read(x, "f32") for x in sources[2]) + "};")
+    for name, registers in (("a", sources[0]), ("b", sources[1])):
+        f.emit(f"const uint32_t {name}[] = {{" + ", ".join(f.read(x, "b32") for x in registers) + "};")
+    f.emit(f"multiply(Fragments::{shapes[shape, a]}, d, a, b, c, {i.line});")
+    for n, register in enumerate(to):
+        f.write(register, f"d[{n}]")
+    f.emit("}")
