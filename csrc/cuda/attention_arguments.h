@@ -53,6 +53,22 @@ int64_t packed_mask_bytes(const AttentionProblem& problem);
 AttentionArguments attention_arguments(const char* name, const AttentionProblem& problem, const Launch& launch,
                                        char* memory);
 
+// How the keys of few queries are split (attention_decode.cu): into `splits` shares of `share` keys; one share where
+// the forward kernel serves the call.
+struct DecodeSplit {
+  int64_t splits, share;
+};
+
+DecodeSplit decode_split(const AttentionProblem& problem);
+int64_t attention_decode_workspace(const AttentionProblem& problem, const DecodeSplit& split);
+void attention_decode(const AttentionForward& problem, const DecodeSplit& split, const Launch& launch);
+
+// Workspaces are tensors of 4-byte elements.
+inline void check_workspace(const char* name, const Launch& launch, int64_t bytes) {
+  const int64_t given = launch.workspace ? launch.workspace.numel() * 4 : 0;
+  if (given < bytes) fail(name, ": workspace must have ", bytes, " bytes, got ", given);
+}
+
 // The view of a [B,H,T,D] tensor whose rows are aligned for 16-byte accesses, or an error.
 Heads aligned_heads(const char* name, const char* argument, const TensorView& view);
 

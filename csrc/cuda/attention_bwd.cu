@@ -49,6 +49,7 @@ int64_t attention_bwd_workspace(const AttentionProblem& p) {
 }
 
 void attention_bwd(const AttentionBackward& p, const Launch& launch) {
+  check_workspace(name, launch, attention_bwd_workspace(p));
   char* workspace = launch.workspace.ptr<char>();
   BackwardArguments a{attention_arguments(name, p, launch, workspace + statistics_bytes(p))};
   a.out = result_heads(name, "out", p.out);

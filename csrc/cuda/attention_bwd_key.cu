@@ -123,9 +123,9 @@ __global__ void __launch_bounds__(threads, 2) attention_bwd_key_kernel(const __g
       if (makes_key) multiply_weights<T, M, N>(grad_key, ds, queries);
       step = next;
     }
+    ptx::wait_for_copies<0>();  // of the operands that stay, where no tile was visited
     if (!__syncthreads_or(has_nan<M, D>(grad_key)) || careful) break;
   }
-  ptx::wait_for_copies<0>();
   const int first = s + of_warp;
   if (makes_value) {
     const int64_t offset = batch * a.grad_value.batch + key_head * a.grad_value.head;

@@ -101,9 +101,9 @@ __global__ void __launch_bounds__(threads, 2) attention_bwd_query_kernel(const _
       multiply_weights<T, M, N>(sum, ds, keys);
       tile = next;
     }
+    ptx::wait_for_copies<0>();  // of the operands that stay, where no tile was visited
     if (!__syncthreads_or(has_nan<M, D>(sum)) || careful) break;
   }
-  ptx::wait_for_copies<0>();
   multiply_all<M, D>(sum, a.scale);
   store_rows<T, M>(sum, queries, of_warp, a.grad_query, batch * a.grad_query.batch + head * a.grad_query.head,
                    t + of_warp, a.T);

@@ -34,7 +34,8 @@ struct ForwardCut {
   static constexpr int queries = 16 * M * warps;
   static constexpr int keys = D <= 64 ? 64 : 32;
   static constexpr int stages = 2;
-  static constexpr int shared_bytes = tile_bytes<D>(queries + 2 * stages * keys);
+  static constexpr int tiles_bytes = tile_bytes<D>(queries + 2 * stages * keys);
+  static constexpr int shared_bytes = tiles_bytes + 2 * int(sizeof(uint32_t));  // and a bit for each key
 };
 
 struct ForwardArguments : AttentionArguments {
@@ -209,11 +210,12 @@ __device__ inline void drop_weights(float (&x)[M][N / 8][4], const Dropout& drop
 // One pass of a block over its keys.
 template <class T, int D, bool Grouped>
 __device__ inline void attend(RunningSoftmax<ForwardCut<D, Grouped>::M, D>& softmax, const ForwardArguments& a,
-                              const BlockRows<Grouped>& rows, const Visibility& v, Range range, uint32_t memory,
+                              const BlockRows<Grouped>& rows, const Visibility& v, Range range, unsigned char* shared,
                               bool careful) {
   using Cut = ForwardCut<D, Grouped>;
   constexpr int M = Cut::M, N = Cut::keys;
-  __shared__ uint32_t spoilt[2];
+  const uint32_t memory = ptx::shared_address(shared);
+  uint32_t* spoilt = reinterpret_cast<uint32_t*>(shared + Cut::tiles_bytes);
   const Tile<D> queries{memory};
   const auto buffer = [&](int i) { return Tile<D>{memory + tile_bytes<D>(Cut::queries + i * N)}; };
   const int key_head = rows.head / a.group, t = rows.query(rows.first, a.T);
@@ -257,6 +259,7 @@ __device__ inline void attend(RunningSoftmax<ForwardCut<D, Grouped>::M, D>& soft
     multiply_weights<T, M, N>(softmax.total, x, values);
     tile = next;
   }
+  ptx::wait_for_copies<0>();  // of the queries, where no tile was visited
 }
 
 // A warp's 16 rows, of which `rows` exist, as float32 [rows,width].
@@ -298,7 +301,7 @@ __global__ void __launch_bounds__(threads, 2) attention_fwd_kernel(const __grid_
   RunningSoftmax<M, D> softmax;
 #pragma unroll 1
   for (bool careful = false;; careful = true) {
-    attend<T, D, Grouped>(softmax, a, rows, v, range, memory, careful);
+    attend<T, D, Grouped>(softmax, a, rows, v, range, shared, careful);
     if (!__syncthreads_or(softmax.has_nan()) || careful) break;
   }
 

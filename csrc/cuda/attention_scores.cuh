@@ -39,7 +39,9 @@ struct Visibility {
         upper(a.upper) {
     if (a.mask.bits != nullptr) {
       bits = a.mask.bits + batch * a.mask.batch + head * a.mask.head;
-      states = a.mask.states + batch * a.mask.states_batch + head * a.mask.states_head;
+      if (a.mask.states != nullptr) {
+        states = a.mask.states + batch * a.mask.states_batch + head * a.mask.states_head;
+      }
     }
     if (a.key_lengths != nullptr) {
       const int64_t given = a.key_lengths[batch];
@@ -62,7 +64,7 @@ struct Visibility {
     const int t_last = min(t + TS, T) - 1, s_last = min(s + SS, S) - 1;
     if (s >= length || s_last - t < lower || s - t_last > upper) return TileKind::empty;
     bool full = t + TS <= T && s + SS <= length && s - t_last >= lower && s_last - t <= upper;
-    if (bits == nullptr) return full ? TileKind::full : TileKind::partial;
+    if (states == nullptr) return full && bits == nullptr ? TileKind::full : TileKind::partial;
     bool empty = true;
     for (int row = t / mask_rows; row <= t_last / mask_rows; ++row) {
       for (int column = s / 32; column <= s_last / 32; ++column) {

@@ -10,7 +10,7 @@ from pytransformer.backends._arguments import contiguous
 from pytransformer.backends.cuda._arguments import Call, call
 
 WIDEST_HEAD = 256
-LONGEST = 2**30  # positions are int32
+LONGEST = 2**29  # positions, and the ends of bands among them, are int32
 CHUNK = 8  # elements of 16 bytes: kernels read rows in such pieces
 
 
