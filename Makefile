@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+CXX_FILES := 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/ptx/*.h' 'tests/ptx/*.cpp' 'tests/ptx/*.cu'
 SOURCES := $(wildcard csrc/*/*) setup.py pyproject.toml constraints.txt
 
 # The root of the repository stays off sys.path: the folder kernels/ would shadow a package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: setup build lint format type test triton-table bench bench-table bench-regress sanitize neon clean
+.PHONY: setup build lint format type test test-ptx triton-table bench bench-table bench-regress sanitize neon clean
 
 setup: $(STAMP)
 
@@ -25,12 +26,12 @@ build: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files $(CXX_FILES))
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+	$(BIN)/clang-format -i $$(git ls-files $(CXX_FILES))
 
 type: setup
 	$(BIN)/mypy
@@ -38,6 +39,11 @@ type: setup
 test: setup
 	$(BIN)/pytest
 	TRITON_INTERPRET=1 $(BIN)/pytest
+
+# The tests of the ops over the CUDA kernels, whose PTX runs on the CPU (tests/ptx): needs nvcc, no GPU; some minutes.
+test-ptx: setup
+	$(BIN)/pytest tests/ptx
+	PYTRANSFORMER_PTX=1 $(BIN)/pytest tests --ignore=tests/ptx
 
 # The figures of every Triton kernel as compiled for GPUs that need not be here: some minutes.
 triton-table: setup

@@ -76,12 +76,12 @@ class Launch:
     def compile(self, arch: str) -> Figures:
         """Compiles for ``arch``, one of ``TARGETS``."""
         target = TARGETS[arch]
-        compiled = triton.compile(self._source(), target=target, options=self.options)
+        compiled = triton.compile(self.source(), target=target, options=self.options)
         if target.backend == "hip":
             return _figures_of_amdgcn(compiled.asm["amdgcn"], compiled.metadata.shared)
         return _figures_of_cubin(compiled.asm["cubin"], compiled.metadata.shared)
 
-    def _source(self) -> ASTSource:
+    def source(self) -> ASTSource:
         signature, constants, attributes = {}, {}, {}
         for index, parameter in enumerate(self.kernel.params):
             value = self.arguments.get(parameter.name)

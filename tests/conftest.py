@@ -3,6 +3,9 @@
 Triton's interpreter is a matter of the process: triton reads ``TRITON_INTERPRET`` when it is imported. So it has a
 session of its own, ``TRITON_INTERPRET=1 pytest``, which runs the tests over backends on Triton kernels alone, and of
 long parametrisations a part, for the interpreter is slow. ``make test`` runs both sessions.
+
+The CUDA kernels have such a session too, ``PYTRANSFORMER_PTX=1 pytest``: their PTX runs on the CPU under ``tests/ptx``,
+as compiled for each architecture. ``make test-ptx`` runs it; ``make test`` has the short list of ``ptx/test_ops.py``.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from pytransformer._parity import unwritten_is_nan
 from pytransformer.backends import cpu
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+EMULATED = os.environ.get("PYTRANSFORMER_PTX") == "1"
 ISAS = cpu.isa_status() if backends.unavailable("cpu") is None else {}
 
 
@@ -33,6 +37,8 @@ def _seed():
 def backend_names():
     if INTERPRETED:
         return ["triton-interpreted"]
+    if EMULATED:
+        return ["cuda_emulated-80", "cuda_emulated-90a"]
     return ["reference", *(f"cpu-{isa}" for isa in ISAS or ("not built",))]
 
 
@@ -48,6 +54,8 @@ def backend_isa(request, monkeypatch):
         monkeypatch.setitem(backends.ORDER, "cpu", ("cpu", "triton", "reference"))
         with unwritten_is_nan():
             yield name
+    elif name == "cuda_emulated":
+        yield from _under_the_ptx_runner(isa)
     else:
         yield from _with_instruction_set(isa, monkeypatch)
 
@@ -64,7 +72,18 @@ def _with_instruction_set(isa, monkeypatch):
     cpu.set_isa(outer)
 
 
-# Of a parametrised test with many cases the interpreter runs every n-th one; 0 leaves a test out.
+def _under_the_ptx_runner(arch):
+    from ptx import build
+
+    if build.unavailable() is not None:
+        pytest.skip(f"CUDA kernels: {build.unavailable()}")
+    from ptx import backend
+
+    with backend.installed(arch) as name, unwritten_is_nan():
+        yield name
+
+
+# Of a parametrised test with many cases the interpreter, and the PTX runner, runs every n-th one; 0 leaves it out.
 INTERPRETED_PART = {
     "test_every_combination": 17,
     "test_every_tail": 5,
@@ -121,8 +140,9 @@ def pytest_collection_modifyitems(config, items):
     kept, dropped = [], []
     for item in items:
         marked = item.get_closest_marker("interpreted") is not None
-        wanted = marked or "backend_isa" in item.fixturenames if INTERPRETED else not marked
-        if INTERPRETED and wanted:
+        special = INTERPRETED or EMULATED
+        wanted = (marked and INTERPRETED) or "backend_isa" in item.fixturenames if special else not marked
+        if special and wanted:
             test = item.path, item.originalname
             count = seen[test] = seen.get(test, -1) + 1
             part = INTERPRETED_PART.get(item.originalname, 1)

@@ -20,9 +20,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from ptx import build, emulator
 
 import pytransformer
+from ptx import build, emulator
 from pytransformer import backends
 
 NAME = "cuda_emulated"
@@ -30,7 +30,7 @@ ADAPTERS = "pytransformer.backends.cuda"
 CALL = ("device", "stream", "rng", "workspace", "counters")  # the parts of the argument `call`
 
 
-class Faulty(AssertionError):
+class FaultyKernelError(AssertionError):
     """A kernel did what no kernel may: each line is one finding of the runner."""
 
 
@@ -94,7 +94,7 @@ class EmulatedModule(ModuleType):
                 if self.failure is not None:
                     raise self.failure
                 if found:
-                    raise Faulty(f"{name} for sm_{self.arch}: {found!r}")
+                    raise FaultyKernelError(f"{name} for sm_{self.arch}: {found!r}")
 
         return call
 
@@ -107,7 +107,11 @@ def _parameter_names() -> dict[str, tuple[str, ...]]:
 
 def _tensors(names: tuple[str, ...], args: tuple[Any, ...]) -> Iterator[tuple[str, torch.Tensor]]:
     for i, value in enumerate(args):
-        parts = zip(CALL, value, strict=False) if isinstance(value, tuple) else [(names[i] if i < len(names) else str(i), value)]
+        parts = (
+            zip(CALL, value, strict=False)
+            if isinstance(value, tuple)
+            else [(names[i] if i < len(names) else str(i), value)]
+        )
         for name, part in parts:
             if isinstance(part, torch.Tensor):
                 yield name, part
@@ -117,7 +121,9 @@ def _tensors(names: tuple[str, ...], args: tuple[Any, ...]) -> Iterator[tuple[st
 def module() -> EmulatedModule:
     """The module, with the adapters over it under the name ``cuda_emulated.<op>``."""
     emulated = EmulatedModule()
-    before = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith((ADAPTERS, "pytransformer._cuda"))}
+    before = {
+        name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith((ADAPTERS, "pytransformer._cuda"))
+    }
     outer = pytransformer.__dict__.get("_cuda")
     package = backends.__dict__.get("cuda")
     pytransformer._cuda = sys.modules["pytransformer._cuda"] = emulated

@@ -34,7 +34,7 @@ JOBS = int(os.environ.get("MAX_JOBS") or min(os.cpu_count() or 1, 4))
 CXX = ["g++", "-std=c++17", "-fPIC", "-march=native", "-ffp-contract=off", f"-I{RUNTIME}"]
 NVCC = ["nvcc", "-std=c++17", "-O3", "-lineinfo", "-DNDEBUG"]
 KERNEL = ["-O1", "-w"]  # how a translated kernel is compiled
-HEADERS = ("machine.h", "instructions.h")
+HEADERS = ("instructions.h", "arithmetic.h", "machine.h", "values.h")
 ARCHS = ("80", "90a")
 
 
@@ -115,7 +115,7 @@ def headers() -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name in HEADERS:
         made(folder / name, ["cp", str(RUNTIME / name), "{}"])
-    made(folder / "instructions.h.gch", [*CXX[:-1], *KERNEL, "-x", "c++-header", str(folder / HEADERS[1]), "-o", "{}"])
+    made(folder / "instructions.h.gch", [*CXX[:-1], *KERNEL, "-x", "c++-header", str(folder / HEADERS[0]), "-o", "{}"])
     return folder
 
 
@@ -170,7 +170,9 @@ def _binding(source: Path, common: Sequence[str]) -> Path:
 def _bindings() -> list[Path]:
     """What setup.py compiles for the module ``_cuda``."""
     tree = ast.parse((ROOT / "setup.py").read_text())
-    names = [node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SHARED_BINDINGS"]
+    names = [
+        node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SHARED_BINDINGS"
+    ]
     shared = ast.literal_eval(names[0].value)
     folder = ROOT / "csrc" / "bindings"
     return [*sorted(folder.glob("*cuda.cpp")), *(folder / f"{op}.cpp" for op in shared)]

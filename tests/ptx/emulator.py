@@ -1,9 +1,9 @@
 """Launches kernels on the runner, and says what its detectors found.
 
-    kernels = emulator.load(build.ptx_of(path, "80"))
-    with emulator.watch(races=True, seed=3) as findings:
-        emulator.launch(kernels["scale"], grid=(4,), block=(128,), arguments=[x, y, 0.5, 512])
-    assert not findings, findings
+kernels = emulator.load(build.ptx_of(path, "80"))
+with emulator.watch(races=True, seed=3) as findings:
+    emulator.launch(kernels["scale"], grid=(4,), block=(128,), arguments=[x, y, 0.5, 512])
+assert not findings, findings
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from functools import cache
 from typing import Any
 
 import torch
+
 from ptx import build
 from ptx.translate import parse
 

@@ -11,14 +11,22 @@ namespace {
 
 constexpr int tile = 64, depth = 32, stages = 2;
 
-__device__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
-__device__ uint32_t a_at(int row, int chunk) { return row * 64 + ((chunk ^ (row >> 1 & 3)) << 4); }
-__device__ uint32_t b_at(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
+__device__ uint32_t shared_address(const void* p) {
+  return uint32_t(__cvta_generic_to_shared(p));
+}
+__device__ uint32_t a_at(int row, int chunk) {
+  return row * 64 + ((chunk ^ (row >> 1 & 3)) << 4);
+}
+__device__ uint32_t b_at(int row, int chunk) {
+  return row * 128 + ((chunk ^ (row & 7)) << 4);
+}
 
 __device__ void copy16(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
-__device__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ void commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 template <int pending>
 __device__ void wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
@@ -66,8 +74,10 @@ extern "C" __global__ void __launch_bounds__(128)
   for (int k0 = 0; k0 < K; k0 += depth) {
     const int stage = k0 / depth % stages;
     if (k0 + depth < K) fetch(k0 + depth, stage ^ 1);
-    if (k0 + depth < K) wait<1>();
-    else wait<0>();
+    if (k0 + depth < K)
+      wait<1>();
+    else
+      wait<0>();
     __syncthreads();  // the stage is full
     for (int k = 0; k < depth; k += 16) {
       uint32_t a[4];

@@ -11,6 +11,7 @@ void forget_tensors();
 void add_tensor(const char* name, uint64_t data, uint64_t bytes, uint32_t element);
 const char* report_text();
 void clear_report();
+void set_patience(uint64_t limit);
 namespace counts {
 const char* table();
 void clear();
@@ -36,29 +37,54 @@ void ptx_options(uint32_t seed, int races, int counted) {
   options.counts = counted;
 }
 
-void ptx_forget_tensors() { forget_tensors(); }
+// After how many backward branches a thread is stuck; 0: the usual number.
+void ptx_set_patience(uint64_t limit) {
+  set_patience(limit);
+}
+
+void ptx_forget_tensors() {
+  forget_tensors();
+}
 
 void ptx_add_tensor(const char* name, uint64_t data, uint64_t bytes, uint32_t element) {
   add_tensor(name, data, bytes, element);
 }
 
-const char* ptx_report() { return report_text(); }
-const char* ptx_counts() { return counts::table(); }
+const char* ptx_report() {
+  return report_text();
+}
+const char* ptx_counts() {
+  return counts::table();
+}
 
 void ptx_clear() {
   clear_report();
   counts::clear();
 }
 
-void ptx_set_finder(Finder function) { finder = function; }
+void ptx_set_finder(Finder function) {
+  finder = function;
+}
 
-const Image* ptx_find(const char* name) { return finder == nullptr ? nullptr : finder(name); }
+const Image* ptx_find(const char* name) {
+  return finder == nullptr ? nullptr : finder(name);
+}
 
-uint32_t ptx_static_shared(const Image* image) { return image->shared_bytes; }
-uint32_t ptx_max_threads(const Image* image) { return image->max_threads; }
-int ptx_capability() { return capability; }
-void ptx_set_capability(int value) { capability = value; }
-int ptx_multiprocessors() { return multiprocessors; }
+uint32_t ptx_static_shared(const Image* image) {
+  return image->shared_bytes;
+}
+uint32_t ptx_max_threads(const Image* image) {
+  return image->max_threads;
+}
+int ptx_capability() {
+  return capability;
+}
+void ptx_set_capability(int value) {
+  capability = value;
+}
+int ptx_multiprocessors() {
+  return multiprocessors;
+}
 
 // `arguments` as cudaLaunchKernel takes them: a pointer to each.
 int ptx_launch(const Image* image, const uint32_t* grid, const uint32_t* threads, size_t dynamic_bytes,
@@ -72,5 +98,4 @@ int ptx_launch(const Image* image, const uint32_t* grid, const uint32_t* threads
   run(*image, {grid[0], grid[1], grid[2]}, {threads[0], threads[1], threads[2]}, dynamic_bytes, params);
   return 0;
 }
-
 }

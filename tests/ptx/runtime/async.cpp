@@ -51,7 +51,9 @@ void copy_async(uint32_t to, uint64_t from, uint32_t bytes, uint32_t given, Line
   }
 }
 
-void copies_commit() { ++current->copy_group; }
+void copies_commit() {
+  ++current->copy_group;
+}
 
 void copies_wait(uint32_t pending, Line) {
   Thread& thread = *current;

@@ -79,8 +79,12 @@ void release_barriers_of_all() {
   }
 }
 
-void barrier_sync(uint32_t number, uint32_t threads, Line line) { arrive(number, threads, false, true, line); }
-void barrier_arrive(uint32_t number, uint32_t threads, Line line) { arrive(number, threads, false, false, line); }
+void barrier_sync(uint32_t number, uint32_t threads, Line line) {
+  arrive(number, threads, false, true, line);
+}
+void barrier_arrive(uint32_t number, uint32_t threads, Line line) {
+  arrive(number, threads, false, false, line);
+}
 Total barrier_count(uint32_t number, uint32_t threads, bool predicate, Line line) {
   return arrive(number, threads, predicate, true, line).total;
 }

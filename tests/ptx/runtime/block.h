@@ -9,9 +9,9 @@
 
 namespace ptx {
 
-constexpr uint32_t shared_base = 0x400;         // the first address of shared memory; below is the system's
-constexpr uint32_t shared_window = 256 << 10;   // as far as an address of shared memory may reach
-constexpr uint32_t shared_limit = 227 << 10;    // what a block may have, on devices of compute capability 9
+constexpr uint32_t shared_base = 0x400;        // the first address of shared memory; below is the system's
+constexpr uint32_t shared_window = 256 << 10;  // as far as an address of shared memory may reach
+constexpr uint32_t shared_limit = 227 << 10;   // what a block may have, on devices of compute capability 9
 constexpr uint32_t all_threads = ~0u;
 
 struct Block {

@@ -62,7 +62,7 @@ struct Thread {
   const char* waits_for = nullptr;
   Line waits_at = 0;
   uint32_t patience = 0;
-  uint64_t turns = 0;  // backward branches, in units of `patience`
+  uint64_t turns = 0;  // backward branches so far
   std::vector<AsyncCopy> copies;
   uint32_t copy_group = 0;
   uint32_t phase = 0;  // changes at every barrier and collective; accesses of one warp are lined up by it
@@ -76,8 +76,8 @@ constexpr uint32_t multiprocessors = 8;  // few: grids that fill the machine sta
 enum class Access : uint8_t { weak, strong, atomic };
 uint32_t dynamic_shared();
 uint32_t dynamic_shared_bytes();
-uint64_t shared_pointer(uint64_t address);   // an address of shared memory as a generic one
-uint32_t shared_address(uint64_t pointer);   // and back
+uint64_t shared_pointer(uint64_t address);  // an address of shared memory as a generic one
+uint32_t shared_address(uint64_t pointer);  // and back
 bool is_shared(uint64_t pointer);
 // The memory behind an access that has been checked; scratch memory where it is out of bounds.
 uint8_t* at_shared(uint32_t address, uint32_t bytes, bool write, Access kind, Line line, bool changes = true);
@@ -109,7 +109,9 @@ uint32_t shuffle(Shuffle mode, uint32_t mask, uint32_t value, uint32_t distance,
 uint32_t ballot(uint32_t mask, bool predicate, Line line);
 uint32_t reduce_warp(Reduction what, uint32_t mask, uint32_t value, Line line);
 uint32_t elect(uint32_t mask, Line line);
-inline bool uniform(uint32_t ballot, uint32_t lanes) { return ballot == 0 || ballot == lanes; }
+inline bool uniform(uint32_t ballot, uint32_t lanes) {
+  return ballot == 0 || ballot == lanes;
+}
 
 // -- matrix.cpp
 enum class Fragments : uint8_t { bf16_k16, f16_k16, bf16_k8, f16_k8, tf32_k8, tf32_k4 };

@@ -21,7 +21,9 @@ struct Extent {
 std::vector<Extent> extents;
 uint8_t scratch[64];
 
-bool inside(const Extent& e, uint64_t address, uint32_t bytes) { return address >= e.low && address + bytes <= e.high; }
+bool inside(const Extent& e, uint64_t address, uint32_t bytes) {
+  return address >= e.low && address + bytes <= e.high;
+}
 
 bool of_the_image(uint64_t address, uint32_t bytes) {
   for (const Constant* c = block.image->constants; c->name != nullptr && c->data != nullptr; ++c) {
@@ -70,12 +72,22 @@ void check_alignment(uint64_t address, uint32_t bytes, bool write, Access kind, 
 
 }  // namespace
 
-uint32_t dynamic_shared() { return block.dynamic_at; }
-uint32_t dynamic_shared_bytes() { return block.shared_end - block.dynamic_at; }
-uint64_t shared_pointer(uint64_t address) { return reinterpret_cast<uint64_t>(block.window) + address; }
-bool is_shared(uint64_t pointer) { return pointer - reinterpret_cast<uint64_t>(block.window) < shared_window; }
+uint32_t dynamic_shared() {
+  return block.dynamic_at;
+}
+uint32_t dynamic_shared_bytes() {
+  return block.shared_end - block.dynamic_at;
+}
+uint64_t shared_pointer(uint64_t address) {
+  return reinterpret_cast<uint64_t>(block.window) + address;
+}
+bool is_shared(uint64_t pointer) {
+  return pointer - reinterpret_cast<uint64_t>(block.window) < shared_window;
+}
 
-uint32_t shared_address(uint64_t pointer) { return uint32_t(pointer - reinterpret_cast<uint64_t>(block.window)); }
+uint32_t shared_address(uint64_t pointer) {
+  return uint32_t(pointer - reinterpret_cast<uint64_t>(block.window));
+}
 
 bool would_change_shared(uint32_t address, const void* value, uint32_t bytes) {
   return address + bytes > block.shared_end || std::memcmp(block.window + address, value, bytes) != 0;
@@ -99,8 +111,7 @@ uint8_t* at_shared(uint32_t address, uint32_t bytes, bool write, Access kind, Li
   return block.window + address;
 }
 
-uint8_t* at_global(uint64_t address, uint32_t bytes, bool write, Access kind, Line line, uint32_t& hint,
-                   bool changes) {
+uint8_t* at_global(uint64_t address, uint32_t bytes, bool write, Access kind, Line line, uint32_t& hint, bool changes) {
   check_alignment(address, bytes, write, kind, line);
   auto* const memory = reinterpret_cast<uint8_t*>(address);
   if (extents.empty()) return memory;
@@ -126,7 +137,9 @@ uint8_t* at_generic(uint64_t address, uint32_t bytes, bool write, Access kind, L
   return at_global(address, bytes, write, kind, line, hint, changes);
 }
 
-void forget_tensors() { extents.clear(); }
+void forget_tensors() {
+  extents.clear();
+}
 
 void add_tensor(const char* name, uint64_t data, uint64_t bytes, uint32_t element) {
   Extent added{data, data + bytes, name, std::min(element, 4u), {}};

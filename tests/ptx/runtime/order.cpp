@@ -50,8 +50,8 @@ std::string name_of(uint32_t agent) {
 }
 
 std::string described(const Epoch& e) {
-  const std::string who = e.block == block.serial ? name_of(e.agent) : "thread " + std::to_string(e.agent) +
-                                                                           " of another block";
+  const std::string who =
+      e.block == block.serial ? name_of(e.agent) : "thread " + std::to_string(e.agent) + " of another block";
   return who + " at " + format_line(e.line);
 }
 
@@ -77,9 +77,10 @@ struct Place {
   uint64_t offset;
 };
 
-// A store of the value that is there may meet the same instruction of its warp storing it too.
+// A store of the value that is there may meet the same instruction storing it too, in this block: Triton's way of
+// broadcasting, and a scalar that every thread stores.
 bool harmless(const Epoch& old, const Epoch& now, bool changes) {
-  return !changes && old.block == now.block && old.line == now.line && old.agent / 32 == now.agent / 32;
+  return !changes && old.block == now.block && old.line == now.line;
 }
 
 void judge(const Epoch& old, bool old_writes, const Epoch& now, bool writes, bool changes, const Actor& actor,
@@ -143,12 +144,15 @@ void touch_shared(uint32_t index, Epoch now, bool write, bool changes, const Act
     judge(readers_here[i], false, now, true, true, actor, place);
     if (readers_here[i].bytes & now.bytes) readers_here[i] = Epoch();
   }
-  now.bytes |= cell.write.bytes && cell.write.agent == now.agent && cell.write.clock == now.clock ? cell.write.bytes : 0;
+  now.bytes |=
+      cell.write.bytes && cell.write.agent == now.agent && cell.write.clock == now.clock ? cell.write.bytes : 0;
   cell.write = now;
 }
 
 // Shared flags live as long as their block; global ones as long as the launch.
-Flag& flag_at(uint64_t address) { return flags[address]; }
+Flag& flag_at(uint64_t address) {
+  return flags[address];
+}
 
 void merge(std::vector<Seen>& into, const std::vector<Seen>& from) {
   for (const Seen& seen : from) {
@@ -219,11 +223,21 @@ void learn(uint32_t thread, const Knowledge& from) {
   mine.clocks[thread] = std::max(now, mine.clocks[thread]);
 }
 
-Knowledge& knowledge_of(uint32_t thread) { return knowledge[thread]; }
-uint32_t copies_of(uint32_t thread) { return block.threads + thread; }
-uint32_t stores_of(uint32_t thread) { return 2 * block.threads + thread; }
-uint32_t loads_on(uint32_t barrier) { return 3 * block.threads + barrier; }
-uint32_t multiplications_of(uint32_t group) { return 3 * block.threads + barriers_at_most + group; }
+Knowledge& knowledge_of(uint32_t thread) {
+  return knowledge[thread];
+}
+uint32_t copies_of(uint32_t thread) {
+  return block.threads + thread;
+}
+uint32_t stores_of(uint32_t thread) {
+  return 2 * block.threads + thread;
+}
+uint32_t loads_on(uint32_t barrier) {
+  return 3 * block.threads + barrier;
+}
+uint32_t multiplications_of(uint32_t group) {
+  return 3 * block.threads + barriers_at_most + group;
+}
 
 Actor self() {
   const Knowledge& mine = knowledge[current->number];
@@ -232,7 +246,8 @@ Actor self() {
 
 void access_shared(uint32_t address, uint32_t bytes, bool write, Access kind, const Actor& actor, Line line,
                    bool changes) {
-  if (kind != Access::weak && actor.agent < block.threads) synchronise(address, !write || kind == Access::atomic, write);
+  if (kind != Access::weak && actor.agent < block.threads)
+    synchronise(address, !write || kind == Access::atomic, write);
   Epoch now = epoch(actor, kind, line);
   const uint32_t start = address - shared_base, end = start + bytes;
   for (uint32_t index = start / granule; index <= (end - 1) / granule; ++index) {
@@ -243,7 +258,8 @@ void access_shared(uint32_t address, uint32_t bytes, bool write, Access kind, co
 
 void access_global(std::vector<GlobalCell>& all, uint32_t width, uint64_t offset, const char* name, uint64_t address,
                    uint32_t bytes, bool write, Access kind, const Actor& actor, Line line, bool changes) {
-  if (kind != Access::weak && actor.agent < block.threads) synchronise(address, !write || kind == Access::atomic, write);
+  if (kind != Access::weak && actor.agent < block.threads)
+    synchronise(address, !write || kind == Access::atomic, write);
   Epoch now = epoch(actor, kind, line);
   for (uint64_t index = offset / width; index <= (offset + bytes - 1) / width; ++index) {
     GlobalCell& cell = all[index];

@@ -41,9 +41,9 @@ void learn(uint32_t thread, const Knowledge& from);
 Knowledge& knowledge_of(uint32_t thread);
 
 // Agents beside the threads.
-uint32_t copies_of(uint32_t thread);         // cp.async
-uint32_t stores_of(uint32_t thread);         // cp.async.bulk from shared memory
-uint32_t loads_on(uint32_t barrier);         // cp.async.bulk that completes on an mbarrier
+uint32_t copies_of(uint32_t thread);          // cp.async
+uint32_t stores_of(uint32_t thread);          // cp.async.bulk from shared memory
+uint32_t loads_on(uint32_t barrier);          // cp.async.bulk that completes on an mbarrier
 uint32_t multiplications_of(uint32_t group);  // wgmma
 
 enum class Proxy : uint8_t { generic, async };
@@ -54,7 +54,7 @@ struct Actor {
 };
 Actor self();
 
-// One access by `actor`. `changes`: a store that leaves memory as it is may meet another such store of its warp.
+// One access by `actor`. A store that `changes` nothing may meet another of the same line and block.
 void access_shared(uint32_t address, uint32_t bytes, bool write, Access kind, const Actor& actor, Line line,
                    bool changes = true);
 
@@ -67,8 +67,9 @@ constexpr int global_readers = 4;
 struct GlobalCell {
   Epoch write, reads[global_readers];
 };
-void access_global(std::vector<GlobalCell>& cells, uint32_t granule, uint64_t offset, const char* name, uint64_t address,
-                   uint32_t bytes, bool write, Access kind, const Actor& actor, Line line, bool changes);
+void access_global(std::vector<GlobalCell>& cells, uint32_t granule, uint64_t offset, const char* name,
+                   uint64_t address, uint32_t bytes, bool write, Access kind, const Actor& actor, Line line,
+                   bool changes);
 
 void mark_barrier(uint32_t address, bool live);  // an mbarrier stands here: plain accesses are errors
 

@@ -56,6 +56,8 @@ const char* report_text() {
   return text_of_all.c_str();
 }
 
-void clear_report() { findings.clear(); }
+void clear_report() {
+  findings.clear();
+}
 
 }  // namespace ptx

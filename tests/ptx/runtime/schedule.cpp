@@ -48,8 +48,9 @@ Block block;
 namespace {
 
 constexpr size_t stack_bytes = 256 << 10;
-constexpr uint32_t patience = 1 << 14;
-constexpr uint64_t endless = uint64_t(1) << 28;
+constexpr uint32_t patience = 1 << 14;  // backward branches before a thread gives way
+constexpr uint64_t usual_limit = uint64_t(1) << 28;
+uint64_t endless = usual_limit;  // and before it is taken to be stuck
 
 std::vector<uint32_t> ready;
 size_t head = 0;
@@ -203,7 +204,9 @@ uint32_t random_below(uint32_t n) {
   return uint32_t(random_state >> 11) % n;
 }
 
-void wake(uint32_t thread) { ready.push_back(thread); }
+void wake(uint32_t thread) {
+  ready.push_back(thread);
+}
 
 void wait_for(const char* what, Line line) {
   current->waits_for = what;
@@ -216,13 +219,16 @@ void give_way() {
   leave();
 }
 
-void later(std::function<void()> action) { actions.push_back(std::move(action)); }
+void later(std::function<void()> action) {
+  actions.push_back(std::move(action));
+}
 
 void loop(Line line) {
   if (--current->patience) return;
   current->patience = patience;
-  if (++current->turns > endless / patience) {
-    report("endless", line, "a thread has taken this branch or others %lu times", endless);
+  current->turns += patience;
+  if (current->turns > endless) {
+    report("endless", line, "a thread has taken this branch or others %lu times", current->turns);
     block.stopped = true;
   }
   current->waits_for = "loop";
@@ -230,10 +236,20 @@ void loop(Line line) {
   give_way();
 }
 
-void trap(Line line) { report("trap", line, "the kernel stopped itself"); }
+void set_patience(uint64_t limit) {
+  endless = limit ? limit : usual_limit;
+}
 
-uint32_t warp_count() { return block.warps; }
-uint32_t warp_lanes() { return block.lanes[current->warp]; }
+void trap(Line line) {
+  report("trap", line, "the kernel stopped itself");
+}
+
+uint32_t warp_count() {
+  return block.warps;
+}
+uint32_t warp_lanes() {
+  return block.lanes[current->warp];
+}
 
 uint8_t* stack_of(uint32_t thread, size_t* bytes) {
   *bytes = stack_bytes;
@@ -251,8 +267,8 @@ void run(const Image& image, Dim3 grid, Dim3 threads, size_t dynamic_bytes, cons
   block.warps = (block.threads + 31) / 32;
   random_state = options.seed * 0x9E3779B97F4A7C15ull + 88172645463325252ull;
   if (block.window == nullptr) {
-    block.window = static_cast<uint8_t*>(
-        mmap(nullptr, shared_window, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    block.window =
+        static_cast<uint8_t*>(mmap(nullptr, shared_window, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
   }
   block.dynamic_at = shared_base + image.shared_bytes;
   block.shared_end = block.dynamic_at + dynamic_bytes;

@@ -44,7 +44,9 @@ enum Kind : uint32_t { kind_sync, kind_ballot, kind_reduce, kind_elect, kind_shu
 
 }  // namespace
 
-void reset_warps() { meetings.assign(block.warps, {}); }
+void reset_warps() {
+  meetings.assign(block.warps, {});
+}
 
 void meet(const char* what, uint32_t kind, uint32_t mask, void* brought, Line line,
           const std::function<void(void* const*, uint32_t)>& act) {

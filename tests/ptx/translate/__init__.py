@@ -9,10 +9,12 @@ family of opcodes; an opcode or modifier without one is an error that names its 
 
 from __future__ import annotations
 
-from ptx.translate import arithmetic as _arithmetic
-from ptx.translate import cooperation as _cooperation
-from ptx.translate import memory as _memory
-from ptx.translate.function import Translation, translate
-from ptx.translate.parse import Module, Unsupported, parse
+import importlib
 
-__all__ = ["Module", "Translation", "Unsupported", "parse", "translate"]
+from ptx.translate.function import Translation, translate
+from ptx.translate.parse import Module, UnsupportedError, parse
+
+for _family in ("arithmetic", "cooperation", "memory"):  # each registers its opcodes
+    importlib.import_module(f"ptx.translate.{_family}")
+
+__all__ = ["Module", "Translation", "UnsupportedError", "parse", "translate"]

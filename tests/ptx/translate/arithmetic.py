@@ -7,7 +7,7 @@ means, and which modifiers are understood. Pairs of 16-bit floats go through ``p
 from __future__ import annotations
 
 from ptx.translate.function import Function, Instruction, label, opcode
-from ptx.translate.parse import Unsupported
+from ptx.translate.parse import UnsupportedError
 from ptx.translate.types import FLOATS, WIDTH, cpp
 
 PAIRS = {"f16x2": "f16", "bf16x2": "bf16"}
@@ -22,7 +22,9 @@ def _apply(f: Function, i: Instruction, name: str, inputs: int, directed: str = 
     arguments = [f.read(arg, i.type) for arg in i.args[1 : 1 + inputs]]
     flush = i.has("ftz") and type == "f32"
     if type != i.type:
-        call = f"pairwise<{cpp(type)}>([](auto... x) {{ return op::{name}<{cpp(type)}>(x...); }}, {', '.join(arguments)})"
+        call = (
+            f"pairwise<{cpp(type)}>([](auto... x) {{ return op::{name}<{cpp(type)}>(x...); }}, {', '.join(arguments)})"
+        )
     else:
         wrapped = [f"flush({x})" for x in arguments] if flush else arguments
         call = f"op::{name}<{cpp(type)}>({', '.join(wrapped)})"
@@ -34,12 +36,12 @@ def _apply(f: Function, i: Instruction, name: str, inputs: int, directed: str = 
     if i.has("sat") and type == "f32":
         call = f"saturate({call})"
     elif i.has("sat"):
-        raise Unsupported(f".sat of {i.type}")
+        raise UnsupportedError(f".sat of {i.type}")
     if i.has("relu"):
         zero = f"op::max<{cpp(type)}>(x, {cpp(type)}(0.0f))"
         call = f"pairwise<{cpp(type)}>([](auto x) {{ return {zero}; }}, {call})" if type != i.type else call
         if type == i.type:
-            raise Unsupported(".relu")
+            raise UnsupportedError(".relu")
     f.write(i.args[0], call)
 
 
@@ -78,7 +80,7 @@ def arithmetic(f: Function, i: Instruction) -> None:
     floating = PAIRS.get(i.type, i.type) in FLOATS
     directed = i.one_of("rz", "rm", "rp")
     if directed and i.type not in ("f32", "f64"):
-        raise Unsupported(f"the rounding .{directed} of {i.type}")
+        raise UnsupportedError(f"the rounding .{directed} of {i.type}")
     known = ("rn", "rz", "rm", "rp", "ftz", "sat", "relu", "lo", "hi", "wide", "approx", "full", "NaN")
     i.refuse_other_than(*known, i.type)
     name = i.base
@@ -91,7 +93,9 @@ def arithmetic(f: Function, i: Instruction) -> None:
     if name.endswith("_wide"):
         wide = f"{i.type[0]}{2 * WIDTH[i.type]}"
         product = f"({cpp(wide)}({f.read(i.args[1], i.type)}) * {cpp(wide)}({f.read(i.args[2], i.type)}))"
-        f.write(i.args[0], f"op::add<{cpp(wide)}>({product}, {f.read(i.args[3], wide)})" if i.base == "mad" else product)
+        f.write(
+            i.args[0], f"op::add<{cpp(wide)}>({product}, {f.read(i.args[3], wide)})" if i.base == "mad" else product
+        )
         return
     _apply(f, i, name, 3 if i.base in ("mad", "fma") else 2, directed)
 
@@ -143,9 +147,9 @@ def funnel(f: Function, i: Instruction) -> None:
 @opcode("lop3", "prmt", "bfe", "bfi")
 def fields(f: Function, i: Instruction) -> None:
     if i.base == "prmt" and i.type != "b32":
-        raise Unsupported(f"the mode .{i.type}")
+        raise UnsupportedError(f"the mode .{i.type}")
     if i.base == "lop3" and i.parts != ["lop3", "b32"]:
-        raise Unsupported("a form of lop3 with a predicate")
+        raise UnsupportedError("a form of lop3 with a predicate")
     types = {"bfe": [i.type, "u32", "u32"], "bfi": [i.type, i.type, "u32", "u32"]}
     read = [f.read(a, t) for a, t in zip(i.args[1:], types.get(i.base, ["u32"] * 4), strict=False)]
     f.write(i.args[0], f"op::{i.base}({', '.join(read)})")
@@ -155,7 +159,7 @@ def fields(f: Function, i: Instruction) -> None:
 def compare(f: Function, i: Instruction) -> None:
     comparison, type = i.parts[1], i.type
     if type in PAIRS:
-        raise Unsupported("a comparison of pairs")
+        raise UnsupportedError("a comparison of pairs")
     x, y = f.read(i.args[1], type), f.read(i.args[2], type)
     if i.has("ftz"):
         x, y = f"flush({x})", f"flush({y})"
@@ -197,11 +201,13 @@ def convert(f: Function, i: Instruction) -> None:
     to, source = i.parts[-2:]
     if to in PAIRS:
         if source != "f32":
-            raise Unsupported(f"a conversion from {source}")
+            raise UnsupportedError(f"a conversion from {source}")
         high, low = (f.read(arg, "f32") for arg in i.args[1:3])
         if i.has("relu"):
             high, low = f"op::max<float>({high}, 0.0f)", f"op::max<float>({low}, 0.0f)"
-        f.write(i.args[0], f"joined<uint32_t>({_rounded(PAIRS[to], rounding, low)}, {_rounded(PAIRS[to], rounding, high)})")
+        f.write(
+            i.args[0], f"joined<uint32_t>({_rounded(PAIRS[to], rounding, low)}, {_rounded(PAIRS[to], rounding, high)})"
+        )
         return
     x = f.read(i.args[1], source)
     if i.has("ftz") and source == "f32":

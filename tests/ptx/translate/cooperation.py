@@ -7,7 +7,7 @@ knows (``runtime/matrix.cpp``); here registers are only lined up.
 from __future__ import annotations
 
 from ptx.translate.function import Function, Instruction, opcode
-from ptx.translate.parse import Unsupported
+from ptx.translate.parse import UnsupportedError
 
 
 @opcode("bar", "barrier")
@@ -93,7 +93,7 @@ def elect(f: Function, i: Instruction) -> None:
 @opcode("ldmatrix", "stmatrix")
 def matrix(f: Function, i: Instruction) -> None:
     if not i.has("m8n8") or i.type != "b16":
-        raise Unsupported("a matrix of other than 8x8 elements of 16 bits")
+        raise UnsupportedError("a matrix of other than 8x8 elements of 16 bits")
     count = int((i.one_of("x1", "x2", "x4"))[1:])
     load = i.base == "ldmatrix"
     where, what = (i.args[1], i.args[0]) if load else (i.args[0], i.args[1])
@@ -125,9 +125,10 @@ def mma(f: Function, i: Instruction) -> None:
         ("m16n8k8", "tf32"): "tf32_k8",
         ("m16n8k4", "tf32"): "tf32_k4",
     }
-    shape, (d, a, b, c) = next(part for part in i.parts if part.startswith("m16") or part.startswith("m8")), i.parts[-4:]
+    shape = next(part for part in i.parts if part.startswith(("m16", "m8")))
+    d, a, b, c = i.parts[-4:]
     if (shape, a) not in shapes or a != b or d != "f32" or c != "f32":
-        raise Unsupported("this shape and these types of mma")
+        raise UnsupportedError("this shape and these types of mma")
     to, *sources = (f.vector(arg) for arg in i.args)
     f.emit("{ float d[4]; const float c[4] = {" + ", ".join(f.read(x, "f32") for x in sources[2]) + "};")
     for name, registers in (("a", sources[0]), ("b", sources[1])):

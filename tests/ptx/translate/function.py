@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ptx.translate.parse import Kernel, Module, Statement, Unsupported, Variable, split
+from ptx.translate.parse import Kernel, Module, Statement, UnsupportedError, Variable, split
 from ptx.translate.types import WIDTH, cpp, unsigned
 
 SHARED_BASE = 0x400  # where the first shared variable stands, as on devices of compute capability 8 and 9
@@ -68,7 +68,7 @@ class Instruction:
         """Stops where the opcode has a modifier that its translation would ignore."""
         for part in self.parts[1:]:
             if part not in words:
-                raise Unsupported(f"the modifier .{part}")
+                raise UnsupportedError(f"the modifier .{part}")
 
 
 SPECIAL_REGISTERS = {
@@ -144,7 +144,7 @@ class Function:
             return f"({self.offsets[base]}{extra})"  # an address in the space of parameters is an offset
         if base in self.variables:
             return f"(reinterpret_cast<uintptr_t>(&{mangle(base)}){extra})"
-        raise Unsupported(f"the operand {name!r}")
+        raise UnsupportedError(f"the operand {name!r}")
 
     def address(self, operand: str, *, shared: bool = False) -> str:
         """The address in ``[register + offset]``: 32 bits of shared memory, else 64."""
@@ -165,7 +165,7 @@ class Function:
             return
         register = self.register(operand)
         if register is None:
-            raise Unsupported(f"the destination {operand!r}")
+            raise UnsupportedError(f"the destination {operand!r}")
         self.emit(f"{register[0]} = bits<{register[1]}>({value});")
 
     def vector(self, operand: str) -> list[str]:
@@ -194,7 +194,7 @@ class Function:
 
     def declare_local(self, variable: Variable) -> None:
         if variable.space not in ("local", "global", "const"):
-            raise Unsupported(f"a .{variable.space} variable in a body")
+            raise UnsupportedError(f"a .{variable.space} variable in a body")
         self.variables[variable.name] = variable
         static = "" if variable.space == "local" else "static "
         self.emit(f"{static}alignas({max(variable.align, 1)}) uint8_t {mangle(variable.name)}[{variable.bytes}];")
@@ -225,7 +225,7 @@ class Function:
         handler = HANDLERS.get(instruction.base)
         try:
             if handler is None:
-                raise Unsupported(f"the opcode {instruction.base}")
+                raise UnsupportedError(f"the opcode {instruction.base}")
             if statement.guard:
                 negated = statement.guard.startswith("!")
                 predicate = self.read(statement.guard.lstrip("!"), "pred")
@@ -233,9 +233,9 @@ class Function:
             handler(self, instruction)
             if statement.guard:
                 self.emit("}")
-        except (Unsupported, KeyError, IndexError, ValueError) as error:
+        except (UnsupportedError, KeyError, IndexError, ValueError) as error:
             where = f"{self.kernel.name}, PTX line {statement.line} ({statement.source})"
-            raise Unsupported(f"{where}: `{statement.text}`: the runner does not know {error}") from error
+            raise UnsupportedError(f"{where}: `{statement.text}`: the runner does not know {error}") from error
 
 
 def translate(module: Module, name: str) -> Translation:
@@ -287,7 +287,7 @@ def _with_values(variable: Variable) -> str:
     values = []
     for value in variable.values:
         if not re.fullmatch(r"-?\w+", value):
-            raise Unsupported(f"the initial value {value!r} of {variable.name}")
+            raise UnsupportedError(f"the initial value {value!r} of {variable.name}")
         values.append(_literal(value, f"uint{8 * width}_t"))
     count = max(variable.bytes // width, 1)
     initial = ", ".join(values)
@@ -303,7 +303,9 @@ def _image(function: Function, params_bytes: int) -> list[str]:
     for factor in split(limit.group(1)) if limit else ["1024"]:
         threads *= int(factor)
     extents = [v for v in function.variables.values() if v.space in ("global", "const") and v.bytes]
-    spaces = ", ".join(f'{{"{v.name}", {mangle(v.name)}, {v.bytes}}}' for v in extents if v in function.module.variables)
+    spaces = ", ".join(
+        f'{{"{v.name}", {mangle(v.name)}, {v.bytes}}}' for v in extents if v in function.module.variables
+    )
     static = -(-function.shared_bytes // function.dynamic_align) * function.dynamic_align
     flag = {name: str(name in function.features).lower() for name in ("cp_async", "async_proxy")}
     return [
@@ -336,7 +338,7 @@ def _literal(text: str, want: str) -> str:
         return f"bits<{want}>(uint64_t(0x{text[2:]}ull))"
     value = int(text.rstrip("U"), 0) & (2**64 - 1)
     if want in ("float", "double", "half", "bfloat16"):
-        raise Unsupported(f"the literal {text!r} as {want}")
+        raise UnsupportedError(f"the literal {text!r} as {want}")
     return f"static_cast<{want}>({value}ull)"
 
 
@@ -348,4 +350,4 @@ def _special(name: str) -> str:
         return CLUSTER_OF_ONE[base]
     if base in INDEX_REGISTERS and axis in ("x", "y", "z"):
         return f"{INDEX_REGISTERS[base]}.{axis}"
-    raise Unsupported(f"the register {name}")
+    raise UnsupportedError(f"the register {name}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 
 from ptx.translate.function import Function, Instruction, opcode
-from ptx.translate.parse import Unsupported
+from ptx.translate.parse import UnsupportedError
 from ptx.translate.types import WIDTH, cpp, unsigned
 
 SPACES = ("shared", "global", "param", "local", "const")
@@ -27,7 +27,7 @@ def _check_modifiers(i: Instruction) -> None:
     for part in i.parts[1:-1]:
         known = (*CACHING, *STRONG, *SPACES, *ATOMICS, "acq_rel", "noftz")
         if part not in known and not part.startswith(("L1::", "L2::", "shared::cta")):
-            raise Unsupported(f"the modifier .{part}")
+            raise UnsupportedError(f"the modifier .{part}")
 
 
 def _order(f: Function, i: Instruction, *, before: bool) -> None:
@@ -69,7 +69,7 @@ def access(f: Function, i: Instruction) -> None:
 def atomic(f: Function, i: Instruction) -> None:
     _check_modifiers(i)
     if i.has("v2", "v4"):
-        raise Unsupported("a vector of atomics")
+        raise UnsupportedError("a vector of atomics")
     returns = i.base == "atom"
     where, *operands = i.args[1:] if returns else i.args
     name = i.one_of(*ATOMICS)
@@ -77,13 +77,15 @@ def atomic(f: Function, i: Instruction) -> None:
     address = f.address(where, shared=shared)
     types = {"f16x2": ("half", True), "bf16x2": ("bfloat16", True)}
     if i.type in types:
-        raise Unsupported(f"an atomic of {i.type}")
+        raise UnsupportedError(f"an atomic of {i.type}")
     type = cpp(i.type.replace("b", "u") if i.type in ("b32", "b64") else i.type)
     values = ", ".join(f.read(operand, i.type) for operand in operands)
     f.emit("{")
     _order(f, i, before=True)
     call = f"atomic_{'shared' if shared else 'global'}<{type}>({address}, {i.line}, {'' if shared else 'HINT, '}"
-    f.emit(f"const auto old = {call}[](auto old, auto... x) {{ return op::atomic_{name}<{type}>(old, x...); }}, {values});")
+    f.emit(
+        f"const auto old = {call}[](auto old, auto... x) {{ return op::atomic_{name}<{type}>(old, x...); }}, {values});"
+    )
     _order(f, i, before=False)
     if returns:
         f.write(i.args[0], "old")
@@ -94,7 +96,7 @@ def atomic(f: Function, i: Instruction) -> None:
 def fence(f: Function, i: Instruction) -> None:
     if i.has("proxy"):
         if "async" not in i.text:
-            raise Unsupported(f"the fence .{'.'.join(i.parts[1:])}")
+            raise UnsupportedError(f"the fence .{'.'.join(i.parts[1:])}")
         f.features.add("async_proxy")
         f.emit("fence_async_proxy();")
     else:
@@ -116,14 +118,14 @@ def copy(f: Function, i: Instruction) -> None:
     elif i.has("wait_all"):
         f.emit(f"copies_commit(); copies_wait(0, {i.line});")
     elif i.has("mbarrier"):
-        raise Unsupported("an arrival by cp.async")
+        raise UnsupportedError("an arrival by cp.async")
     else:
-        size = int(i.args[2])
+        size = int(i.args[2], 0)
         given = f.read(i.args[3], "u32") if len(i.args) > 3 else str(size)
         if len(i.args) > 3 and (register := f.register(i.args[3])) is not None and register[1] == "bool":
-            raise Unsupported("the predicate that ignores the source")
+            raise UnsupportedError("the predicate that ignores the source")
         if i.has("cg") and size != 16:
-            raise Unsupported("cp.async.cg of other than 16 bytes")
+            raise UnsupportedError("cp.async.cg of other than 16 bytes")
         source = f.address(i.args[1])
         f.emit(f"copy_async({f.address(i.args[0], shared=True)}, {source}, {size}, {given}, {i.line}, HINT);")
 
@@ -131,5 +133,5 @@ def copy(f: Function, i: Instruction) -> None:
 @opcode("isspacep")
 def is_in_space(f: Function, i: Instruction) -> None:
     if not re.match(r"shared", i.parts[1]):
-        raise Unsupported(f"the space .{i.parts[1]}")
+        raise UnsupportedError(f"the space .{i.parts[1]}")
     f.write(i.args[0], f"is_shared({f.read(i.args[1], 'u64')})")

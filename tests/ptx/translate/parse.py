@@ -15,7 +15,7 @@ from pathlib import Path
 from ptx.translate.types import WIDTH
 
 
-class Unsupported(Exception):
+class UnsupportedError(Exception):
     """PTX that the runner does not know; it must be taught, or the kernel written otherwise."""
 
 
@@ -178,7 +178,7 @@ class _Parser:
 def variable(text: str) -> Variable:
     found = _VARIABLE.match(text.strip())
     if found is None:
-        raise Unsupported(f"the declaration {text.strip()!r}")
+        raise UnsupportedError(f"the declaration {text.strip()!r}")
     size = WIDTH[found["type"]] // 8 * (int(found["vector"].strip()[2:]) if found["vector"] else 1)
     for count in re.findall(r"\[(\d*)\]", found["array"]):
         size *= int(count or 0)

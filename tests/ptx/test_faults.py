@@ -1,0 +1,138 @@
+"""Planted faults: each breaks one of the runner's kernels in a way that kernels are broken, and must be noticed.
+
+A fault is a replacement in the source. ``noticed`` names what must notice it: a kind of finding, with detectors on,
+or ``result``, where only the numbers are wrong. All broken kernels are compiled by one run of nvcc, each in a namespace
+of its own.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from ptx import build, emulator
+from ptx.cases import CASES, source
+
+pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=str(build.unavailable()))
+
+
+@dataclass(frozen=True)
+class Fault:
+    kernel: str
+    what: str
+    old: str
+    new: str
+    noticed: str
+    count: int = 1  # how many of the occurrences are replaced, from the first
+
+
+SYNC = "__syncthreads();"
+FAULTS = [
+    Fault("axpy", "one element too many", "i < n", "i <= n", "out-of-bounds"),
+    Fault("axpy", "stored one further", "y[i] =", "y[i + 1] =", "race"),
+    Fault("axpy", "every block the same", "blockIdx.x * blockDim.x + threadIdx.x", "threadIdx.x", "race"),
+    Fault("axpy", "the wrong operand", "a * x[i]", "a + x[i]", "result"),
+    Fault("row_sums", "no barrier before the partial sums are read", SYNC, "", "race"),
+    Fault("row_sums", "a barrier for half of the block", SYNC, "if (threadIdx.x < 64) __syncthreads();", "race"),
+    Fault("row_sums", "one column too many", "i < columns", "i <= columns", "out-of-bounds"),
+    Fault("row_sums", "partial sums stored past the array", "partial[warp]", "partial[warp + 31]", "out-of-bounds"),
+    Fault("row_sums", "partial sums stored elsewhere", "partial[warp]", "partial[warp + 4]", "uninitialised"),
+    Fault("row_sums", "a butterfly that stops early", "distance = 16", "distance = 8", "result"),
+    Fault("row_sums", "a mask without the upper lanes", "__shfl_xor_sync(~0u", "__shfl_xor_sync(0xffffu", "mask"),
+    Fault("row_sums", "a shuffle in a branch", "if (warp == 0) {", "if (warp == 0 && lane < 8) {", "deadlock"),
+    Fault("last_block_sum", "no fence before the count", "__threadfence();", "", "race"),
+    Fault("last_block_sum", "no fence after the count", "__threadfence();  // before: all", "// before: all", "race"),
+    Fault("last_block_sum", "the counter is not reset", "*finished = 0;", "", "result"),
+    Fault("last_block_sum", "no barrier in the loop", "+ half];\n    __syncthreads();", "+ half];", "race"),
+    Fault("last_block_sum", "no barrier before the loop", ": 0.0f;\n  __syncthreads();", ": 0.0f;", "race"),
+    Fault("last_block_sum", "no barrier before the flag is read", "  __syncthreads();\n  if (la", "  if (la", "race"),
+    Fault("last_block_sum", "the count is not atomic", "atomicAdd(finished, 1u)", "(*finished)++", "race"),
+    Fault("last_block_sum", "nobody is the last", "gridDim.x - 1", "gridDim.x", "result"),
+    Fault("hand_over", "nobody waits for an empty slot", "if (r >= 2) asm", "if (r >= 99) asm", "barrier"),
+    Fault("hand_over", "the slot is never full", "(1 + slot) : \"memory\");  // ", "(9 + slot)); //", "deadlock"),
+    Fault("hand_over", "a barrier of one warp", 'arrive %0, 64;" ::"r"(1', 'arrive %0, 32;" ::"r"(1', "deadlock"),
+    Fault("hand_over", "one slot for all", "slot = r & 1", "slot = 0", "barrier"),
+    Fault("hand_over", "reads past its row", "(lane + 1) & 31", "lane + 1", "result"),
+    Fault("matmul", "the copies are not waited for", "wait<1>()", "wait<2>()", "race"),
+    Fault("matmul", "the last copies are not waited for", "wait<0>()", "wait<1>()", "race"),
+    Fault("matmul", "the copies are not committed", "    commit();\n", "", "race"),
+    Fault("matmul", "no barrier when the stage is full", "__syncthreads();  // the stage is full", "", "race"),
+    Fault("matmul", "no barrier before the stage is overwritten", "__syncthreads();  // the stage may", "// ", "race"),
+    Fault("matmul", "fetches into the stage in use", "(k0 + depth, stage ^ 1)", "(k0 + depth, stage)", "race"),
+    Fault("matmul", "fragments of A swapped", '"r"(a[1]), "r"(a[2])', '"r"(a[2]), "r"(a[1])', "result"),
+    Fault("matmul", "fragments of B swapped", "b[0], b[1])", "b[1], b[0])", "result"),
+    Fault("matmul", "B is not transposed", "m8n8.x4.trans.", "m8n8.x4.", "result"),
+    Fault("matmul", "read without the permutation", "b_at(k + (lane & 15), n", "b_at(k, n", "result"),
+    Fault("matmul", "a source off by an element", "+ k0 + (i & 3) * 8", "+ k0 + (i & 3) * 8 + 1", "misaligned"),
+    Fault("matmul", "a store off by an element", "+ (lane & 3) * 2;", "+ (lane & 3) * 2 + 1;", "misaligned"),
+    Fault("matmul", "one tile of K too many", "k0 + depth < K) fetch", "k0 < K) fetch", "out-of-bounds"),
+]  # fmt: skip
+
+
+def _function(text: str, kernel: str) -> str:
+    found = re.search(rf'extern "C" __global__ void(?:(?!\n}}\n).)*?\b{kernel}\(.*?\n}}\n', text, re.S)
+    assert found is not None, kernel
+    return found.group(0)
+
+
+def _broken(fault: Fault, number: int) -> str:
+    text = source(CASES[fault.kernel][0])
+    body = text if fault.kernel == "matmul" else _function(text, fault.kernel)
+    assert fault.old in body, f"{fault.what}: the source has no {fault.old!r}"
+    body = body.replace(fault.old, fault.new, fault.count)
+    renamed = re.sub(rf"\b{fault.kernel}\(", f"{fault.kernel}_{number}(", body)
+    return f"namespace fault_{number} {{\n{renamed}\n}}\n"
+
+
+@pytest.fixture(scope="module")
+def ptx():
+    headers = "#include <cuda_bf16.h>\n#include <cstdint>\n"
+    text = headers + "".join(_broken(fault, number) for number, fault in enumerate(FAULTS))
+    return build.ptx_of(build.HERE / "kernels" / "faults.cu", "80", text=text)
+
+
+@pytest.mark.parametrize("number", range(len(FAULTS)), ids=[f"{f.kernel}: {f.what}" for f in FAULTS])
+def test_a_fault_is_noticed(ptx, number):
+    fault = FAULTS[number]
+    kernel = emulator.translated(ptx, f"{fault.kernel}_{number}")
+    with emulator.watch(races=True) as findings:
+        off = CASES[fault.kernel][1](kernel)
+    kinds = {finding.split(" at ")[0] for finding in findings}
+    if fault.noticed == "result":
+        assert max(off.values()) > 1, (off, findings)
+    else:
+        assert fault.noticed in kinds, (off, findings)
+
+
+def test_faults_that_only_a_detector_sees(ptx):
+    """The first schedule hides some faults; nothing but the detectors knows of them."""
+    hidden = []
+    for number, fault in enumerate(FAULTS):
+        if fault.noticed in ("race", "uninitialised"):
+            torch.manual_seed(0)
+            with emulator.watch():
+                off = CASES[fault.kernel][1](emulator.translated(ptx, f"{fault.kernel}_{number}"))
+            hidden += [fault.what] * (max(off.values()) <= 1)
+    assert "no fence before the count" in hidden
+    assert len(hidden) >= 3, hidden
+
+
+def test_a_race_names_both_lines(ptx):
+    number = next(i for i, f in enumerate(FAULTS) if f.kernel == "row_sums" and f.noticed == "race")
+    with emulator.watch(races=True) as findings:
+        CASES["row_sums"][1](emulator.translated(ptx, f"row_sums_{number}"))
+    report = next(finding for finding in findings if finding.startswith("race"))
+    place = r"faults\.cu:\d+ \(PTX line \d+: `{}\.shared.*`\)"
+    wanted = rf"race at {place.format('st')}: .* by thread \d+ is not ordered after the read by thread \d+ at "
+    assert re.match(wanted + place.format("ld"), report), report
+
+
+def test_a_deadlock_says_where_each_thread_waits(ptx):
+    number = next(i for i, f in enumerate(FAULTS) if f.what == "the slot is never full")
+    with emulator.watch() as findings:
+        CASES["hand_over"][1](emulator.translated(ptx, f"hand_over_{number}"))
+    report = next(finding for finding in findings if finding.startswith("deadlock"))
+    assert re.search(r"of 64 threads wait for ever: 32 at named barrier at .*bar\.sync", report), report
