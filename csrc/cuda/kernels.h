@@ -14,6 +14,11 @@ namespace pytransformer {
 struct AttentionProblem;
 struct AttentionForward;
 struct AttentionBackward;
+struct CrossEntropyRows;
+struct EmbeddingForward;
+struct EmbeddingTableBackward;
+struct FfnActivationBackward;
+struct FfnActivationForward;
 struct LayerNormForward;
 struct LayerNormBackward;
 
@@ -33,6 +38,11 @@ void attention_bwd(const AttentionBackward& a, const Launch& launch);
 // Bytes of workspace that they need.
 int64_t attention_fwd_workspace(const AttentionProblem& problem);
 int64_t attention_bwd_workspace(const AttentionProblem& problem);
+void cross_entropy_rows(const CrossEntropyRows& a, const Launch& launch);
+void embedding_fwd(const EmbeddingForward& a, const Launch& launch);
+void embedding_table_bwd(const EmbeddingTableBackward& a, const Launch& launch);
+void ffn_activation_fwd(const FfnActivationForward& a, const Launch& launch);
+void ffn_activation_bwd(const FfnActivationBackward& a, const Launch& launch);
 void layer_norm_fwd(const LayerNormForward& a, const Launch& launch);
 void layer_norm_bwd(const LayerNormBackward& a, const Launch& launch);
 
