@@ -150,6 +150,15 @@ __device__ inline bool has_nan(const float (&sum)[M][D / 8][4]) {
 }
 
 template <int M, int D>
+__device__ inline void set_zero(float (&sum)[M][D / 8][4]) {
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) sum[m][n][0] = sum[m][n][1] = sum[m][n][2] = sum[m][n][3] = 0;
+  }
+}
+
+template <int M, int D>
 __device__ inline void multiply_all(float (&sum)[M][D / 8][4], float factor) {
 #pragma unroll
   for (int m = 0; m < M; ++m) {

@@ -15,7 +15,7 @@ struct KeyCut {
   static constexpr bool apart = D > 128;  // dK and dV by different blocks
   static constexpr int M = D <= 32 ? 2 : 1;
   static constexpr int keys = 16 * M * warps;
-  static constexpr int queries = D == 64 ? 64 : D <= 128 ? 32 : 16;
+  static constexpr int queries = D < 128 ? 32 : 16;
   static constexpr int stages = 2;
   static constexpr int statistics_bytes = stages * queries * int(sizeof(float2));
   static constexpr int shared_bytes = tile_bytes<D>(2 * keys + 2 * stages * queries) + statistics_bytes;
@@ -89,8 +89,8 @@ __global__ void __launch_bounds__(threads, 2) attention_bwd_key_kernel(const __g
   auto &grad_key = sums[0], &grad_value = sums[Cut::apart ? 0 : 1];
 #pragma unroll 1
   for (bool careful = false;; careful = true) {
-    multiply_all<M, D>(grad_key, 0);
-    if (!Cut::apart) multiply_all<M, D>(grad_value, 0);
+    set_zero<M, D>(grad_key);
+    if (!Cut::apart) set_zero<M, D>(grad_value);
     Step step = find({0, range.tile});
     if (step.member < a.group) load(step, 0);
     ptx::commit_copies();

@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(threads, 2) attention_bwd_query_kernel(const _
   float sum[M][D / 8][4];
 #pragma unroll 1
   for (bool careful = false;; careful = true) {
-    multiply_all<M, D>(sum, 0);
+    set_zero<M, D>(sum);
     int tile = find(range.tile);
     if (tile < range.end) load(tile, 0);
     ptx::commit_copies();
