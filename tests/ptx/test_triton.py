@@ -12,8 +12,8 @@ import test_ffn as ffn_cases
 import test_layer_norm as layer_norm_cases
 import torch
 from helpers import INTERPRETED, check
-from ptx import build, emulator
 
+from ptx import build, emulator
 from pytransformer import backends
 from pytransformer._parity import unwritten_is_nan
 
