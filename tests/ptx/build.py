@@ -33,7 +33,7 @@ JOBS = int(os.environ.get("MAX_JOBS") or min(os.cpu_count() or 1, 4))
 # Only fma fuses: -ffp-contract=off. Translated kernels jump past declarations and are one long function.
 CXX = ["g++", "-std=c++17", "-fPIC", "-march=native", "-ffp-contract=off", f"-I{RUNTIME}"]
 NVCC = ["nvcc", "-std=c++17", "-O3", "-lineinfo", "-DNDEBUG"]
-KERNEL = ["-O1", "-w"]  # how a translated kernel is compiled
+KERNEL = ["-Og", "-w"]  # how a translated kernel is compiled
 HEADERS = ("instructions.h", "arithmetic.h", "machine.h", "values.h")
 ARCHS = ("80", "90a")
 
