@@ -8,6 +8,7 @@ from torch import Tensor
 Call = tuple[int, int, Tensor | None, Tensor | None, Tensor]
 
 def report_devices() -> dict[str, Any]: ...
+def multiprocessors(device: int) -> int: ...
 def layer_norm_fwd(
     input: Tensor,
     weight: Tensor | None,
@@ -37,5 +38,59 @@ def layer_norm_bwd(
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
     grad_input_bias: Tensor | None,
+    call: Call,
+) -> None: ...
+def ffn_activation_fwd(
+    hidden: Tensor,
+    gate: Tensor | None,
+    activation: str,
+    dropout_p: float,
+    activated: Tensor,
+    call: Call,
+) -> None: ...
+def ffn_activation_bwd(
+    grad_activated: Tensor,
+    hidden: Tensor,
+    gate: Tensor | None,
+    activation: str,
+    dropout_p: float,
+    activated: Tensor,
+    grad_hidden: Tensor,
+    grad_gate: Tensor | None,
+    grad_bias: Tensor | None,
+    grad_bias_gate: Tensor | None,
+    call: Call,
+) -> None: ...
+def embedding_fwd(
+    weight: Tensor,
+    tokens: Tensor,
+    scale: float,
+    positions: Tensor | None,
+    position_index: Tensor | None,
+    segment_weight: Tensor | None,
+    segments: Tensor | None,
+    dropout_p: float,
+    output: Tensor,
+    call: Call,
+) -> None: ...
+def embedding_table_bwd(
+    grad_output: Tensor,
+    order: Tensor | None,
+    ends: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    grad: Tensor,
+    call: Call,
+) -> None: ...
+def cross_entropy_rows(
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    row_scale: Tensor | None,
+    loss: Tensor,
+    lse: Tensor,
     call: Call,
 ) -> None: ...

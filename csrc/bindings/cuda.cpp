@@ -34,5 +34,15 @@ PYBIND11_MODULE(_cuda, module) {
   pytransformer::load_exchange_api();
   module.doc() = "CUDA kernels. Private: use pytransformer.ops.";
   module.def("report_devices", &report, "Devices, versions, and why there is no device where there is none.");
+  module.def(
+      "multiprocessors",
+      [](int device) {
+        const pytransformer::cuda::DeviceGuard guard(device);
+        return pytransformer::cuda::multiprocessors();
+      },
+      py::arg("device"));
+  pytransformer::bind_embedding(module);
+  pytransformer::bind_ffn(module);
   pytransformer::bind_layer_norm(module);
+  pytransformer::bind_linear_cross_entropy(module);
 }

@@ -4,6 +4,7 @@
 
 #include "bindings.h"
 #include "check.h"
+#include "ffn_activation.h"
 #include "kernels.h"
 #include "tensor_caster.h"
 
@@ -11,14 +12,6 @@ namespace py = pybind11;
 
 namespace pytransformer {
 namespace {
-
-Activation activation_from(const std::string& name) {
-  if (name == "relu") return Activation::relu;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  if (name == "silu") return Activation::silu;
-  fail("ffn: activation must be relu, gelu, gelu_tanh or silu; got '", name, "'");
-}
 
 void check_matrix(const TensorView& view, const TensorView& like, int64_t rows, int64_t columns, const char* name) {
   PYTRANSFORMER_CHECK(!view || (view.ndim == 2 && view.contiguous() && view.dtype == like.dtype &&

@@ -11,6 +11,11 @@ struct CUstream_st;  // what a cudaStream_t points to
 
 namespace pytransformer {
 
+struct CrossEntropyRows;
+struct EmbeddingForward;
+struct EmbeddingTableBackward;
+struct FfnActivationBackward;
+struct FfnActivationForward;
 struct LayerNormForward;
 struct LayerNormBackward;
 
@@ -25,6 +30,11 @@ struct Launch {
   TensorView counters;   // int32, all zero when a kernel starts, and when it has ended
 };
 
+void cross_entropy_rows(const CrossEntropyRows& a, const Launch& launch);
+void embedding_fwd(const EmbeddingForward& a, const Launch& launch);
+void embedding_table_bwd(const EmbeddingTableBackward& a, const Launch& launch);
+void ffn_activation_fwd(const FfnActivationForward& a, const Launch& launch);
+void ffn_activation_bwd(const FfnActivationBackward& a, const Launch& launch);
 void layer_norm_fwd(const LayerNormForward& a, const Launch& launch);
 void layer_norm_bwd(const LayerNormBackward& a, const Launch& launch);
 

@@ -8,6 +8,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <sstream>
 #include <stdexcept>
 #include <type_traits>
@@ -69,6 +70,16 @@ void by_dtype(const char* name, DType dtype, const Body& body) {
   };
   const bool found = ((is(Types{}) && (body(Types{}), true)) || ...);
   if (!found) fail(name, ": no CUDA kernel for ", name_of(dtype));
+}
+
+// Stops where the caller brought less scratch memory, or fewer counters, than the kernel writes.
+inline void check_workspace(const char* name, const Launch& launch, int64_t bytes, int64_t counters) {
+  const TensorView& memory = launch.workspace;
+  const int64_t brought = memory ? memory.numel() * size_of(memory.dtype) : 0;
+  if (brought < bytes) fail(name, ": workspace must have ", bytes, " bytes, got ", brought);
+  if (launch.counters.numel() < counters) {
+    fail(name, ": counters must be at least ", counters, ", got ", launch.counters.numel());
+  }
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) {

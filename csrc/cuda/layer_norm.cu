@@ -2,13 +2,13 @@
 //
 // The op is bound by memory: x, residual, sum and output move once each, 8 bytes an element in 16 bits, and the hundred
 // instructions an element that dropout takes hide behind them. A row lives in the registers of the threads that share
-// it, 32 elements in each, between the passes over it: its mean, the variance around that mean (two passes, so
+// it, up to 32 elements in each, between the passes over it: its mean, the variance around that mean (two passes, so
 // that a large common offset cancels exactly), the output. Up to 1024 columns that is one warp, which needs no barrier;
 // longer rows have a block of up to 16 warps. Weight and biases are small and come from the L1 cache.
 //
 // Threads load 16 bytes at a time, all of a row before the first is used: a multiprocessor must have some 40 KB under
 // way to keep the memory busy. Where rows do not start at multiples of 16 bytes they load one element at a time,
-// neighbours side by side.
+// neighbours side by side, which takes more instructions an element: those rows have half as many in a thread.
 #include "layer_norm.h"
 
 #include "numeric.cuh"
@@ -18,13 +18,10 @@
 namespace pytransformer::cuda {
 namespace {
 
-// How many elements of a row are in the registers of one thread that loads N at a time, and how many threads at most
-// share a row: 16384 columns. A thread that loads single elements takes more instructions for them, and half as many.
+constexpr int row_threads = 512;  // at most
 template <int N>
-constexpr int row_elements = N > 1 ? 32 : 16;
-template <int N>
-constexpr int row_threads = N > 1 ? 512 : 1024;
-constexpr int rows_of_warps = 4;  // rows of a block whose rows are a warp each
+constexpr int row_elements = N > 1 ? 32 : 16;  // in one thread, which loads N at a time
+constexpr int rows_of_warps = 4;               // rows of a block whose rows are a warp each
 
 template <class T>
 struct ForwardArguments {
@@ -45,21 +42,21 @@ __device__ int column_of(int i) {
   return (i * blockDim.x + threadIdx.x) * N;
 }
 
+template <class T, int N, int COUNT>
+__device__ void load_row(const T* row, int columns, Pack<T, N> (&x)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    if (column_of<N>(i) < columns) x[i] = load_pack<T, N>(row + column_of<N>(i));
+  }
+}
+
 // z = residual + dropout(x + input_bias) of a row; 0 beyond its end. Returns the sum of this thread's part.
 template <class T, int N, int COUNT>
 __device__ float add_row(const ForwardArguments<T>& a, int64_t row, float (&z)[COUNT][N]) {
   const int64_t start = row * a.columns;
   Pack<T, N> x[COUNT] = {}, residual[COUNT] = {};
-#pragma unroll
-  for (int i = 0; i < COUNT; ++i) {
-    if (column_of<N>(i) < a.columns) x[i] = load_pack<T, N>(a.input + start + column_of<N>(i));
-  }
-  if (a.residual != nullptr) {
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
-      if (column_of<N>(i) < a.columns) residual[i] = load_pack<T, N>(a.residual + start + column_of<N>(i));
-    }
-  }
+  load_row(a.input + start, a.columns, x);
+  if (N > 1 && a.residual != nullptr) load_row(a.residual + start, a.columns, residual);
   const Dropout dropout(a.dropout);
   float total = 0;
 #pragma unroll
@@ -72,6 +69,7 @@ __device__ float add_row(const ForwardArguments<T>& a, int64_t row, float (&z)[C
 #pragma unroll
     for (int j = 0; j < N; ++j) z[i][j] += other[j];
     dropout.apply(start + column, z[i]);
+    if (N == 1 && a.residual != nullptr) residual[i] = load_pack<T, N>(a.residual + start + column);
     widen(residual[i], other);
 #pragma unroll
     for (int j = 0; j < N; ++j) z[i][j] += other[j];
@@ -88,22 +86,23 @@ __device__ float add_row(const ForwardArguments<T>& a, int64_t row, float (&z)[C
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(row_threads<N>) layer_norm_fwd_kernel(const ForwardArguments<T> a) {
+__global__ void __launch_bounds__(row_threads) layer_norm_fwd_kernel(const ForwardArguments<T> a) {
   constexpr int count = row_elements<N> / N;
-  __shared__ float scratch[most_warps];
+  __shared__ float scratch[2][1][most_warps];
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= a.rows) return;  // only of rows of one warp each, which meet no barrier below
   float z[count][N];
-  const float total = add_row(a, row, z);
-  const float mean = a.rms ? 0.0f : row_sum(total, scratch) / float(a.columns);
-  float squares = 0;
+  float total[1] = {add_row(a, row, z)}, squares[1] = {};
+  if (!a.rms) row_sums(total, scratch[0]);
+  const float mean = a.rms ? 0.0f : total[0] / float(a.columns);
 #pragma unroll
   for (int i = 0; i < count; ++i) {
     if (column_of<N>(i) >= a.columns) continue;
 #pragma unroll
-    for (int j = 0; j < N; ++j) squares += (z[i][j] - mean) * (z[i][j] - mean);
+    for (int j = 0; j < N; ++j) squares[0] += (z[i][j] - mean) * (z[i][j] - mean);
   }
-  const float rstd = 1.0f / sqrtf(row_sum(squares, scratch) / float(a.columns) + a.eps);
+  row_sums(squares, scratch[1]);
+  const float rstd = 1.0f / sqrtf(squares[0] / float(a.columns) + a.eps);
 #pragma unroll
   for (int i = 0; i < count; ++i) {
     const int column = column_of<N>(i);
@@ -151,6 +150,8 @@ void forward(const LayerNormForward& p, const Launch& launch) {
                     aligned(p.output, 16) && aligned(p.sum, 16);
   const int64_t elements = warp_size * (wide ? row_elements<widest<T>> : row_elements<1>);
   const unsigned threads = unsigned(ceil_div(columns, elements)) * warp_size;
+  if (threads > row_threads)
+    fail("layer_norm: at most ", elements * row_threads / warp_size, " columns, got ", columns);
   const unsigned together = threads == warp_size ? rows_of_warps : 1;
   const Shape shape{dim3(unsigned(ceil_div(rows, together))), dim3(threads, together)};
   start("layer_norm_fwd", p.input, wide ? layer_norm_fwd_kernel<T, widest<T>> : layer_norm_fwd_kernel<T, 1>, shape,
@@ -162,10 +163,6 @@ void forward(const LayerNormForward& p, const Launch& launch) {
 void layer_norm_fwd(const LayerNormForward& a, const Launch& launch) {
   by_dtype<float, __half, __nv_bfloat16>("layer_norm", a.input.dtype,
                                          [&](auto zero) { forward<decltype(zero)>(a, launch); });
-}
-
-void layer_norm_bwd(const LayerNormBackward&, const Launch&) {
-  fail("layer_norm: the CUDA kernels have no backward yet");
 }
 
 }  // namespace pytransformer::cuda

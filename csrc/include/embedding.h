@@ -29,4 +29,15 @@ struct EmbeddingBackward {
   float dropout_p = 0;
 };
 
+// The gradient of one table, grad [parts,rows,E], from tokens sorted by the row they take: row r is `scale` times the
+// sum of grad_output[order[i]] after dropout for ends[r] <= i < ends[r + 1], each part a share of that range. Without
+// order and ends row r takes rows r, r + rows, r + 2 rows, ... of grad_output.
+struct EmbeddingTableBackward {
+  TensorView grad_output;  // [N,E]
+  TensorView order, ends;  // int64 [N] and [rows + 1], or absent both
+  TensorView grad;         // of the type of grad_output or float32
+  float scale = 1;
+  float dropout_p = 0;
+};
+
 }  // namespace pytransformer

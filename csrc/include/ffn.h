@@ -29,4 +29,21 @@ struct FfnBackward {
   float dropout_p = 0;
 };
 
+// What lies between the products, where they are a library's: activated = dropout(activation(hidden) * gate).
+// All are contiguous [N,F] of one type; the gate is optional.
+struct FfnActivationForward {
+  TensorView hidden, gate, activated;
+  Activation activation = Activation::relu;
+  float dropout_p = 0;
+};
+
+// From the gradient of `activated`: `activated` again, the gradients of hidden and gate, and their column sums.
+struct FfnActivationBackward {
+  TensorView grad_activated, hidden, gate;
+  TensorView activated, grad_hidden, grad_gate;  // written; grad_gate where there is a gate
+  TensorView grad_bias, grad_bias_gate;          // float32 [F], written where they are defined
+  Activation activation = Activation::relu;
+  float dropout_p = 0;
+};
+
 }  // namespace pytransformer

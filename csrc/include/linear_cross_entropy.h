@@ -38,4 +38,13 @@ struct LinearCrossEntropyBackward {
   CrossEntropyOptions options;
 };
 
+// The losses of some rows whose logits [n,V] stand in memory, bias added and not yet capped. With `row_scale` the
+// logits become row_scale[n] * dloss[n] / dlogits in place.
+struct CrossEntropyRows {
+  TensorView logits, target;  // target int64 [n]
+  TensorView loss, lse;       // float32 [n], written
+  TensorView row_scale;       // float32 [n] or [1], or absent
+  CrossEntropyOptions options;
+};
+
 }  // namespace pytransformer

@@ -28,6 +28,19 @@ inline const char* name_of(DType dtype) {
   return "?";
 }
 
+inline int64_t size_of(DType dtype) {
+  switch (dtype) {
+    case DType::float32: return 4;
+    case DType::float64: return 8;
+    case DType::float16: return 2;
+    case DType::bfloat16: return 2;
+    case DType::int32: return 4;
+    case DType::int64: return 8;
+    case DType::boolean: return 1;
+  }
+  return 0;
+}
+
 struct TensorView {
   static constexpr int max_dims = 6;
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import overload
 
+import torch
 from torch import Tensor
 
 
@@ -22,3 +23,25 @@ def contiguous(x: Tensor) -> Tensor: ...
 def contiguous(x: Tensor | None) -> Tensor | None: ...
 def contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
+
+
+@overload
+def flat(indices: Tensor) -> Tensor: ...
+@overload
+def flat(indices: Tensor | None) -> Tensor | None: ...
+def flat(indices: Tensor | None) -> Tensor | None:
+    """Indices as contiguous int64 [N]."""
+    return None if indices is None else indices.flatten().long().contiguous()  # one column's view stays a view
+
+
+def position_index(positions: Tensor | None, tokens: Tensor) -> Tensor | None:
+    """Which row of ``positions`` each token takes; None where they are taken in turn, again and again."""
+    if positions is None:
+        return None
+    lead = positions.shape[:-1]
+    while lead and lead[0] == 1:
+        lead = lead[1:]
+    if lead == tokens.shape[tokens.dim() - len(lead) :]:
+        return None
+    numbers = torch.arange(positions.shape[:-1].numel(), device=tokens.device).view(positions.shape[:-1])
+    return numbers.expand(tokens.shape).flatten()

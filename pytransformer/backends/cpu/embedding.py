@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pytransformer import _cpu
-from pytransformer.backends._arguments import contiguous, rows
+from pytransformer.backends._arguments import contiguous, flat, position_index, rows
 from pytransformer.backends.cpu._arguments import philox_key, unsupported_dtype
 
 
@@ -35,12 +35,12 @@ def embedding_fwd(
     output = torch.empty(*tokens.shape, weight.shape[1], dtype=weight.dtype)
     _cpu.embedding_fwd(
         contiguous(weight),
-        _flat(tokens),
+        flat(tokens),
         scale,
         rows(positions),
-        _position_index(positions, tokens),
+        position_index(positions, tokens),
         contiguous(segment_weight),
-        _flat(segments),
+        flat(segments),
         *philox_key(rng),
         dropout_p,
         rows(output),
@@ -68,29 +68,12 @@ def embedding_bwd(
     )
     _cpu.embedding_bwd(
         rows(grad_output),
-        _flat(tokens),
+        flat(tokens),
         scale,
-        _position_index(positions, tokens),
-        _flat(segments),
+        position_index(positions, tokens),
+        flat(segments),
         *philox_key(rng),
         dropout_p,
         *(rows(g) if n else None for g, n in zip(grads, needs, strict=True)),
     )
     return grads
-
-
-def _flat(indices: Tensor | None) -> Tensor | None:
-    return None if indices is None else indices.flatten().long().contiguous()  # one column's view stays a view
-
-
-def _position_index(positions: Tensor | None, tokens: Tensor) -> Tensor | None:
-    """Which row of ``positions`` each token takes; None where they are taken in turn, again and again."""
-    if positions is None:
-        return None
-    lead = positions.shape[:-1]
-    while lead and lead[0] == 1:
-        lead = lead[1:]
-    if lead == tokens.shape[tokens.dim() - len(lead) :]:
-        return None
-    numbers = torch.arange(positions.shape[:-1].numel()).view(positions.shape[:-1])
-    return numbers.expand(tokens.shape).flatten()

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import overload
+
 import torch
 from torch import Tensor
+
+from pytransformer import _cuda
+from pytransformer.backends._arguments import rows as contiguous_rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -19,6 +25,27 @@ def unsupported_dtype(x: Tensor) -> str | None:
     return None if x.dtype in DTYPES else f"it takes float32, float16 and bfloat16, not {x.dtype}"
 
 
+@overload
+def aligned(x: Tensor) -> Tensor: ...
+@overload
+def aligned(x: Tensor | None) -> Tensor | None: ...
+def aligned(x: Tensor | None) -> Tensor | None:
+    """Contiguous and at a multiple of 16 bytes, where kernels load fastest; a copy only where it is not."""
+    if x is None:
+        return None
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+@overload
+def rows(x: Tensor) -> Tensor: ...
+@overload
+def rows(x: Tensor | None) -> Tensor | None: ...
+def rows(x: Tensor | None) -> Tensor | None:
+    """[..., E] as aligned [rows, E]."""
+    return aligned(contiguous_rows(x))
+
+
 def call(like: Tensor, rng: Tensor | None = None, workspace: Tensor | None = None, counters: int = _COUNTERS) -> Call:
     """Where and how to run a kernel: on the device of ``like``, on its current stream.
 
@@ -27,6 +54,12 @@ def call(like: Tensor, rng: Tensor | None = None, workspace: Tensor | None = Non
     """
     device, current = like.device.index or 0, stream(like)
     return device, current, rng, workspace, _zeros(like, current, counters)
+
+
+@cache
+def multiprocessors(device: int) -> int:
+    """Of a device, by its index."""
+    return _cuda.multiprocessors(device)
 
 
 def stream(x: Tensor) -> int:

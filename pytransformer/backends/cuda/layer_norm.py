@@ -1,4 +1,4 @@
-"""layer_norm by ``csrc/cuda/layer_norm.cu``."""
+"""layer_norm by ``csrc/cuda/layer_norm.cu`` and ``layer_norm_bwd.cu``."""
 
 from __future__ import annotations
 
@@ -6,8 +6,29 @@ import torch
 from torch import Tensor
 
 from pytransformer import _cuda
-from pytransformer.backends._arguments import contiguous, rows
-from pytransformer.backends.cuda._arguments import call
+from pytransformer.backends.cuda._arguments import aligned, call, multiprocessors, rows, unsupported_dtype
+
+_MOST = 16384  # elements of a row that the kernels hold; half as many where rows do not start at 16 bytes
+
+
+def why_not(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    input_bias: Tensor | None,
+    *rest: object,
+) -> str | None:
+    if (reason := unsupported_dtype(input)) is not None:
+        return reason
+    if residual is not None and residual.dtype != input.dtype:
+        return f"residual must have the input's dtype {input.dtype}, not {residual.dtype}"
+    for name, vector in (("weight", weight), ("bias", bias), ("input_bias", input_bias)):
+        if vector is not None and vector.dtype not in (input.dtype, torch.float32):
+            return f"{name} must be float32 or {input.dtype}, not {vector.dtype}"
+    columns = input.shape[-1]
+    most = _MOST if columns * input.element_size() % 16 == 0 else _MOST // 2
+    return None if columns <= most else f"it takes rows of at most {most} elements, not {columns}"
 
 
 def layer_norm_fwd(
@@ -28,10 +49,10 @@ def layer_norm_fwd(
     mean, rstd = (torch.empty(count, dtype=torch.float32, device=input.device) for _ in range(2))
     _cuda.layer_norm_fwd(
         rows(input),
-        contiguous(weight),
-        contiguous(bias),
+        aligned(weight),
+        aligned(bias),
         rows(residual),
-        contiguous(input_bias),
+        aligned(input_bias),
         dropout_p,
         eps,
         rms,
@@ -42,3 +63,45 @@ def layer_norm_fwd(
         call(input, rng),
     )
     return output, total, mean, rstd
+
+
+def layer_norm_bwd(
+    grad_output: Tensor | None,
+    grad_sum: Tensor | None,
+    stream: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    rng: Tensor | None,
+    dropout_p: float,
+    eps: float,
+    rms: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    device, columns = stream.device, stream.shape[-1]
+
+    def vector(needed: bool) -> Tensor:
+        return torch.empty(columns if needed else 0, dtype=torch.float32, device=device)
+
+    grad_stream = torch.empty(stream.shape, dtype=stream.dtype, device=device)
+    grad_input = torch.empty(stream.shape if dropout_p > 0 else (0,), dtype=stream.dtype, device=device)
+    sums = (vector(needs[0]), vector(needs[1]), vector(needs[2]))
+    weight_sums, bias_sums, input_bias_sums = (x if needed else None for x, needed in zip(sums, needs, strict=True))
+    partial = torch.empty(multiprocessors(device.index or 0), 3, columns, dtype=torch.float32, device=device)
+    _cuda.layer_norm_bwd(
+        rows(torch.zeros_like(stream) if grad_output is None else grad_output),
+        rows(grad_sum),
+        rows(stream),
+        aligned(weight),
+        mean,
+        rstd,
+        dropout_p,
+        rms,
+        rows(grad_stream),
+        rows(grad_input) if dropout_p > 0 else None,
+        weight_sums,
+        bias_sums,
+        input_bias_sums,
+        call(stream, rng, partial),
+    )
+    return grad_stream, grad_input, *sums
