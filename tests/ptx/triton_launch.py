@@ -18,10 +18,10 @@ from unittest import mock
 
 import torch
 import triton
-from ptx import emulator
-from ptx.translate import parse
 from triton.runtime.jit import JITFunction
 
+from ptx import emulator
+from ptx.translate import parse
 from pytransformer.kernels import _configs, _offline
 
 _CTYPES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float, "i1": ctypes.c_bool}

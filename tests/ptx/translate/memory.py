@@ -106,10 +106,7 @@ def fence(f: Function, i: Instruction) -> None:
 @opcode("cp")
 def copy(f: Function, i: Instruction) -> None:
     if i.has("bulk"):
-        from ptx.translate.hopper import bulk_copy
-
-        bulk_copy(f, i)
-        return
+        raise UnsupportedError("bulk copies")
     f.features.add("cp_async")
     if i.has("commit_group"):
         f.emit("copies_commit();")
