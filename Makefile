@@ -65,7 +65,7 @@ bench-regress: setup
 # The CPU kernels without Python: under AddressSanitizer and UndefinedBehaviorSanitizer, and on AArch64 under an
 # emulator. tests/native/Makefile says what they need.
 sanitize:
-	$(MAKE) -C tests/native asan
+	$(MAKE) -C tests/native asan tsan
 
 neon:
 	$(MAKE) -C tests/native neon

@@ -22,7 +22,7 @@ from pytransformer.backends import OPS, ORDER, BackendError, has_op, unavailable
 from pytransformer.backends import cpu as cpu_backend
 
 DTYPES = {
-    "cpu": (torch.float32, torch.bfloat16),
+    "cpu": (torch.float32, torch.float16, torch.bfloat16),
     "cuda": (torch.float32, torch.float16, torch.bfloat16),
 }
 

@@ -15,11 +15,9 @@ from pytransformer import backends, ops
 from pytransformer._parity import alike
 
 Tensors = Mapping[str, "Tensor | None"]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the session of the Triton kernels
 EMULATED = os.environ.get("PYTRANSFORMER_PTX") == "1"  # the session of the CUDA kernels on the PTX runner
-if INTERPRETED or EMULATED:
-    DTYPES["float16"] = torch.float16
 
 
 def skip_unless_served(backend: str, op: str) -> None:

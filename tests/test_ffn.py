@@ -63,6 +63,19 @@ def test_shapes(backend_isa, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("tokens", [2, 9, 17, 49])
+def test_few_tokens(backend_isa, tokens, dtype):
+    """Around where the CPU kernels take another product; the hidden layer is deeper than one of its blocks."""
+    check("ffn", make((tokens,), 129, 2051, 50, dtype, gated=True), {"activation": "silu"}, backend_isa)
+
+
+def test_weight_packed_in_strips():
+    """bfloat16 weights that do not fit in the CPU kernels' packed form at once."""
+    tensors = make((50,), 4096, 2300, 40, torch.bfloat16)
+    check("ffn", tensors, {}, "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 def test_dropout(backend_isa, activation, dtype):
     options = {"activation": activation, "dropout_p": 0.4, "seed": 11}

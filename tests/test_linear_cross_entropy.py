@@ -66,7 +66,7 @@ SIZES = {
     "many rows": ((4200,), 9, 70),  # several chunks of them
     "many classes": ((19,), 33, 1500),  # several blocks of them
     "deep": ((7,), 600, 130),
-    "one class": ((5,), 8, 1),
+    "one class": ((23,), 8, 1),
     "one row": ((1,), 8, 300),
 }
 

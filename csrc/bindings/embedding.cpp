@@ -19,8 +19,8 @@ void check_matrix(const TensorView& view, const TensorView& like, const char* na
 }
 
 void check_batch(const TensorView& view, const char* name) {
-  PYTRANSFORMER_CHECK(view.dtype == DType::float32 || view.dtype == DType::bfloat16, "embedding: ", name,
-                      " must be float32 or bfloat16, got ", name_of(view.dtype));
+  PYTRANSFORMER_CHECK(stored(view.dtype), "embedding: ", name, " must be float32, float16 or bfloat16, got ",
+                      name_of(view.dtype));
   check_matrix(view, view, name);
 }
 

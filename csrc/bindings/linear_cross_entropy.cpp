@@ -26,8 +26,8 @@ void check_vector(const TensorView& view, int64_t size, DType dtype, const char*
 
 void check_classifier(const TensorView& input, const TensorView& weight, const TensorView& bias,
                       const TensorView& target, const CrossEntropyOptions& options) {
-  PYTRANSFORMER_CHECK(input.dtype == DType::float32 || input.dtype == DType::bfloat16,
-                      "linear_cross_entropy: input must be float32 or bfloat16, got ", name_of(input.dtype));
+  PYTRANSFORMER_CHECK(stored(input.dtype), "linear_cross_entropy: input must be float32, float16 or bfloat16, got ",
+                      name_of(input.dtype));
   const int64_t N = input.shape[0], V = weight.shape[0];
   check_matrix(input, input, N, "input");
   check_matrix(weight, input, V, "weight");

@@ -202,10 +202,8 @@ inline bool kept(const uint8_t* keep, int64_t row) {
 }
 
 // `lanes` operands, or pairs of them, from up to `count` elements; the others are 0.
-inline Vec load_operands(const float* p, int64_t count, float*) {
-  return load_some(p, count);
-}
-inline Vec load_operands(const bfloat16* p, int64_t count, float*) {
+template <class T>
+Vec load_operands(const T* p, int64_t count, float*) {
   return load_some(p, count);
 }
 inline Vec load_operands(const bfloat16* p, int64_t count, bfloat16*) {
@@ -321,8 +319,7 @@ class ScoreMap {
 // arithmetic on denormals is a hundred times slower.
 template <class T>
 inline __attribute__((always_inline)) Vec power_of_two(Vec x) {
-  constexpr int degree = sizeof(T) == 2 ? 3 : 6;
-  return select(x < Vec::set1(-126.0f), Vec::zero(), exp2_normal<degree>(x));
+  return select(x < Vec::set1(-126.0f), Vec::zero(), exp2_normal<exp_degree<T>>(x));
 }
 
 // ---- The problem's sizes
@@ -381,12 +378,11 @@ class Addends {
             const uint8_t* keep, float* out, int64_t out_stride) const {
     for (int64_t i = 0; i < outer; ++i) {
       float* row = out + i * out_stride;
-      if (!bias_) {
-        for (int64_t j = 0; j < inner; ++j) row[j] = 0;
-      } else if (bias_.dtype == DType::float32) {
-        add_bias<float>(b, h, query, key, turned, i, inner, row);
+      if (bias_) {
+        with_storage(bias_.dtype,
+                     [&](auto type) { add_bias<decltype(type)>(b, h, query, key, turned, i, inner, row); });
       } else {
-        add_bias<bfloat16>(b, h, query, key, turned, i, inner, row);
+        for (int64_t j = 0; j < inner; ++j) row[j] = 0;
       }
       if (mask_) {
         int64_t step;
@@ -419,7 +415,9 @@ class Addends {
     int64_t step;
     const X* source = start<const X>(bias_, b, h, query, key, turned, i, step);
     if (step == 1) {
-      for (int64_t j = 0; j < inner; ++j) row[j] = to_float(source[j]) * log2_e;
+      for (int64_t j = 0; j < inner; j += lanes) {
+        store_some(row + j, load_some(source + j, inner - j) * Vec::set1(log2_e), inner - j);
+      }
     } else {
       for (int64_t j = 0; j < inner; ++j) row[j] = to_float(source[j * step]) * log2_e;
     }

@@ -387,11 +387,7 @@ class Backward : Dimensions {
 
 void attention_bwd(const AttentionBackward& a) {
   if (a.query.shape[0] * a.key.shape[1] == 0) return;
-  if (a.query.dtype == DType::bfloat16) {
-    Backward<bfloat16>(a).run();
-  } else {
-    Backward<float>(a).run();
-  }
+  with_storage(a.query.dtype, [&](auto type) { Backward<decltype(type)>(a).run(); });
 }
 
 }  // namespace pytransformer::PYTRANSFORMER_ISA

@@ -244,7 +244,7 @@ class Decode : Dimensions {
 }  // namespace
 
 void attention_decode(const AttentionForward& a) {
-  a.query.dtype == DType::bfloat16 ? Decode<bfloat16>(a).run() : Decode<float>(a).run();
+  with_storage(a.query.dtype, [&](auto type) { Decode<decltype(type)>(a).run(); });
 }
 
 }  // namespace pytransformer::PYTRANSFORMER_ISA

@@ -191,11 +191,11 @@ void backward(const EmbeddingBackward& a) {
 }  // namespace
 
 void embedding_fwd(const EmbeddingForward& a) {
-  a.output.dtype == DType::bfloat16 ? forward<bfloat16>(a) : forward<float>(a);
+  with_storage(a.output.dtype, [&](auto type) { forward<decltype(type)>(a); });
 }
 
 void embedding_bwd(const EmbeddingBackward& a) {
-  a.grad_output.dtype == DType::bfloat16 ? backward<bfloat16>(a) : backward<float>(a);
+  with_storage(a.grad_output.dtype, [&](auto type) { backward<decltype(type)>(a); });
 }
 
 }  // namespace pytransformer::PYTRANSFORMER_ISA

@@ -26,6 +26,7 @@
 #include "ffn.h"
 
 #include "gemm.h"
+#include "narrow.h"
 #include "parallel.h"
 #include "philox.h"
 #include "rows.h"
@@ -116,11 +117,8 @@ class Bias {
  public:
   explicit Bias(const TensorView& view) : copy_(view ? view.shape[0] : 0), defined_(view) {
     if (!view) return;
-    if (view.dtype == DType::bfloat16) {
-      copy_row(view.ptr<bfloat16>(), view.shape[0], copy_.get());
-    } else {
-      copy_row(view.ptr<float>(), view.shape[0], copy_.get());
-    }
+    with_storage(view.dtype,
+                 [&](auto type) { copy_row(view.ptr<const decltype(type)>(), view.shape[0], copy_.get()); });
   }
   // To a block whose rows are features.
   void add_to(const Block& block, float* values) const {
@@ -182,16 +180,17 @@ class BlockDropout {
   uint64_t kept_[block_columns / 64][64 * room];  // bit i of [c][row]: token 64 c + i of the block is kept
 };
 
-// How many tokens at a time: their hidden layer, `matrices` of it, should stay in a shared cache.
+// How many tokens at a time: their hidden layer, or each matrix of its size that backward needs, should stay in a
+// shared cache.
 struct Chunks {
   int64_t count, rows;
 
-  Chunks(int64_t N, int64_t F, int64_t matrices) {
+  Chunks(int64_t N, int64_t F) {
     constexpr int64_t bytes = 16 << 20;
-    const int64_t row_bytes = matrices * F * int64_t(sizeof(float)) + 1;
+    const int64_t row_bytes = F * int64_t(sizeof(float)) + 1;
     const int64_t most = bytes / row_bytes < block_rows ? block_rows : bytes / row_bytes;
     count = N > 0 ? ceil_div(N, most) : 1;
-    rows = round_up(ceil_div(N, count), tile_rows);
+    rows = round_up(ceil_div(N, count), tile_width);
     if (rows > 0) count = ceil_div(N, rows);
   }
   int64_t begin(int64_t chunk) const { return chunk * rows; }
@@ -231,24 +230,55 @@ class FeatureRows {
   Scratch<Operand> data_;
 };
 
-// The gate of a chunk of tokens, features in rows; empty where there is none.
+// The products with weights, weight times tokens, for many tokens: tokens in lanes.
 template <class T>
-class Gate {
+struct ManyTokens {
   using Operand = operand_t<T>;
+  using Weight = LeftRows<Operand, T>;
+  using Right = Packed<Operand>;
 
+  static Right right(const T* rows, int64_t tokens, int64_t K) {
+    return {right_transposed<Operand>(rows, K), tokens, K};
+  }
+  template <class Epilogue>
+  static void multiply(int64_t tokens, const Weight& weight, const Right& right, const Epilogue& epilogue) {
+    gemm(tokens, weight, right, epilogue);
+  }
+};
+
+// The same for a few: k in lanes.
+template <class T>
+struct FewTokens {
+  struct Weight {
+    const T* data;
+    int64_t stride, features;
+    Weight(const T* data, int64_t stride, int64_t features, int64_t, int64_t)
+        : data(data), stride(stride), features(features) {}
+  };
+  using Right = NarrowRight;
+
+  static Right right(const T* rows, int64_t tokens, int64_t K) { return {rows, K, tokens, K}; }
+  template <class Epilogue>
+  static void multiply(int64_t tokens, const Weight& weight, const Right& right, const Epilogue& epilogue) {
+    narrow_gemm(weight.features, tokens, weight.data, weight.stride, right, epilogue);
+  }
+};
+
+// The gate of a chunk of tokens, features in rows; empty where there is none.
+template <class T, class Product>
+class Gate {
  public:
   template <class Parameters>
   Gate(const Parameters& a, int64_t F, int64_t E, int64_t tokens)
       : defined_(a.weight_gate),
-        F_(F),
         bias_(a.bias_gate),
         weight_(a.weight_gate.template ptr<const T>(), E, defined_ ? F : 0, E, tokens),
         values_(defined_ ? F : 0, tokens) {}
 
   // For the tokens of `input`.
-  void compute(const Packed<Operand>& input, int64_t tokens) const {
+  void compute(const typename Product::Right& input, int64_t tokens) const {
     if (!defined_) return;
-    gemm<Operand>(F_, tokens, weight_, input, [&](const Block& block, float* sums) {
+    Product::multiply(tokens, weight_, input, [&](const Block& block, float* sums) {
       bias_.add_to(block, sums);
       values_.put(block, sums);
     });
@@ -260,9 +290,8 @@ class Gate {
 
  private:
   bool defined_;
-  int64_t F_;
   Bias bias_;
-  LeftRows<Operand, T> weight_;
+  typename Product::Weight weight_;
   FeatureRows<float> values_;
 };
 
@@ -272,24 +301,23 @@ void store_output(const Block& block, float* sums, T* out, int64_t stride) {
   store_turned(sums, block.rows, block.columns, out + block.column * stride + block.row, stride);
 }
 
-template <class T>
+template <class T, class Product>
 void forward(const FfnForward& a) {
-  using Operand = operand_t<T>;
   const int64_t N = a.input.shape[0], E = a.input.shape[1], F = a.weight1.shape[0], O = a.weight2.shape[0];
   const Bias bias1(a.bias1), bias2(a.bias2);
   const Dropout dropout = Dropout::make(a.dropout_p, {a.seed, a.offset});
-  const Chunks chunks(N, F, a.weight_gate ? 2 : 1);
-  const Gate<T> gate(a, F, E, chunks.rows);
-  const LeftRows<Operand, T> weight1(a.weight1.ptr<const T>(), E, F, E, chunks.rows);
-  const LeftRows<Operand, T> weight2(a.weight2.ptr<const T>(), F, O, F, chunks.rows);
+  const Chunks chunks(N, F);
+  const Gate<T, Product> gate(a, F, E, chunks.rows);
+  const typename Product::Weight weight1(a.weight1.ptr<const T>(), E, F, E, chunks.rows);
+  const typename Product::Weight weight2(a.weight2.ptr<const T>(), F, O, F, chunks.rows);
 
   for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
     const int64_t begin = chunks.begin(chunk), tokens = chunks.size(chunk, N);
-    const Packed<Operand> activated(tokens, F);
+    const typename Product::Right activated(tokens, F);
     {
-      const Packed<Operand> input(right_transposed<Operand>(a.input.ptr<const T>() + begin * E, E), tokens, E);
+      const auto input = Product::right(a.input.ptr<const T>() + begin * E, tokens, E);
       gate.compute(input, tokens);
-      gemm<Operand>(F, tokens, weight1, input, [&](const Block& block, float* sums) {
+      Product::multiply(tokens, weight1, input, [&](const Block& block, float* sums) {
         const BlockDropout drop(dropout, F, begin, block);
         by_strips(block, sums, [&](const Block& strip, float* values) {
           bias1.add_to(strip, values);
@@ -297,11 +325,11 @@ void forward(const FfnForward& a) {
           for (int64_t i = 0; i < strip.rows; ++i) activate(a.activation, values + i * block_columns, strip.columns);
           gate.multiply(strip, values);
           drop.apply(strip, values);
-          activated.store_depths(strip.row, strip.rows, strip.column, strip.columns, values, block_columns);
+          activated.store_depths(strip.row, strip.rows, strip.column, strip.columns, values);
         });
       });
     }
-    gemm<Operand>(O, tokens, weight2, activated, [&](const Block& block, float* sums) {
+    Product::multiply(tokens, weight2, activated, [&](const Block& block, float* sums) {
       bias2.add_to(block, sums);
       store_output(block, sums, a.output.ptr<T>() + begin * O, O);
     });
@@ -406,7 +434,7 @@ class InnerGradient {
 
   void put(const Block& strip, const float* grad) const {
     if (for_weight_) rows_.put(strip, grad);
-    if (for_input_) operand_.store_depths(strip.row, strip.rows, strip.column, strip.columns, grad, block_columns);
+    if (for_input_) operand_.store_depths(strip.row, strip.rows, strip.column, strip.columns, grad);
     if (for_bias_) sum_rows(strip, grad, F_, bias_sums_.get());
   }
 
@@ -440,7 +468,7 @@ template <class T>
 struct HiddenBackward {
   const FfnBackward& a;
   const Dropout& dropout;
-  const Gate<T>& gate;
+  const Gate<T, ManyTokens<T>>& gate;
   int64_t F, begin;
   const FeatureRows<operand_t<T>>& activated;
   const InnerGradient<T>&grad_hidden, &grad_gate;
@@ -489,7 +517,7 @@ void backward(const FfnBackward& a) {
   using Operand = operand_t<T>;
   const int64_t N = a.input.shape[0], E = a.input.shape[1], F = a.weight1.shape[0], O = a.weight2.shape[0];
   const Dropout dropout = Dropout::make(a.dropout_p, {a.seed, a.offset});
-  const Chunks chunks(N, F, a.weight_gate ? 4 : 2);
+  const Chunks chunks(N, F);
   const bool for_input = a.grad_input.defined;
   const InnerGradient<T> grad_hidden(a.weight1, a.grad_weight1, a.grad_bias1, for_input, chunks.rows, chunks.count);
   const InnerGradient<T> grad_gate(a.weight_gate, a.grad_weight_gate, a.grad_bias_gate, for_input, chunks.rows,
@@ -498,17 +526,17 @@ void backward(const FfnBackward& a) {
   const FeatureRows<Operand> activated(a.grad_weight2 ? F : 0, chunks.rows);
   const bool need_hidden = grad_hidden.wanted() || grad_gate.wanted() || a.grad_weight2;
   const Packed<Operand> weight2(left_transposed<Operand>(a.weight2.ptr<const T>(), F), need_hidden ? F : 0, O);
-  const Gate<T> gate(a, F, E, chunks.rows);
+  const Gate<T, ManyTokens<T>> gate(a, F, E, chunks.rows);
 
   for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
     const int64_t begin = chunks.begin(chunk), tokens = chunks.size(chunk, N);
     const T* input = a.input.ptr<const T>() + begin * E;
     const T* grad_output = a.grad_output.ptr<const T>() + begin * O;
     if (a.weight_gate && need_hidden) {
-      gate.compute(Packed<Operand>(right_transposed<Operand>(input, E), tokens, E), tokens);
+      gate.compute(ManyTokens<T>::right(input, tokens, E), tokens);
     }
     if (need_hidden) {
-      const Packed<Operand> upstream(right_transposed<Operand>(grad_output, O), tokens, O);
+      const Packed<Operand> upstream = ManyTokens<T>::right(grad_output, tokens, O);
       const HiddenBackward<T> hidden{a, dropout, gate, F, begin, activated, grad_hidden, grad_gate};
       gemm<Operand>(F, tokens, weight2, upstream, hidden);
     }
@@ -527,14 +555,19 @@ void backward(const FfnBackward& a) {
   }
 }
 
+template <class T>
+void forward(const FfnForward& a) {
+  a.input.shape[0] <= few_columns<T> ? forward<T, FewTokens<T>>(a) : forward<T, ManyTokens<T>>(a);
+}
+
 }  // namespace
 
 void ffn_fwd(const FfnForward& a) {
-  a.input.dtype == DType::bfloat16 ? forward<bfloat16>(a) : forward<float>(a);
+  with_storage(a.input.dtype, [&](auto type) { forward<decltype(type)>(a); });
 }
 
 void ffn_bwd(const FfnBackward& a) {
-  a.input.dtype == DType::bfloat16 ? backward<bfloat16>(a) : backward<float>(a);
+  with_storage(a.input.dtype, [&](auto type) { backward<decltype(type)>(a); });
 }
 
 }  // namespace pytransformer::PYTRANSFORMER_ISA

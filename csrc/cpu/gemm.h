@@ -296,10 +296,9 @@ class Packed {
   // This operand as A.
   operator LeftView<Operand>() const { return {data_.get(), K_, 0, outer_, depth_major_}; }
 
-  // Writes B[k + i, first + j] = values[i * stride + j] for i < depths, j < count, as pack_right_rows would.
-  // `k` begins a pair where there are pairs, `first` a panel.
-  void store_depths(int64_t k, int64_t depths, int64_t first, int64_t count, const float* values,
-                    int64_t stride) const {
+  // B[k + i, first + j] = values[i * block_columns + j] for i < depths, j < count, as pack_right_rows would write
+  // it. `k` begins a pair where there are pairs, `first` a panel.
+  void store_depths(int64_t k, int64_t depths, int64_t first, int64_t count, const float* values) const {
     constexpr int step = depth_step<Operand>;
     for (int64_t i = 0; i < depths; i += step) {
       const int64_t start = (k + i) / block_depth * block_depth;
@@ -307,13 +306,13 @@ class Packed {
         const int n = count - j < Vec::lanes ? int(count - j) : Vec::lanes;
         Operand* to = data_.get() + offset((first + j) / tile_width * tile_width, start) +
                       (k + i - start) * tile_width + (first + j) % tile_width * step;
-        const Vec even = load(values + i * stride + j, n);
+        const Vec even = load(values + i * block_columns + j, n);
         if constexpr (step == 1) {
           even.store(to);
         } else {
           Operand pairs[2][Vec::lanes];
           even.store(pairs[0]);
-          (i + 1 < depths ? load(values + (i + 1) * stride + j, n) : Vec::zero()).store(pairs[1]);
+          (i + 1 < depths ? load(values + (i + 1) * block_columns + j, n) : Vec::zero()).store(pairs[1]);
           for (int l = 0; l < Vec::lanes; ++l) to[2 * l] = pairs[0][l], to[2 * l + 1] = pairs[1][l];
         }
       }
@@ -430,27 +429,39 @@ void multiply_block(const LeftView<Operand>& left, const Packed<Operand>& right,
   }
 }
 
-// A whose rows lie along k, for products with `columns` columns: in place where that serves, else packed.
+// A whose rows lie along k, for products with `columns` columns: in place where that serves, else packed, whole for
+// all products or, where it is too large to be kept, a strip at a time for each.
 template <class Operand, class T>
 class LeftRows {
  public:
   LeftRows(const T* data, int64_t stride, int64_t rows, int64_t K, int64_t columns)
-      : stays_(may_stay<Operand, T>(stride, K, columns)),
-        data_(data),
+      : data_(data),
         stride_(stride),
-        packed_(left<Operand>(data, stride), stays_ ? 0 : rows, K) {}
+        rows_(rows),
+        K_(K),
+        stays_(may_stay<Operand, T>(stride, K, columns)),
+        in_strips_(!stays_ && rows * K > most_packed),
+        packed_(left<Operand>(data, stride), stays_ || in_strips_ ? 0 : rows, K) {}
 
-  operator LeftView<Operand>() const {
-    if constexpr (sizeof(T) == sizeof(Operand)) {
-      if (stays_) return {reinterpret_cast<const Operand*>(data_), packed_.K(), stride_, 0, false};
+  // body(first row, rows, view) for the parts of A in which it can be had.
+  template <class Body>
+  void for_parts(const Body& body) const {
+    for (int64_t row = 0; in_strips_ && row < rows_; row += strip_rows) {
+      const int64_t count = rows_ - row < strip_rows ? rows_ - row : strip_rows;
+      body(row, count, LeftView<Operand>(Packed<Operand>(left<Operand>(data_ + row * stride_, stride_), count, K_)));
     }
-    return packed_;
+    if (!in_strips_) body(0, rows_, stays_ ? in_place() : LeftView<Operand>(packed_));
   }
 
  private:
-  bool stays_;
+  static constexpr int64_t most_packed = int64_t(8) << 20;  // elements
+  static constexpr int64_t strip_rows = 4 * block_rows;
+
+  LeftView<Operand> in_place() const { return {reinterpret_cast<const Operand*>(data_), K_, stride_, 0, false}; }
+
   const T* data_;
-  int64_t stride_;
+  int64_t stride_, rows_, K_;
+  bool stays_, in_strips_;
   Packed<Operand> packed_;
 };
 
@@ -477,6 +488,16 @@ void gemm(int64_t M, int64_t N, const LeftView<Operand>& left, const Packed<Oper
       k += block_depth;
     } while (k < left.K);
     epilogue(block, sums);
+  });
+}
+
+// The same for the rows of A in parts.
+template <class Operand, class T, class Epilogue>
+void gemm(int64_t N, const LeftRows<Operand, T>& left, const Packed<Operand>& right, const Epilogue& epilogue) {
+  left.for_parts([&](int64_t first, int64_t rows, const LeftView<Operand>& part) {
+    gemm<Operand>(rows, N, part, right, [&](const Block& block, float* sums) {
+      epilogue(Block{first + block.row, block.column, block.rows, block.columns}, sums);
+    });
   });
 }
 

@@ -17,6 +17,7 @@
 
 #include "parallel.h"
 #include "philox.h"
+#include "rows.h"
 #include "simd.h"
 
 namespace pytransformer::PYTRANSFORMER_ISA {
@@ -69,8 +70,7 @@ class Parameter {
       return;
     }
     copy_.reset(new float[columns]);
-    const bfloat16* source = view.ptr<bfloat16>();
-    for (int64_t c = 0; c < columns; ++c) copy_[c] = to_float(source[c]);
+    with_storage(view.dtype, [&](auto type) { copy_row(view.ptr<const decltype(type)>(), columns, copy_.get()); });
     data_ = copy_.get();
   }
   const float* data() const { return data_; }  // null where the parameter is absent
@@ -268,11 +268,11 @@ void backward(const LayerNormBackward& a) {
 }  // namespace
 
 void layer_norm_fwd(const LayerNormForward& a) {
-  a.input.dtype == DType::bfloat16 ? forward<bfloat16>(a) : forward<float>(a);
+  with_storage(a.input.dtype, [&](auto type) { forward<decltype(type)>(a); });
 }
 
 void layer_norm_bwd(const LayerNormBackward& a) {
-  a.sum.dtype == DType::bfloat16 ? backward<bfloat16>(a) : backward<float>(a);
+  with_storage(a.sum.dtype, [&](auto type) { backward<decltype(type)>(a); });
 }
 
 }  // namespace pytransformer::PYTRANSFORMER_ISA

@@ -16,7 +16,7 @@
 // Rows with an ignored target are left out of the chunks, so that they cost nothing and NaN in them stays there.
 //
 // Workspace: `chunk_logits` elements for the chunk; packed blocks of `vocabulary_block` rows of the weight; where
-// there are several chunks and the weight is bfloat16, as many bytes as its gradient has, for the digits that do
+// there are several chunks and the weight has 16 bits, as many bytes as its gradient has, for the digits that do
 // not fit in there (WeightGradient).
 #include "linear_cross_entropy.h"
 
@@ -43,16 +43,9 @@ constexpr int64_t least_rows = 512, most_rows = 4096;  // of a chunk: the weight
 constexpr float infinity = std::numeric_limits<float>::infinity();
 static_assert(vocabulary_block % block_columns == 0);
 
-// Degrees of the exponentials (vec_math.h): a float32 loss is wanted of bfloat16 logits, too; their gradient is
-// rounded to bfloat16.
+// The degree of the exponentials (vec_math.h) that are summed: a float32 loss is wanted of 16-bit logits, too.
 template <class T>
-constexpr int sum_degree = 6;
-template <>
-constexpr int sum_degree<bfloat16> = 5;
-template <class T>
-constexpr int gradient_degree = 6;
-template <>
-constexpr int gradient_degree<bfloat16> = 3;
+constexpr int sum_degree = sizeof(T) == sizeof(float) ? 6 : 5;
 
 // A large buffer for one call. Unlike Scratch it is given back to the system, so that a training step does not
 // hold it while the rest of the model needs the memory.
@@ -193,11 +186,11 @@ void compute_logits(const Problem<T>& p, const Chunk<T>& chunk, const Packed<ope
     const int64_t classes = p.V - begin < vocabulary_block ? p.V - begin : vocabulary_block;
     const BlockGrid grid(classes, rows, p.E, max_threads());  // as gemm has it
     const Scratch<Sums> pieces(grid.blocks_down * rows);
-    gemm<Operand>(classes, rows, LeftRows<Operand, T>(p.weight + begin * p.E, p.E, classes, p.E, rows), x,
-                  [&](const Block& block, float* values) {
-                    Sums* found = pieces.get() + block.row / grid.rows * rows + block.column;
-                    finish_logits(p, chunk, block, begin + block.row, values, found, sums + block.column);
-                  });
+    gemm(rows, LeftRows<Operand, T>(p.weight + begin * p.E, p.E, classes, p.E, rows), x,
+         [&](const Block& block, float* values) {
+           Sums* found = pieces.get() + block.row / grid.rows * rows + block.column;
+           finish_logits(p, chunk, block, begin + block.row, values, found, sums + block.column);
+         });
     parallel_ranges(rows, max_threads(), [&](int64_t first, int64_t last, int) {
       for (int64_t r = first; r < last; ++r) {
         for (int64_t i = 0; i < grid.blocks_down; ++i) sums[r].add(pieces.get()[i * rows + r]);
@@ -246,7 +239,7 @@ class LogitGradients {
     const Vec scale = Vec::set1(log2_e), lowest = Vec::set1(-126.0f);
     for_vectors(rows_, [&](int64_t c, int n) {
       const Vec x = load(logits + c, n), z = ((x - load(row(large_lse) + c, n)) - load(row(small_lse) + c, n)) * scale;
-      const Vec exponential = exp2_normal<gradient_degree<T>>(max(lowest, z));  // in this order NaN passes through
+      const Vec exponential = exp2_normal<exp_degree<T>>(max(lowest, z));  // in this order NaN passes through
       const Vec p = select(z < lowest, Vec::zero(), exponential);
       const Vec grad = load(row(factors) + c, n) * p - load(row(spreads) + c, n);
       store(logits + c, cap_ ? grad * cap_.slope(x) : grad, n);
@@ -264,8 +257,8 @@ class LogitGradients {
   Scratch<float> memory_;
 };
 
-// The gradient of the weight, summed over chunks. A bfloat16 one is carried from chunk to chunk as the sum of two
-// bfloat16 matrices, the result itself and what rounding left over: 17 bits at half the cost of a float32 matrix.
+// The gradient of the weight, summed over chunks. One of 16 bits is carried from chunk to chunk as the sum of two
+// such matrices, the result itself and what rounding left over: twice the digits at half the cost of a float32 matrix.
 template <class T>
 class WeightGradient {
  public:
@@ -316,8 +309,8 @@ struct ChunkGradients {
       if (p.grad.bias) add_to_bias(begin, classes);
       if (p.grad.input) add_to_input(grad, begin, classes);
       if (!p.grad.weight) continue;
-      gemm<Operand>(classes, p.E, LeftRows<Operand, T>(grad, chunk.stride, classes, rows, p.E), x,
-                    by_rows(grad_weight.add(begin, number)));
+      gemm(p.E, LeftRows<Operand, T>(grad, chunk.stride, classes, rows, p.E), x,
+           by_rows(grad_weight.add(begin, number)));
     }
   }
 
@@ -425,11 +418,11 @@ void backward(const LinearCrossEntropyBackward& a) {
 }  // namespace
 
 void linear_cross_entropy_fwd(const LinearCrossEntropyForward& a) {
-  a.input.dtype == DType::bfloat16 ? forward<bfloat16>(a) : forward<float>(a);
+  with_storage(a.input.dtype, [&](auto type) { forward<decltype(type)>(a); });
 }
 
 void linear_cross_entropy_bwd(const LinearCrossEntropyBackward& a) {
-  a.input.dtype == DType::bfloat16 ? backward<bfloat16>(a) : backward<float>(a);
+  with_storage(a.input.dtype, [&](auto type) { backward<decltype(type)>(a); });
 }
 
 }  // namespace pytransformer::PYTRANSFORMER_ISA

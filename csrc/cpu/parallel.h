@@ -4,6 +4,9 @@
 // this library is imported first, and torch.set_num_threads (omp_set_num_threads) rules both.
 // A call made inside another parallel region runs serially. So does a call in a forked child:
 // libgomp's thread pool does not survive fork, and a parallel region there would wait for ever.
+//
+// ThreadSanitizer does not see how libgomp's threads wait for each other. A build for it has no OpenMP and defines
+// PYTRANSFORMER_STD_THREADS, a number: as many std::threads then run what is parallel.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +14,30 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#ifdef PYTRANSFORMER_STD_THREADS
+#include <atomic>
+#include <thread>
+#include <vector>
+#endif
 
 namespace pytransformer {
+
+#ifdef PYTRANSFORMER_STD_THREADS
+inline thread_local int current_thread = -1;  // -1: outside of any parallel region
+
+// Runs body(thread) on each of `count` threads.
+template <class Body>
+void on_threads(int count, const Body& body) {
+  std::vector<std::thread> threads;
+  for (int i = 0; i < count; ++i) {
+    threads.emplace_back([&body, i] {
+      current_thread = i;
+      body(i);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+#endif
 
 // True in a process that was forked after this module was loaded (set by an atfork handler).
 bool in_forked_child();
@@ -21,6 +46,8 @@ inline int max_threads() {
 #ifdef _OPENMP
   if (omp_in_parallel() || in_forked_child()) return 1;
   return omp_get_max_threads();
+#elif defined(PYTRANSFORMER_STD_THREADS)
+  return current_thread >= 0 ? 1 : PYTRANSFORMER_STD_THREADS;
 #else
   return 1;
 #endif
@@ -33,6 +60,8 @@ namespace pytransformer::PYTRANSFORMER_ISA {
 inline int thread_index() {
 #ifdef _OPENMP
   return omp_get_thread_num();
+#elif defined(PYTRANSFORMER_STD_THREADS)
+  return current_thread >= 0 ? current_thread : 0;
 #else
   return 0;
 #endif
@@ -49,6 +78,14 @@ inline int threads_for(int64_t elements) {
 template <class Body>
 void parallel_tasks(int64_t tasks, const Body& body) {
   [[maybe_unused]] const bool threaded = tasks > 1 && max_threads() > 1;
+#ifdef PYTRANSFORMER_STD_THREADS
+  if (threaded) {
+    std::atomic<int64_t> next{0};
+    return on_threads(max_threads(), [&](int) {
+      for (int64_t task; (task = next.fetch_add(1)) < tasks;) body(task);
+    });
+  }
+#endif
 #pragma omp parallel for schedule(dynamic, 1) if (threaded)
   for (int64_t task = 0; task < tasks; ++task) body(task);
 }
@@ -57,6 +94,11 @@ void parallel_tasks(int64_t tasks, const Body& body) {
 // The parts depend on `threads` only, so a reduction over parts in order is deterministic.
 template <class Body>
 void parallel_ranges(int64_t count, int threads, const Body& body) {
+#ifdef PYTRANSFORMER_STD_THREADS
+  if (threads > 1) {
+    return on_threads(threads, [&](int part) { body(count * part / threads, count * (part + 1) / threads, part); });
+  }
+#endif
 #pragma omp parallel for schedule(static, 1) if (threads > 1)
   for (int part = 0; part < threads; ++part) {
     body(count * part / threads, count * (part + 1) / threads, part);

@@ -11,7 +11,7 @@
 
 #include <cstdint>
 
-#include "tensor_view.h"
+#include "storage.h"
 
 #if defined(__AVX512F__)
 #include "simd_avx512.h"
@@ -24,30 +24,6 @@
 #endif
 
 namespace pytransformer::PYTRANSFORMER_ISA {
-
-inline float to_float(float x) {
-  return x;
-}
-inline float to_float(bfloat16 x) {
-  uint32_t bits = uint32_t(x.bits) << 16;
-  float value;
-  __builtin_memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-template <class T>
-T from_float(float x);
-template <>
-inline float from_float<float>(float x) {
-  return x;
-}
-template <>
-inline bfloat16 from_float<bfloat16>(float x) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, sizeof bits);
-  if (x != x) return {uint16_t((bits >> 16) | 0x40)};
-  return {uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
-}
 
 inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;

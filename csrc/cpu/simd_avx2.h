@@ -42,20 +42,26 @@ struct Vec {
     __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16))};
   }
+  static Vec load(const float16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
   static Vec load(const float* p, int n) {  // the first n lanes; the others are 0
     return {_mm256_maskload_ps(p, _mm256_castps_si256(Mask::first(n).v))};
   }
-  static Vec load(const bfloat16* p, int n) {
-    bfloat16 buffer[lanes] = {};
+  template <class T>
+  static Vec load(const T* p, int n) {
+    T buffer[lanes] = {};
     for (int i = 0; i < n && i < lanes; ++i) buffer[i] = p[i];
     return load(buffer);
   }
 
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store(bfloat16* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bfloat16()); }
+  void store(float16* p) const {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
   void store(float* p, int n) const { _mm256_maskstore_ps(p, _mm256_castps_si256(Mask::first(n).v), v); }
-  void store(bfloat16* p, int n) const {
-    bfloat16 buffer[lanes];
+  template <class T>
+  void store(T* p, int n) const {
+    T buffer[lanes];
     store(buffer);
     for (int i = 0; i < n && i < lanes; ++i) p[i] = buffer[i];
   }

@@ -58,15 +58,21 @@ struct Vec {
 
   static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static Vec load(const bfloat16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static Vec load(const float16* p) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+  }
   static Vec load(const float* p, int n) {  // the first n lanes; the others are 0
     return {_mm512_maskz_loadu_ps(Mask::first(n).v, p)};
   }
   static Vec load(const bfloat16* p, int n) { return widen(_mm256_maskz_loadu_epi16(Mask::first(n).v, p)); }
+  static Vec load(const float16* p, int n) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(Mask::first(n).v, p))}; }
 
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(bfloat16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), round_to_bfloat16(v)); }
+  void store(float16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_float16()); }
   void store(float* p, int n) const { _mm512_mask_storeu_ps(p, Mask::first(n).v, v); }
   void store(bfloat16* p, int n) const { _mm256_mask_storeu_epi16(p, Mask::first(n).v, round_to_bfloat16(v)); }
+  void store(float16* p, int n) const { _mm256_mask_storeu_epi16(p, Mask::first(n).v, to_float16()); }
 
   float sum() const { return _mm512_reduce_add_ps(v); }
   float max() const { return _mm512_reduce_max_ps(v); }
@@ -80,6 +86,7 @@ struct Vec {
   friend Mask operator==(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
 
  private:
+  __m256i to_float16() const { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static Vec widen(__m256i half) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))}; }
 };
 

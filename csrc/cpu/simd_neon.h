@@ -44,6 +44,9 @@ struct Vec {
   static Vec set1(float x) { return {vdupq_n_f32(x)}; }
 
   static Vec load(const float* p) { return {vld1q_f32(p)}; }
+  static Vec load(const float16* p) {
+    return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))))};
+  }
   static Vec load(const bfloat16* p) {
     const uint16x4_t half = vld1_u16(reinterpret_cast<const uint16_t*>(p));
     return {vreinterpretq_f32_u32(vshll_n_u16(half, 16))};
@@ -57,6 +60,7 @@ struct Vec {
   }
 
   void store(float* p) const { vst1q_f32(p, v); }
+  void store(float16* p) const { vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32(v))); }
   void store(bfloat16* p) const {  // round to nearest even; NaN stays a quiet NaN
     const uint32x4_t bits = vreinterpretq_u32_f32(v), upper = vshrq_n_u32(bits, 16);
     const uint32x4_t bias = vaddq_u32(vandq_u32(upper, vdupq_n_u32(1)), vdupq_n_u32(0x7fff));

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "tensor_view.h"
+#include "storage.h"
 
 namespace pytransformer::PYTRANSFORMER_ISA {
 
@@ -51,6 +51,7 @@ struct Vec {
     uint4 bits = {p[0].bits, p[1].bits, p[2].bits, p[3].bits};
     return {(float4)(bits << 16)};
   }
+  static Vec load(const float16* p) { return {float4{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}}; }
   template <class T>
   static Vec load(const T* p, int n) {  // the first n lanes; the others are 0
     T buffer[lanes] = {};
@@ -66,6 +67,9 @@ struct Vec {
     int4 ordered = v == v;
     rounded = ((uint4)ordered & rounded) | (~(uint4)ordered & ((bits >> 16) | 0x40));
     for (int i = 0; i < lanes; ++i) p[i].bits = uint16_t(rounded[i]);
+  }
+  void store(float16* p) const {
+    for (int i = 0; i < lanes; ++i) p[i] = from_float<float16>(v[i]);
   }
   template <class T>
   void store(T* p, int n) const {

@@ -46,6 +46,14 @@ inline Vec exp2_normal(Vec x) {
   return scale_by_power_of_two(p, n);
 }
 
+// The degree for a result that is rounded to T.
+template <class T>
+constexpr int exp_degree = 6;
+template <>
+constexpr int exp_degree<float16> = 5;
+template <>
+constexpr int exp_degree<bfloat16> = 3;
+
 template <int Degree>
 inline Vec exp2(Vec x) {
   return exp2_normal<Degree>(max(Vec::set1(-127.0f), x));  // in this order NaN passes through

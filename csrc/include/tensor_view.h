@@ -13,6 +13,11 @@ struct bfloat16 {
   uint16_t bits;
 };
 
+// Storage type of an IEEE binary16.
+struct float16 {
+  uint16_t bits;
+};
+
 enum class DType : int32_t { float32, float64, float16, bfloat16, int32, int64, boolean };
 
 inline const char* name_of(DType dtype) {
@@ -39,6 +44,11 @@ inline int64_t size_of(DType dtype) {
     case DType::boolean: return 1;
   }
   return 0;
+}
+
+// Whether the kernels take tensors of this type.
+inline bool stored(DType dtype) {
+  return dtype == DType::float32 || dtype == DType::float16 || dtype == DType::bfloat16;
 }
 
 struct TensorView {

@@ -19,21 +19,19 @@
 #include "layer_norm.h"
 #include "linear_cross_entropy.h"
 
+#define PYTRANSFORMER_ISA harness
+#include "storage.h"
+
 using namespace pytransformer;
+using harness::from_float;
+using harness::to_float;
 
 namespace {
 
 constexpr float nan = std::numeric_limits<float>::quiet_NaN();
 
-float widened(bfloat16 x) {
-  const uint32_t bits = uint32_t(x.bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
 int64_t size_of(DType dtype) {
-  return dtype == DType::int64 ? 8 : dtype == DType::float32 ? 4 : dtype == DType::bfloat16 ? 2 : 1;
+  return dtype == DType::int64 ? 8 : dtype == DType::float32 ? 4 : dtype == DType::boolean ? 1 : 2;
 }
 
 // A contiguous tensor that owns its memory.
@@ -59,16 +57,15 @@ class Tensor {
 
   void set(int64_t i, float x) const {
     if (view_.dtype == DType::float32) view_.ptr<float>()[i] = x;
-    if (view_.dtype == DType::bfloat16) {
-      uint32_t bits;
-      std::memcpy(&bits, &x, sizeof bits);
-      view_.ptr<bfloat16>()[i] = {uint16_t(bits >> 16)};
-    }
+    if (view_.dtype == DType::float16) view_.ptr<float16>()[i] = from_float<float16>(x);
+    if (view_.dtype == DType::bfloat16) view_.ptr<bfloat16>()[i] = from_float<bfloat16>(x);
     if (view_.dtype == DType::int64) view_.ptr<int64_t>()[i] = int64_t(x);
     if (view_.dtype == DType::boolean) view_.ptr<bool>()[i] = x != 0;
   }
   float get(int64_t i) const {
-    return view_.dtype == DType::float32 ? view_.ptr<float>()[i] : widened(view_.ptr<bfloat16>()[i]);
+    if (view_.dtype == DType::float16) return to_float(view_.ptr<float16>()[i]);
+    if (view_.dtype == DType::bfloat16) return to_float(view_.ptr<bfloat16>()[i]);
+    return view_.ptr<float>()[i];
   }
   const Tensor& fill(float x) const {
     for (int64_t i = 0; i < view_.numel(); ++i) set(i, x);
@@ -122,7 +119,9 @@ bool close(const Tensor& actual, const Tensor& wanted, std::string& why) {
     worst = std::fmax(worst, std::fabs(a - b) / (1 + std::fabs(b)));
   }
   const double size = std::sqrt(square / double(count ? count : 1));
-  const double allowed = (wanted.view().dtype == DType::bfloat16 ? 2e-2 : 2e-5) * std::fmax(size, 1e-3) + 1e-6;
+  const DType dtype = wanted.view().dtype;
+  const double relative = dtype == DType::bfloat16 ? 2e-2 : dtype == DType::float16 ? 2e-3 : 2e-5;
+  const double allowed = relative * std::fmax(size, 1e-3) + 1e-6;
   why = "error " + std::to_string(worst) + ", allowed " + std::to_string(allowed);
   return worst <= allowed;
 }
@@ -159,16 +158,22 @@ Case layer_norm(DType T, int64_t N, int64_t E, bool rms) {
   };
 }
 
-Case ffn(DType T, int64_t N, int64_t E, int64_t F, Activation activation) {
+Case ffn(DType T, int64_t N, int64_t E, int64_t F, Activation activation, bool gated = false) {
   const Tensor x = random(T, {N, E}), w1 = random(T, {F, E}, 1 / std::sqrt(float(E))), b1 = random(T, {F});
   const Tensor w2 = random(T, {E, F}, 1 / std::sqrt(float(F))), b2 = random(T, {E}), dy = random(T, {N, E});
+  const Tensor wg = random(T, {F, E}, 1 / std::sqrt(float(E))), bg = random(T, {F});
+  const TensorView gate = gated ? wg.view() : TensorView{}, gate_bias = gated ? bg.view() : TensorView{};
   return [=] {
+    const auto keep = wg, keep_bias = bg;  // `gate` borrows from them
     const Tensor y = output(T, {N, E}), h = output(T, {N, F}), dx = output(T, {N, E});
     const Tensor dw1 = output(T, {F, E}), dw2 = output(T, {E, F});
     const Tensor db1 = output(DType::float32, {F}), db2 = output(DType::float32, {E});
-    kernels().ffn_fwd({x, w1, b1, w2, b2, y, h, activation, 7, 3, 0.1f});
-    kernels().ffn_bwd({dy, x, w1, w2, h, dx, dw1, db1, dw2, db2, activation, 7, 3, 0.1f});
-    return std::vector<Tensor>{y, h, dx, dw1, db1, dw2, db2};
+    const Tensor dwg = output(T, {F, E}).fill(0), dbg = output(DType::float32, {F}).fill(0);
+    const TensorView dgate = gated ? dwg.view() : TensorView{}, dgate_bias = gated ? dbg.view() : TensorView{};
+    kernels().ffn_fwd({x, w1, b1, w2, b2, gate, gate_bias, y, h, activation, 7, 3, 0.1f});
+    kernels().ffn_bwd(
+        {dy, x, w1, w2, gate, gate_bias, h, dx, dw1, db1, dw2, db2, dgate, dgate_bias, activation, 7, 3, 0.1f});
+    return std::vector<Tensor>{y, h, dx, dw1, db1, dw2, db2, dwg, dbg};
   };
 }
 
@@ -237,7 +242,7 @@ Case attention(DType T, int64_t S, int64_t D, bool causal, bool masked) {
 
 int main() {
   int failed = 0;
-  for (const DType T : {DType::float32, DType::bfloat16}) {
+  for (const DType T : {DType::float32, DType::float16, DType::bfloat16}) {
     const std::string type = std::string(" ") + name_of(T);
     const auto check = [&](const std::string& name, const Case& body) { failed += !run(name + type, body); };
     check("layer_norm", layer_norm(T, 37, 67, false));
@@ -245,6 +250,8 @@ int main() {
     for (const auto a : {Activation::relu, Activation::gelu, Activation::gelu_tanh, Activation::silu}) {
       check("ffn", ffn(T, 61, 35, 77, a));
     }
+    check("ffn, gated", ffn(T, 61, 35, 77, Activation::silu, true));
+    check("ffn, few tokens", ffn(T, 9, 35, 277, Activation::gelu, true));
     check("linear_cross_entropy", linear_cross_entropy(T, 61, 35, 277));
     check("linear_cross_entropy, two blocks", linear_cross_entropy(T, 13, 9, 1100));
     check("linear_cross_entropy, two chunks", linear_cross_entropy(T, 4200, 3, 5));

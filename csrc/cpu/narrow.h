@@ -1,0 +1,136 @@
+// Matrix product for few columns: C[M,N] = A[M,K] B[K,N] where N is a handful of tokens and A a weight.
+//
+// gemm.h puts columns in lanes, which a decoding step has too few of, and where the type of A is not the tile's it
+// packs all of A, which then costs far more than the product. Here k lies in lanes: a vector of A is read once,
+// where it lies, widened in registers, and multiplied with as many vectors of B as there are columns. B is kept as
+// float32 with its columns along k; a block of depth of it stays in L1 while rows of A pass by:
+//
+//     for narrow_share rows of A:                     a task
+//       for a block of depth:                         A[rows, depth]: from memory, once, then from L2
+//         for narrow_columns columns of B:            B[depth, columns]: 32 KB, from L1
+//           for narrow_rows rows of A:                the next rows are asked for meanwhile
+//             acc += A B                              rows x columns accumulators in registers
+//             sums += the lanes of acc, added up
+//
+// The sum of an element is formed in as many parts as there are lanes, of short runs, then over blocks of depth: more
+// accurate than one running sum, as a product of few rows is by other libraries. It does not depend on the threads.
+// The time is that of reading A, or of Rows * Columns multiply-adds for Rows + Columns loads.
+#pragma once
+
+#include "gemm.h"
+#include "parallel.h"
+#include "rows.h"
+#include "scratch.h"
+#include "simd.h"
+
+namespace pytransformer::PYTRANSFORMER_ISA {
+
+constexpr int narrow_rows = 3, narrow_columns = tile_vecs == 4 ? 8 : 3;  // accumulators that fit in the registers
+constexpr int64_t narrow_depth = 64 * Vec::lanes;  // a lane adds up 64 products; B for the columns of a tile is 32 KB
+constexpr int64_t narrow_share = 48;               // rows of A for a task; divisible by narrow_rows
+
+// Up to how many columns this is the faster way. Beyond, A that is not in the tile's type is worth packing.
+template <class T>
+constexpr int64_t few_columns = sizeof(T) == sizeof(operand_t<T>) ? 16 : 48;
+
+// The columns of B, each along k, padded with zeros to whole vectors.
+class NarrowRight {
+ public:
+  // Yet to be written, by store_depths.
+  NarrowRight(int64_t columns, int64_t K)
+      : stride_(round_up(K, Vec::lanes) + Vec::lanes), data_(columns * stride_), K_(K) {
+    for (int64_t j = 0; j < columns; ++j) Vec::zero().store(data_.get() + j * stride_ + K / Vec::lanes * Vec::lanes);
+  }
+
+  // B = rows^T: row j of the matrix in memory is column j.
+  template <class T>
+  NarrowRight(const T* rows, int64_t stride, int64_t columns, int64_t K) : NarrowRight(columns, K) {
+    for (int64_t j = 0; j < columns; ++j) copy_row(rows + j * stride, K, data_.get() + j * stride_);
+  }
+
+  // B[k + i, first + j] = values[i * block_columns + j] for i < depths, j < count.
+  void store_depths(int64_t k, int64_t depths, int64_t first, int64_t count, const float* values) const {
+    store_turned(values, depths, count, data_.get() + first * stride_ + k, stride_);
+  }
+
+  int64_t K() const { return K_; }
+  int64_t stride() const { return stride_; }
+  const float* at(int64_t column, int64_t k) const { return data_.get() + column * stride_ + k; }
+
+ private:
+  int64_t stride_;
+  Scratch<float> data_;
+  int64_t K_;
+};
+
+// sums[i][j] (+)= the product of row i of A and column j of B over `depth` values of k.
+template <class T, int Rows, int Columns>
+__attribute__((noinline)) void narrow_product(const T* a, int64_t a_stride, const float* b, int64_t b_stride,
+                                              int64_t depth, float* sums, bool add) {
+  Vec acc[Rows][Columns];
+  clear(acc);
+  const auto step = [&](int64_t k, int n) __attribute__((always_inline)) {
+    Vec row[Rows];
+#pragma GCC unroll 3
+    for (int i = 0; i < Rows; ++i) row[i] = load(a + i * a_stride + k, n);
+#pragma GCC unroll 8
+    for (int j = 0; j < Columns; ++j) {
+      const Vec x = Vec::load(b + j * b_stride + k);
+#pragma GCC unroll 3
+      for (int i = 0; i < Rows; ++i) acc[i][j] = fma(row[i], x, acc[i][j]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + Vec::lanes <= depth; k += Vec::lanes) {
+    for (int i = 0; i < Rows; ++i) __builtin_prefetch(a + (Rows + i) * a_stride + k);
+    step(k, Vec::lanes);
+  }
+  if (k < depth) step(k, int(depth - k));
+  for (int i = 0; i < Rows; ++i) {
+    for (int j = 0; j < Columns; ++j) {
+      float& sum = sums[i * block_columns + j];
+      sum = add ? sum + acc[i][j].sum() : acc[i][j].sum();
+    }
+  }
+}
+
+// The instance of narrow_product for rows x columns.
+template <class T, int Rows = narrow_rows, int Columns = narrow_columns>
+inline auto narrow_product_for(int64_t rows, int64_t columns) {
+  if constexpr (Columns > 1) {
+    if (columns < Columns) return narrow_product_for<T, Rows, Columns - 1>(rows, columns);
+  }
+  if constexpr (Rows > 1) {
+    if (rows < Rows) return narrow_product_for<T, Rows - 1, Columns>(rows, columns);
+  }
+  return &narrow_product<T, Rows, Columns>;
+}
+
+// epilogue(block, sums) as gemm has it, for A [M,K] in memory with its rows `stride` apart; N <= block_columns.
+template <class T, class Epilogue>
+void narrow_gemm(int64_t M, int64_t N, const T* a, int64_t stride, const NarrowRight& right, const Epilogue& epilogue) {
+  if (M <= 0 || N <= 0) return;
+  const int64_t K = right.K();
+  const bool worth_sharing = double(M) * double(N) * double(K) > 1e6;
+  const int64_t share = worth_sharing ? narrow_share : block_rows;
+  const Scratch<float> memory(max_threads() * share * block_columns);
+
+  parallel_tasks(ceil_div(M, share), [&](int64_t task) {
+    float* sums = memory.get() + thread_index() * share * block_columns;
+    const int64_t first = task * share, rows = M - first < share ? M - first : share;
+    int64_t k = 0;
+    do {  // once even for K = 0, to clear the sums
+      const int64_t now = K - k < narrow_depth ? K - k : narrow_depth;
+      for (int64_t j = 0; j < N; j += narrow_columns) {
+        for (int64_t i = 0; i < rows; i += narrow_rows) {
+          narrow_product_for<T>(rows - i, N - j)(a + (first + i) * stride + k, stride, right.at(j, k), right.stride(),
+                                                 now, sums + i * block_columns + j, k > 0);
+        }
+      }
+      k += narrow_depth;
+    } while (k < K);
+    epilogue(Block{first, 0, rows, N}, sums);
+  });
+}
+
+}  // namespace pytransformer::PYTRANSFORMER_ISA
