@@ -42,8 +42,7 @@ test: setup
 
 # The tests of the ops over the CUDA kernels, whose PTX runs on the CPU (tests/ptx): needs nvcc, no GPU; some minutes.
 test-ptx: setup
-	$(BIN)/pytest tests/ptx
-	PYTRANSFORMER_PTX=1 $(BIN)/pytest tests --ignore=tests/ptx
+	PYTRANSFORMER_PTX=1 $(BIN)/pytest
 
 # The figures of every Triton kernel as compiled for GPUs that need not be here: some minutes.
 triton-table: setup
