@@ -43,8 +43,7 @@ test: setup
 
 # The tests of the ops over the CUDA kernels, whose PTX runs on the CPU (tests/ptx): needs nvcc, no GPU; some minutes.
 test-ptx: setup
-	$(BIN)/pytest tests/ptx
-	PYTRANSFORMER_PTX=1 $(BIN)/pytest tests --ignore=tests/ptx
+	PYTRANSFORMER_PTX=1 $(BIN)/pytest
 
 # The figures of every Triton kernel as compiled for GPUs that need not be here: half an hour of a core, the first time.
 # A run that was stopped goes on where it stopped. The second compares with the committed table; make test does a part.

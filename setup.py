@@ -61,7 +61,7 @@ INSTRUCTION_SETS: dict[str, dict[str, list[str]]] = {
 EMULATED_SETS = {"x86_64": {"avx512_bf16_emulated": [*AVX512, "-DPYTRANSFORMER_EMULATE_BF16"]}}
 
 # Ops whose problem is the same on CPUs and GPUs: their bindings are compiled for both modules.
-SHARED_BINDINGS = ("layer_norm",)
+SHARED_BINDINGS = ("attention", "layer_norm")
 
 NO_COMPILER = """
 pytransformer needs a C++17 compiler with OpenMP to build its CPU kernels, and {problem}.

@@ -17,11 +17,10 @@ def attention_fwd(
     band_upper: int | None,
     scale: float,
     softcap: float,
-    seed: int,
-    offset: int,
     dropout_p: float,
     out: Tensor,
     lse: Tensor,
+    rng: Tensor | None,
 ) -> None: ...
 def attention_bwd(
     query: Tensor,
@@ -34,8 +33,6 @@ def attention_bwd(
     band_upper: int | None,
     scale: float,
     softcap: float,
-    seed: int,
-    offset: int,
     dropout_p: float,
     out: Tensor,
     lse: Tensor,
@@ -44,6 +41,7 @@ def attention_bwd(
     grad_key: Tensor,
     grad_value: Tensor,
     grad_bias: Tensor | None,
+    rng: Tensor | None,
 ) -> None: ...
 def layer_norm_fwd(
     input: Tensor,

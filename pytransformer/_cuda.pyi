@@ -8,6 +8,46 @@ from torch import Tensor
 Call = tuple[int, int, Tensor | None, Tensor | None, Tensor]
 
 def report_devices() -> dict[str, Any]: ...
+def attention_fwd(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    band_lower: int | None,
+    band_upper: int | None,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+    out: Tensor,
+    lse: Tensor,
+    call: Call,
+) -> None: ...
+def attention_bwd(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    band_lower: int | None,
+    band_upper: int | None,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_query: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+    grad_bias: Tensor | None,
+    call: Call,
+) -> None: ...
+def attention_workspace(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, backward: bool
+) -> int: ...
 def multiprocessors(device: int) -> int: ...
 def layer_norm_fwd(
     input: Tensor,

@@ -149,9 +149,10 @@ def pytest_collection_modifyitems(config, items):
     kept, dropped = [], []
     for item in items:
         marked = item.get_closest_marker("interpreted") is not None
-        special = INTERPRETED or EMULATED
-        wanted = (marked and INTERPRETED) or "backend_isa" in item.fixturenames if special else not marked
-        if special and wanted:
+        of_session = (marked and INTERPRETED) or "backend_isa" in item.fixturenames
+        of_the_runner = EMULATED and item.path.parent.name == "ptx"
+        wanted = of_session or of_the_runner if INTERPRETED or EMULATED else not marked
+        if (INTERPRETED or EMULATED) and wanted and not of_the_runner:
             test = item.path, item.originalname
             count = seen[test] = seen.get(test, -1) + 1
             part = INTERPRETED_PART.get(item.originalname, 1)

@@ -511,6 +511,23 @@ def test_double_backward(backend_isa):
         torch.testing.assert_close(actual, wanted, check_dtype=False, rtol=1e-3, atol=1e-4)
 
 
+def test_what_the_cuda_kernels_do_not_serve():
+    pytest.importorskip("pytransformer._cuda", reason="the CUDA module is not built")
+    from pytransformer.backends.cuda import attention as adapter
+
+    def reason(dtype=torch.bfloat16, D=64, bias=None):
+        q = torch.empty(1, 1, 2, D, dtype=dtype)
+        return adapter.why_not(q, q, q, None, bias)
+
+    assert reason() is None
+    assert reason(torch.float16, 256, torch.empty(1, 1, 2, 2)) is None
+    assert reason(torch.float32) == "it takes float16 and bfloat16, not torch.float32; Triton's kernels serve float32"
+    assert reason(D=257) == "head dims go up to 256, got 257 and 257"
+    assert reason(bias=torch.empty(2, dtype=torch.float16)) == (
+        "bias must be float32 or torch.bfloat16, not torch.float16"
+    )
+
+
 Q = torch.ones(2, 4, 5, 8)
 K = torch.ones(2, 4, 7, 8)
 GOOD = {"query": Q, "key": K, "value": K}

@@ -11,6 +11,9 @@ needs_module = pytest.mark.skipif(reason is not None, reason=str(reason))
 
 # What the fast members of each family of kernels must do.
 EXPECTED = {
+    "attention_fwd_kernel<bf16, 128, false>": ("HMMA", "LDSM", "LDGSTS"),
+    "attention_bwd_query_kernel<bf16, 128>": ("HMMA", "LDSM", "LDGSTS"),
+    "attention_bwd_key_kernel<bf16, 128>": ("HMMA", "LDSM", "LDGSTS"),
     "layer_norm_fwd_kernel<bf16, 8>": ("LDG.E.128", "STG.E.128"),
     "layer_norm_bwd_kernel<bf16, 8, 8>": ("LDG.E.128", "STG.E.128"),
     "ffn_activation_fwd_kernel<bf16, 8>": ("LDG.E.128", "STG.E.128"),

@@ -5,9 +5,8 @@
 #include <optional>
 
 #include "bindings.h"
+#include "call.h"
 #include "check.h"
-#include "kernels.h"
-#include "tensor_caster.h"
 
 namespace py = pybind11;
 
@@ -51,7 +50,7 @@ void check_lse(const TensorView& lse, const TensorView& query) {
 AttentionProblem problem(const TensorView& query, const TensorView& key, const TensorView& value,
                          const TensorView& mask, const TensorView& bias, const TensorView& key_lengths,
                          std::optional<int64_t> band_lower, std::optional<int64_t> band_upper, float scale,
-                         float softcap, uint64_t seed, uint64_t offset, float dropout_p) {
+                         float softcap, float dropout_p, const Call& call) {
   AttentionProblem a{query,
                      key,
                      value,
@@ -63,33 +62,31 @@ AttentionProblem problem(const TensorView& query, const TensorView& key, const T
                      scale,
                      softcap,
                      dropout_p,
-                     seed,
-                     offset};
+                     call.seed(),
+                     call.offset()};
   check_problem(a);
   return a;
 }
 
 void forward(const TensorView& query, const TensorView& key, const TensorView& value, const TensorView& mask,
              const TensorView& bias, const TensorView& key_lengths, std::optional<int64_t> band_lower,
-             std::optional<int64_t> band_upper, float scale, float softcap, uint64_t seed, uint64_t offset,
-             float dropout_p, const TensorView& out, const TensorView& lse) {
-  const AttentionProblem a = problem(query, key, value, mask, bias, key_lengths, band_lower, band_upper, scale, softcap,
-                                     seed, offset, dropout_p);
+             std::optional<int64_t> band_upper, float scale, float softcap, float dropout_p, const TensorView& out,
+             const TensorView& lse, const Call& call) {
+  const AttentionProblem a =
+      problem(query, key, value, mask, bias, key_lengths, band_lower, band_upper, scale, softcap, dropout_p, call);
   const TensorView& q = a.query;
   check_heads(out, q, q.shape[0], q.shape[1], q.shape[2], a.value.shape[3], "out");
   check_lse(lse, q);
-  py::gil_scoped_release released;
-  kernels().attention_fwd({a, out, lse});
+  call(PYTRANSFORMER_KERNEL(attention_fwd), AttentionForward{a, out, lse});
 }
 
 void backward(const TensorView& query, const TensorView& key, const TensorView& value, const TensorView& mask,
               const TensorView& bias, const TensorView& key_lengths, std::optional<int64_t> band_lower,
-              std::optional<int64_t> band_upper, float scale, float softcap, uint64_t seed, uint64_t offset,
-              float dropout_p, const TensorView& out, const TensorView& lse, const TensorView& grad_out,
-              const TensorView& grad_query, const TensorView& grad_key, const TensorView& grad_value,
-              const TensorView& grad_bias) {
-  const AttentionProblem a = problem(query, key, value, mask, bias, key_lengths, band_lower, band_upper, scale, softcap,
-                                     seed, offset, dropout_p);
+              std::optional<int64_t> band_upper, float scale, float softcap, float dropout_p, const TensorView& out,
+              const TensorView& lse, const TensorView& grad_out, const TensorView& grad_query,
+              const TensorView& grad_key, const TensorView& grad_value, const TensorView& grad_bias, const Call& call) {
+  const AttentionProblem a =
+      problem(query, key, value, mask, bias, key_lengths, band_lower, band_upper, scale, softcap, dropout_p, call);
   const TensorView &q = a.query, &k = a.key, &v = a.value;
   const int64_t B = q.shape[0], H = q.shape[1], T = q.shape[2], G = k.shape[1], S = k.shape[2];
   check_heads(out, q, B, H, T, v.shape[3], "out");
@@ -101,15 +98,30 @@ void backward(const TensorView& query, const TensorView& key, const TensorView& 
   PYTRANSFORMER_CHECK(!grad_bias || (a.bias && grad_bias.dtype == DType::float32 && grad_bias.ndim == 4 &&
                                      grad_bias.contiguous() && grad_bias.numel() == B * H * T * S),
                       "attention: grad_bias must be contiguous float32 [B,H,T,S]");
-  py::gil_scoped_release released;
-  kernels().attention_bwd({a, out, lse, grad_out, grad_query, grad_key, grad_value, grad_bias});
+  call(PYTRANSFORMER_KERNEL(attention_bwd),
+       AttentionBackward{a, out, lse, grad_out, grad_query, grad_key, grad_value, grad_bias});
 }
+
+#ifdef PYTRANSFORMER_CUDA_MODULE
+
+int64_t workspace(const TensorView& query, const TensorView& key, const TensorView& value, const TensorView& mask,
+                  float dropout_p, bool backward) {
+  AttentionProblem a{query, key, value, mask};
+  a.dropout_p = dropout_p;
+  check_problem(a);
+  return backward ? cuda::attention_bwd_workspace(a) : cuda::attention_fwd_workspace(a);
+}
+
+#endif
 
 }  // namespace
 
 void bind_attention(py::module_& module) {
   module.def("attention_fwd", &forward);
   module.def("attention_bwd", &backward);
+#ifdef PYTRANSFORMER_CUDA_MODULE
+  module.def("attention_workspace", &workspace, "Bytes of workspace that a call needs.");
+#endif
 }
 
 }  // namespace pytransformer

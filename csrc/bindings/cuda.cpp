@@ -41,6 +41,7 @@ PYBIND11_MODULE(_cuda, module) {
         return pytransformer::cuda::multiprocessors();
       },
       py::arg("device"));
+  pytransformer::bind_attention(module);
   pytransformer::bind_embedding(module);
   pytransformer::bind_ffn(module);
   pytransformer::bind_layer_norm(module);

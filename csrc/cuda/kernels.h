@@ -11,6 +11,9 @@ struct CUstream_st;  // what a cudaStream_t points to
 
 namespace pytransformer {
 
+struct AttentionProblem;
+struct AttentionForward;
+struct AttentionBackward;
 struct CrossEntropyRows;
 struct EmbeddingForward;
 struct EmbeddingTableBackward;
@@ -30,6 +33,11 @@ struct Launch {
   TensorView counters;   // int32, all zero when a kernel starts, and when it has ended
 };
 
+void attention_fwd(const AttentionForward& a, const Launch& launch);
+void attention_bwd(const AttentionBackward& a, const Launch& launch);
+// Bytes of workspace that they need.
+int64_t attention_fwd_workspace(const AttentionProblem& problem);
+int64_t attention_bwd_workspace(const AttentionProblem& problem);
 void cross_entropy_rows(const CrossEntropyRows& a, const Launch& launch);
 void embedding_fwd(const EmbeddingForward& a, const Launch& launch);
 void embedding_table_bwd(const EmbeddingTableBackward& a, const Launch& launch);

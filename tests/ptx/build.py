@@ -33,7 +33,9 @@ JOBS = int(os.environ.get("MAX_JOBS") or min(os.cpu_count() or 1, 4))
 # Only fma fuses: -ffp-contract=off. Translated kernels jump past declarations and are one long function.
 CXX = ["g++", "-std=c++17", "-fPIC", "-march=native", "-ffp-contract=off", f"-I{RUNTIME}"]
 NVCC = ["nvcc", "-std=c++17", "-O3", "-lineinfo", "-DNDEBUG"]
-KERNEL = ["-O1", "-w"]  # how a translated kernel is compiled
+# How a translated kernel is compiled: one of many thousand lines is run on too little for optimising to pay.
+SMALL, LARGE = ("-Og", "-w"), ("-O0", "-w")
+LARGE_FROM = 4000  # lines of C++
 HEADERS = ("instructions.h", "arithmetic.h", "machine.h", "values.h")
 ARCHS = ("80", "90a")
 
@@ -108,14 +110,14 @@ def ptx_of(source: Path, arch: str, defines: Sequence[str] = (), text: str | Non
 
 
 @cache
-def headers() -> Path:
+def headers(flags: tuple[str, ...]) -> Path:
     """A folder with the runtime's headers, the larger one compiled ahead: kernels are small beside it."""
-    key = digest(*((RUNTIME / name).read_text() for name in HEADERS), CXX, KERNEL)
+    key = digest(*((RUNTIME / name).read_text() for name in HEADERS), CXX, flags)
     folder = CACHE / f"include-{key}"
     folder.mkdir(parents=True, exist_ok=True)
     for name in HEADERS:
         made(folder / name, ["cp", str(RUNTIME / name), "{}"])
-    made(folder / "instructions.h.gch", [*CXX[:-1], *KERNEL, "-x", "c++-header", str(folder / HEADERS[0]), "-o", "{}"])
+    made(folder / "instructions.h.gch", [*CXX[:-1], *flags, "-x", "c++-header", str(folder / HEADERS[0]), "-o", "{}"])
     return folder
 
 
@@ -190,7 +192,7 @@ def _cuda_include() -> str:
 def kernel(ptx: str, name: str) -> tuple[Path, dict[int, tuple[str, str]]]:
     """The shared library of one kernel, and what its lines are."""
     translator = "".join(path.read_text() for path in sorted((HERE / "translate").glob("*.py")))
-    stem = digest(ptx, name, headers(), translator)
+    stem = digest(ptx, name, headers(SMALL), headers(LARGE), translator)
     library, table = CACHE / f"{stem}.so", CACHE / f"{stem}.json"
     if not (library.exists() and table.exists()):
         translation = translate(parse(ptx), name)
@@ -198,5 +200,6 @@ def kernel(ptx: str, name: str) -> tuple[Path, dict[int, tuple[str, str]]]:
         source.parent.mkdir(parents=True, exist_ok=True)
         source.write_text(translation.code)
         table.write_text(json.dumps(translation.lines))
-        made(library, [*CXX[:-1], *KERNEL, f"-I{headers()}", "-shared", str(source), "-o", "{}"])
+        flags = LARGE if translation.code.count("\n") > LARGE_FROM else SMALL
+        made(library, [*CXX[:-1], *flags, f"-I{headers(flags)}", "-shared", str(source), "-o", "{}"])
     return library, {int(line): tuple(what) for line, what in json.loads(table.read_text()).items()}

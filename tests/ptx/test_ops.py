@@ -1,8 +1,9 @@
 """The library's CUDA kernels under the runner: outputs and gradients against the float64 reference.
 
 The cases are few and small, each there for something that breaks kernels: ragged ends, every kind of mask, dropout,
-views, a row wider than a block. All run on the PTX of each architecture, plain, and again with the detectors on a
-random schedule. ``make test-ptx`` runs the whole tests of the ops over this backend.
+views, a row wider than a block. All run on the PTX for compute capability 8.0, plain, and again with the detectors on a
+random schedule; a part of them on that for 9.0. ``make test-ptx`` runs all of them on both, and the whole tests of the
+ops over this backend.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pytransformer import _cpu
 from pytransformer.backends._arguments import contiguous
-from pytransformer.backends.cpu._arguments import philox_key, unsupported_dtype
+from pytransformer.backends.cpu._arguments import unsupported_dtype
 
 
 def why_not(
@@ -59,10 +59,10 @@ def attention_fwd(
         band_upper,
         scale,
         softcap,
-        *philox_key(rng),
         dropout_p,
         out,
         lse,
+        contiguous(rng),
     )
     return out, lse
 
@@ -99,7 +99,6 @@ def attention_bwd(
         band_upper,
         scale,
         softcap,
-        *philox_key(rng),
         dropout_p,
         out,
         lse,
@@ -108,6 +107,7 @@ def attention_bwd(
         grad_key,
         grad_value,
         grad_bias if needs_bias else None,
+        contiguous(rng),
     )
     if needs_bias and bias is not None:
         grad_bias = grad_bias.sum_to_size(bias.shape).to(bias.dtype)

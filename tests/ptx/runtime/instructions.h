@@ -6,13 +6,6 @@
 
 namespace ptx {
 
-// Each place in the code remembers which tensor it touched last.
-#define HINT                  \
-  ([]() -> uint32_t& {        \
-    static uint32_t hint = 0; \
-    return hint;              \
-  }())
-
 template <class T>
 inline T taken(const uint8_t* from) {
   T value;

@@ -47,8 +47,8 @@ Block block;
 
 namespace {
 
-constexpr size_t stack_bytes = 256 << 10;
-constexpr uint32_t patience = 1 << 14;  // backward branches before a thread gives way
+constexpr size_t stack_bytes = 1 << 20;  // a large kernel is compiled without optimisation: a slot for each register
+constexpr uint32_t patience = 1 << 14;   // backward branches before a thread gives way
 constexpr uint64_t usual_limit = uint64_t(1) << 28;
 uint64_t endless = usual_limit;  // and before it is taken to be stuck
 

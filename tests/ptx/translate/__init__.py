@@ -3,8 +3,8 @@
 ``parse`` reads the text into statements and knows nothing of what they mean. ``function`` turns one kernel into one
 C++ function: a PTX register becomes a local variable, a branch a ``goto``, an instruction a few lines over
 ``runtime/instructions.h`` (what a thread does alone) and ``runtime/machine.h`` (what needs other threads or memory).
-What an opcode becomes stands in ``arithmetic``, ``memory``, ``cooperation`` and ``hopper``, one function for each
-family of opcodes; an opcode or modifier without one is an error that names its line, never a guess.
+What an opcode becomes stands in ``arithmetic``, ``memory`` and ``cooperation``, one function for each family of
+opcodes; an opcode or modifier without one is an error that names its line, never a guess.
 """
 
 from __future__ import annotations

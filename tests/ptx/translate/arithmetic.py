@@ -19,6 +19,9 @@ BOOLEAN = {"and": "&&", "or": "||", "xor": "!="}
 def _apply(f: Function, i: Instruction, name: str, inputs: int, directed: str = "") -> None:
     """``args[0] = op::name(args[1], ...)`` in the opcode's type, with .ftz, .sat and .relu."""
     type = PAIRS.get(i.type, i.type)
+    if (plain := _plain(f, i, name)) and not directed:
+        f.write(i.args[0], *plain)
+        return
     arguments = [f.read(arg, i.type) for arg in i.args[1 : 1 + inputs]]
     flush = i.has("ftz") and type == "f32"
     if type != i.type:
@@ -45,6 +48,24 @@ def _apply(f: Function, i: Instruction, name: str, inputs: int, directed: str = 
     f.write(i.args[0], call)
 
 
+OPERATORS = {"add": "+", "sub": "-", "mul": "*", "mul_lo": "*"}
+
+
+def _plain(f: Function, i: Instruction, name: str) -> tuple[str, str] | None:
+    """The commonest operations as C++'s own, and the type they give; wrapping integers are unsigned."""
+    if i.has("ftz", "sat", "relu") or i.type not in ("u32", "s32", "u64", "s64", "b32", "b64", "f32"):
+        return None
+    type = i.type if i.type == "f32" else f"u{WIDTH[i.type]}"
+    values = [f.read(arg, type) for arg in i.args[1:]]
+    if name in OPERATORS:
+        return f"({values[0]} {OPERATORS[name]} {values[1]})", type
+    if name == "mad_lo":
+        return f"({values[0]} * {values[1]} + {values[2]})", type
+    if name == "fma" and type == "f32":
+        return f"__builtin_fmaf({', '.join(values)})", type
+    return None
+
+
 @opcode("mov")
 def mov(f: Function, i: Instruction) -> None:
     to, source = i.args
@@ -60,7 +81,7 @@ def mov(f: Function, i: Instruction) -> None:
         values = ", ".join(f.read(part, f"b{WIDTH[i.type] // len(parts)}") for part in parts)
         f.write(to, f"joined<{cpp(f'b{WIDTH[i.type]}')}>({values})")
     else:
-        f.write(to, f.read(source, i.type))
+        f.write(to, f.read(source, i.type), i.type)
 
 
 @opcode("cvta")
@@ -68,11 +89,12 @@ def cvta(f: Function, i: Instruction) -> None:
     space = next((part.split("::")[0] for part in i.parts if part.split("::")[0] in ("shared", "param")), "")
     if space == "shared":
         to = i.has("to")
-        f.write(i.args[0], f"{'shared_address' if to else 'shared_pointer'}({f.read(i.args[1], 'u64')})")
+        name, type = ("shared_address", "u32") if to else ("shared_pointer", "u64")
+        f.write(i.args[0], f"{name}({f.read(i.args[1], 'u64')})", type)
     elif space == "param":
         f.write(i.args[0], f"reinterpret_cast<uintptr_t>(params) + {f.read(i.args[1], 'u64')}")
     else:
-        f.write(i.args[0], f.read(i.args[1], "u64"))
+        f.write(i.args[0], f.read(i.args[1], "u64"), "u64")
 
 
 @opcode("add", "sub", "mul", "mad", "fma", "div", "rem", "min", "max")
@@ -129,12 +151,16 @@ def sad(f: Function, i: Instruction) -> None:
 @opcode("and", "or", "xor")
 def logic(f: Function, i: Instruction) -> None:
     name = {"and": "&", "or": "|", "xor": "^"}[i.base]
-    f.write(i.args[0], f"{cpp(i.type)}({f.read(i.args[1], i.type)} {name} {f.read(i.args[2], i.type)})")
+    f.write(i.args[0], f"{cpp(i.type)}({f.read(i.args[1], i.type)} {name} {f.read(i.args[2], i.type)})", i.type)
 
 
 @opcode("shl", "shr")
 def shift(f: Function, i: Instruction) -> None:
     name = {"shl": "shift_left", "shr": "shift_right"}[i.base]
+    if i.args[2].isdigit() and int(i.args[2]) < WIDTH[i.type]:
+        sign = "<<" if i.base == "shl" else ">>"
+        f.write(i.args[0], f"{cpp(i.type)}({f.read(i.args[1], i.type)} {sign} {i.args[2]})", i.type)
+        return
     f.write(i.args[0], f"op::{name}<{cpp(i.type)}>({f.read(i.args[1], i.type)}, {f.read(i.args[2], 'u32')})")
 
 
@@ -181,17 +207,19 @@ def compare(f: Function, i: Instruction) -> None:
         f.write(i.args[0], f"({test} ? {result}({yes}) : {result}(0))")
         return
     first, _, second = i.args[0].partition("|")
+    if not second:
+        f.write(first, test, "pred")
+        return
     f.emit(f"{{ const bool test = {test};")
-    f.write(first, "test")
-    if second:
-        f.write(second, "!test")
+    f.write(first, "test", "pred")
+    f.write(second, "!test", "pred")
     f.emit("}")
 
 
 @opcode("selp")
 def selp(f: Function, i: Instruction) -> None:
     x, y = (f.read(arg, i.type) for arg in i.args[1:3])
-    f.write(i.args[0], f"({f.read(i.args[3], 'pred')} ? {x} : {y})")
+    f.write(i.args[0], f"({f.read(i.args[3], 'pred')} ? {x} : {y})", i.type)
 
 
 @opcode("cvt")

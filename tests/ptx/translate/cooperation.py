@@ -45,7 +45,7 @@ def shuffle(f: Function, i: Instruction) -> None:
     mode = i.one_of("up", "down", "bfly", "idx")
     f.emit("{ bool within;")
     f.emit(f"const uint32_t got = shuffle(Shuffle::{mode}, {mask}, {value}, {distance}, {bounds}, &within, {i.line});")
-    f.write(to, "got")
+    f.write(to, "got", "u32")
     if valid:
         f.write(valid, "within")
     f.emit("}")
@@ -103,7 +103,7 @@ def matrix(f: Function, i: Instruction) -> None:
     if load:
         f.emit(f"{{ uint32_t rows[{count}]; load_matrices(rows, {rest}")
         for n, register in enumerate(registers):
-            f.write(register, f"rows[{n}]")
+            f.write(register, f"rows[{n}]", "u32")
     else:
         f.emit(f"{{ uint32_t rows[{count}] = {{{', '.join(f.read(r, 'b32') for r in registers)}}};")
         f.emit(f"store_matrices(rows, {rest}")
@@ -135,5 +135,5 @@ def mma(f: Function, i: Instruction) -> None:
         f.emit(f"const uint32_t {name}[] = {{" + ", ".join(f.read(x, "b32") for x in registers) + "};")
     f.emit(f"multiply(Fragments::{shapes[shape, a]}, d, a, b, c, {i.line});")
     for n, register in enumerate(to):
-        f.write(register, f"d[{n}]")
+        f.write(register, f"d[{n}]", "f32")
     f.emit("}")

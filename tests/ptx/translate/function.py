@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ptx.translate.parse import Kernel, Module, Statement, UnsupportedError, Variable, split
-from ptx.translate.types import WIDTH, cpp, unsigned
+from ptx.translate.types import WIDTH, cast, cpp, integral, unsigned
 
 SHARED_BASE = 0x400  # where the first shared variable stands, as on devices of compute capability 8 and 9
 
@@ -112,6 +112,7 @@ class Function:
     targets: dict[str, tuple[str, ...]] = field(default_factory=dict)
     shared_bytes: int = 0
     dynamic_align: int = 16
+    hints: int = 0
     features: set[str] = field(default_factory=set)
 
     def emit(self, line: str) -> None:
@@ -127,12 +128,12 @@ class Function:
         if operand.startswith("!"):
             return f"(!{self.read(operand[1:], type)})"
         if (register := self.register(operand)) is not None:
-            return register[0] if register[1] == want else f"bits<{want}>({register[0]})"
+            return cast(register[0], register[1], want)
         if operand[0] in "-0123456789":
             return _literal(operand, want)
         if operand.startswith("%"):
-            return f"static_cast<{want}>({_special(operand)})"
-        return f"static_cast<{want}>({self.address_of(operand)})"
+            return f"{want}({_special(operand)})"
+        return f"{want}({self.address_of(operand)})"
 
     def address_of(self, name: str) -> str:
         base, _, offset = name.partition("+")
@@ -159,14 +160,21 @@ class Function:
         plain = base if offset == 0 else f"({base} + ({offset}))"
         return f"uint32_t({plain})" if shared else plain
 
-    def write(self, operand: str, value: str) -> None:
+    def write(self, operand: str, value: str, type: str = "") -> None:
+        """Assigns a C++ expression; ``type``, where given, is the PTX type that it has."""
         if operand == "_":
             self.emit(f"(void)({value});")
             return
         register = self.register(operand)
         if register is None:
             raise UnsupportedError(f"the destination {operand!r}")
-        self.emit(f"{register[0]} = bits<{register[1]}>({value});")
+        converted = cast(value, cpp(type), register[1]) if type else f"bits<{register[1]}>({value})"
+        self.emit(f"{register[0]} = {converted};")
+
+    def hint(self) -> str:
+        """A place of its own in which an access remembers the tensor it touched."""
+        self.hints += 1
+        return f"hints[{self.hints - 1}]"
 
     def vector(self, operand: str) -> list[str]:
         return split(operand[1:-1]) if operand.startswith("{") else [operand]
@@ -258,6 +266,7 @@ def translate(module: Module, name: str) -> Translation:
         '#include "instructions.h"',
         "using namespace ptx;",
         *constants,
+        f"static uint32_t hints[{max(function.hints, 1)}];",
         "static void body(const uint8_t* params) {",
         *function.out,
         "}",
@@ -337,6 +346,8 @@ def _literal(text: str, want: str) -> str:
     if re.fullmatch(r"0[dD][0-9a-fA-F]{16}", text):
         return f"bits<{want}>(uint64_t(0x{text[2:]}ull))"
     value = int(text.rstrip("U"), 0) & (2**64 - 1)
+    if integral(want) and want != "bool":
+        return f"{want}({value & 0xFFFFFFFF}u)" if "64" not in want else f"{want}({value}ull)"
     if want in ("float", "double", "half", "bfloat16"):
         raise UnsupportedError(f"the literal {text!r} as {want}")
     return f"static_cast<{want}>({value}ull)"

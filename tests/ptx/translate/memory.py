@@ -11,7 +11,7 @@ import re
 
 from ptx.translate.function import Function, Instruction, opcode
 from ptx.translate.parse import UnsupportedError
-from ptx.translate.types import WIDTH, cpp, unsigned
+from ptx.translate.types import WIDTH, cast, cpp, unsigned
 
 SPACES = ("shared", "global", "param", "local", "const")
 STRONG = ("volatile", "relaxed", "acquire", "release", "mmio")
@@ -45,19 +45,19 @@ def access(f: Function, i: Instruction) -> None:
     if space == "param":
         address = f.address(where)
         for n, value in enumerate(values):
-            f.write(value, f"load_param<{cpp(i.type)}>(params + {address} + {n * WIDTH[i.type] // 8})")
+            f.write(value, f"load_param<{cpp(i.type)}>(params + {address} + {n * WIDTH[i.type] // 8})", i.type)
         return
     vector = f"Vector<{unsigned(i.type)}, {len(values)}>"
     address = f.address(where, shared=space == "shared")
     kind = "Access::strong" if i.has(*STRONG) else "Access::weak"
     place = "shared" if space == "shared" else "private" if space in ("local", "const") else space
-    site = f"{i.line}" if place in ("shared", "private") else f"{i.line}, HINT"
+    site = f"{i.line}" if place in ("shared", "private") else f"{i.line}, {f.hint()}"
     f.emit("{")
     _order(f, i, before=True)
     if load:
         f.emit(f"const auto loaded = load_{place}<{vector}>({address}, {kind}, {site});")
         for n, value in enumerate(values):
-            f.write(value, f"bits<{cpp(i.type)}>(loaded.x[{n}])")
+            f.write(value, cast(f"loaded.x[{n}]", unsigned(i.type), cpp(i.type)), i.type)
     else:
         stored = ", ".join(f.read(value, f"b{WIDTH[i.type]}") for value in values)
         f.emit(f"store_{place}<{vector}>({address}, {{{{{stored}}}}}, {kind}, {site});")
@@ -82,7 +82,7 @@ def atomic(f: Function, i: Instruction) -> None:
     values = ", ".join(f.read(operand, i.type) for operand in operands)
     f.emit("{")
     _order(f, i, before=True)
-    call = f"atomic_{'shared' if shared else 'global'}<{type}>({address}, {i.line}, {'' if shared else 'HINT, '}"
+    call = f"atomic_{'shared' if shared else 'global'}<{type}>({address}, {i.line}, {'' if shared else f.hint() + ', '}"
     f.emit(
         f"const auto old = {call}[](auto old, auto... x) {{ return op::atomic_{name}<{type}>(old, x...); }}, {values});"
     )
@@ -106,10 +106,7 @@ def fence(f: Function, i: Instruction) -> None:
 @opcode("cp")
 def copy(f: Function, i: Instruction) -> None:
     if i.has("bulk"):
-        from ptx.translate.hopper import bulk_copy
-
-        bulk_copy(f, i)
-        return
+        raise UnsupportedError("bulk copies")
     f.features.add("cp_async")
     if i.has("commit_group"):
         f.emit("copies_commit();")
@@ -127,7 +124,7 @@ def copy(f: Function, i: Instruction) -> None:
         if i.has("cg") and size != 16:
             raise UnsupportedError("cp.async.cg of other than 16 bytes")
         source = f.address(i.args[1])
-        f.emit(f"copy_async({f.address(i.args[0], shared=True)}, {source}, {size}, {given}, {i.line}, HINT);")
+        f.emit(f"copy_async({f.address(i.args[0], shared=True)}, {source}, {size}, {given}, {i.line}, {f.hint()});")
 
 
 @opcode("isspacep")

@@ -23,3 +23,19 @@ def cpp(type: str) -> str:
 
 def unsigned(type: str) -> str:
     return "bool" if type == "pred" else "Bits128" if type == "b128" else f"uint{WIDTH[type]}_t"
+
+
+def integral(cpp_type: str) -> bool:
+    return cpp_type == "bool" or cpp_type.startswith(("int", "uint"))
+
+
+def cast(value: str, source: str, target: str) -> str:
+    """``value``, whose C++ type is ``source``, as ``target``; integers by C++'s own conversion, the rest bit by bit.
+
+    Plain expressions rather than templates: a kernel has thousands, and the compiler's time is the tests' time.
+    """
+    if source == target:
+        return value
+    if integral(source) and integral(target):
+        return f"{target}({value})"
+    return f"bits<{target}>({value})"

@@ -1,0 +1,95 @@
+// What the attention kernels are given, and how the launchers make it of the problem.
+#pragma once
+
+#include "attention.h"
+#include "philox.cuh"
+
+namespace pytransformer::cuda {
+
+// A [B,H,T,width] tensor whose last stride is 1; strides in elements.
+struct Heads {
+  void* data = nullptr;
+  int64_t batch = 0, head = 0, row = 0;
+  int width = 0;
+};
+
+struct Bias {
+  const void* data = nullptr;
+  int64_t batch = 0, head = 0, query = 0, key = 0;
+  bool is_float32 = false;  // otherwise of the inputs' type
+};
+
+// A packed mask: 32 keys a word, and for mask_rows queries x 32 keys whether all, none or some may be seen.
+// A dimension that the mask is broadcast in has stride 0 and one entry.
+constexpr int mask_rows = 64;
+enum MaskState : uint8_t { mask_empty, mask_partial, mask_full };
+
+struct PackedMask {
+  uint32_t* bits = nullptr;
+  int64_t batch = 0, head = 0, row = 0;
+  uint8_t* states = nullptr;
+  int64_t states_batch = 0, states_head = 0, states_row = 0;
+};
+
+struct AttentionArguments {
+  Heads query, key, value;
+  Bias bias;
+  PackedMask mask;
+  const int64_t* key_lengths = nullptr;
+  DropoutArgument dropout;
+  int B, H, group, T, S;  // `group` query heads share a key head
+  int lower, upper;       // of the band; far beyond any position where it is open
+  float scale, softcap;
+
+  __host__ __device__ bool shapes_scores() const { return bias.data != nullptr || softcap > 0; }
+};
+
+constexpr int band_limit = 1 << 30;
+
+// Bytes of the packed mask of a problem; 0 without one.
+int64_t packed_mask_bytes(const AttentionProblem& problem);
+
+// Packs the mask, if there is one, into `memory`, and gathers everything else.
+AttentionArguments attention_arguments(const char* name, const AttentionProblem& problem, const Launch& launch,
+                                       char* memory);
+
+// How the keys of few queries are split (attention_decode.cu): into `splits` shares of `share` keys; one share where
+// the forward kernel serves the call.
+struct DecodeSplit {
+  int64_t splits, share;
+};
+
+DecodeSplit decode_split(const AttentionProblem& problem);
+int64_t attention_decode_workspace(const AttentionProblem& problem, const DecodeSplit& split);
+void attention_decode(const AttentionForward& problem, const DecodeSplit& split, const Launch& launch);
+
+// Workspaces are tensors of 4-byte elements.
+inline void check_workspace(const char* name, const Launch& launch, int64_t bytes) {
+  const int64_t given = launch.workspace ? launch.workspace.numel() * 4 : 0;
+  if (given < bytes) fail(name, ": workspace must have ", bytes, " bytes, got ", given);
+}
+
+// The view of a [B,H,T,D] tensor whose rows are aligned for 16-byte accesses, or an error.
+Heads aligned_heads(const char* name, const char* argument, const TensorView& view);
+
+// The same of any tensor: for results of a width that 8 does not divide, which are stored one by one.
+Heads unaligned_heads(const TensorView& view);
+
+// The view of a result, which must be aligned where its rows are stored in whole chunks.
+inline Heads result_heads(const char* name, const char* argument, const TensorView& view) {
+  return view.shape[3] % 8 == 0 ? aligned_heads(name, argument, view) : unaligned_heads(view);
+}
+
+// body(integral_constant<int, D>) for the narrowest compiled head width D that holds `width` columns.
+template <class Body>
+void by_head_width(const char* name, int64_t width, const Body& body) {
+  if (width <= 32) return body(std::integral_constant<int, 32>());
+  if (width <= 64) return body(std::integral_constant<int, 64>());
+  if (width <= 96) return body(std::integral_constant<int, 96>());
+  if (width <= 128) return body(std::integral_constant<int, 128>());
+  if (width <= 192) return body(std::integral_constant<int, 192>());
+  if (width <= 256) return body(std::integral_constant<int, 256>());
+  fail(name, ": head dims go up to 256, got ", width);
+}
+
+}  // namespace pytransformer::cuda

@@ -1,0 +1,73 @@
+// The host side of the backward, and what it needs of each query: the lse in units of log2, and delta.
+#include "attention_bwd.cuh"
+
+namespace pytransformer::cuda {
+namespace {
+
+constexpr const char* name = "attention_bwd";
+
+// delta = sum(dOut * out): one warp a row, in one order.
+template <class T>
+__global__ void __launch_bounds__(threads)
+    attention_bwd_statistics_kernel(const __grid_constant__ BackwardArguments a) {
+  const int64_t row = int64_t(blockIdx.x) * warps + warp();
+  if (row >= int64_t(a.B) * a.H * a.T) return;  // the whole warp
+  const int64_t t = row % a.T, head = row / a.T % a.H, batch = row / a.T / a.H;
+  const auto row_of = [&](const Heads& x) {
+    return static_cast<const T*>(x.data) + batch * x.batch + head * x.head + t * x.row;
+  };
+  const T *out = row_of(a.out), *grad_out = row_of(a.grad_out);
+  float delta = 0;
+  if (a.out.width % 8 == 0) {
+    for (int column = lane() * 8; column < a.out.width; column += 32 * 8) {
+      float x[8], y[8];
+      load(out + column, x);
+      load(grad_out + column, y);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) delta += x[i] * y[i];
+    }
+  } else {
+    for (int column = lane(); column < a.out.width; column += 32) {
+      delta += to_float(out[column]) * to_float(grad_out[column]);
+    }
+  }
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) delta += __shfl_xor_sync(all_lanes, delta, distance);
+  const float lse = a.lse[row];
+  if (lane() == 0) a.statistics[row] = {lse == -infinity ? 0.0f : lse * log2_e, delta};
+}
+
+int64_t statistics_bytes(const AttentionProblem& p) {
+  const int64_t rows = p.query.shape[0] * p.query.shape[1] * p.query.shape[2];
+  return ceil_div(rows * int64_t(sizeof(float2)), 16) * 16;
+}
+
+}  // namespace
+
+int64_t attention_bwd_workspace(const AttentionProblem& p) {
+  return statistics_bytes(p) + packed_mask_bytes(p);
+}
+
+void attention_bwd(const AttentionBackward& p, const Launch& launch) {
+  check_workspace(name, launch, attention_bwd_workspace(p));
+  char* workspace = launch.workspace.ptr<char>();
+  BackwardArguments a{attention_arguments(name, p, launch, workspace + statistics_bytes(p))};
+  a.out = result_heads(name, "out", p.out);
+  a.grad_out = aligned_heads(name, "grad_out", p.grad_out);
+  a.lse = p.lse.ptr<const float>();
+  a.statistics = reinterpret_cast<float2*>(workspace);
+  a.grad_query = result_heads(name, "grad_query", p.grad_query);
+  a.grad_key = result_heads(name, "grad_key", p.grad_key);
+  a.grad_value = result_heads(name, "grad_value", p.grad_value);
+  a.grad_bias = p.grad_bias.ptr<float>();
+  by_dtype<__half, __nv_bfloat16>(name, p.query.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t rows = int64_t(a.B) * a.H * a.T;
+    start("attention_bwd: statistics", p.query, attention_bwd_statistics_kernel<T>,
+          Shape{dim3(unsigned(ceil_div(rows, warps))), dim3(threads)}, launch, a);
+    attention_bwd_query<T>(a, p.query, launch);
+    attention_bwd_key<T>(a, p.key, launch);
+  });
+}
+
+}  // namespace pytransformer::cuda

@@ -1,0 +1,173 @@
+// Attention, backward: the weights are made again, tile by tile, from the scores and the lse.
+//
+//     P = exp(scores - lse);  dV = P^T dOut;  dP = dOut V^T;  dS = P * (dP - delta);  dQ = dS K;  dK = dS^T Q
+//
+// with delta = sum(dOut * out) of each row. Three kernels: one makes delta; one owns blocks of queries and walks over
+// the keys for dQ, and for the gradient of a bias, which is dS; one owns blocks of keys and walks over the queries of
+// all heads that share them, for dK and dV. That is seven products where one kernel would do with five, and no atomics:
+// everything is added up by one owner in one order, the same bits in every run.
+//
+// The second and the third kernel differ in which way round they hold a tile of scores, because what the last product
+// takes from registers is its left operand: dS for dQ, P^T and dS^T for dV and dK. What happens to a score in between
+// is written here once, and a `Place` tells where it stands:
+//
+//     place.query(m, i), place.key(...)     its position
+//     place.statistics(m, n, i)             (lse in units of log2, delta) of its query
+//
+// As in the forward, an operand that a weight of 0 multiplies may be NaN. The blocks look at their sums, and where
+// these hold a NaN start over with the operand of the last product (keys, or queries) cleaned in partial tiles.
+//
+// Source: Dao et al., "FlashAttention", 2022, algorithm 4; Dao, "FlashAttention-2", 2023, section 3.1.
+#pragma once
+
+#include "attention_scores.cuh"
+
+namespace pytransformer::cuda {
+
+struct BackwardArguments : AttentionArguments {
+  Heads out, grad_out;
+  const float* lse;
+  float2* statistics;  // of each query: lse in units of log2 (0 for -inf), delta
+  Heads grad_query, grad_key, grad_value;
+  float* grad_bias;  // [B,H,T,S], zeros where no tile is visited; or null
+};
+
+// Starts the kernels that own queries and keys.
+template <class T>
+void attention_bwd_query(const BackwardArguments& a, const TensorView& query, const Launch& launch);
+template <class T>
+void attention_bwd_key(const BackwardArguments& a, const TensorView& key, const Launch& launch);
+
+// Scale, soft cap and bias of a tile of products; what is hidden later may be NaN.
+template <class T, int M, int N, class Place>
+__device__ inline void shape_scores(float (&x)[M][N / 8][4], const AttentionArguments& a, const Place& place,
+                                    int64_t bias_offset) {
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+#pragma unroll
+    for (int n = 0; n < N / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int t = place.query(m, n, i), s = place.key(m, n, i);
+        const bool inside = a.bias.data != nullptr && t < a.T && s < a.S;
+        const float bias = inside ? bias_at<T>(a.bias, bias_offset + t * a.bias.query + s * a.bias.key) : 0.0f;
+        x[m][n][i] = shaped_score(x[m][n][i], bias, a);
+      }
+    }
+  }
+}
+
+// Which scores of a tile are visible, and which dropout keeps. Made before the products: later registers are scarce.
+template <int M>
+struct TileBits {
+  uint32_t visible[M], kept[M];
+
+  template <class Place>
+  __device__ TileBits(const Place& place, bool partial, const DropoutArgument& dropout) {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      visible[m] = partial ? place.visible(m) : 0xffffffffu;
+      kept[m] = dropout.rng != nullptr ? place.kept(m) : 0xffffffffu;
+    }
+  }
+};
+
+// From products and dP to P (after dropout) in `p` and dS in `ds`.
+template <class T, int M, int N, class Place>
+__device__ inline void score_gradients(float (&p)[M][N / 8][4], float (&ds)[M][N / 8][4], const BackwardArguments& a,
+                                       const Place& place, const TileBits<M>& bits, bool partial, int64_t bias_offset,
+                                       float* grad_bias) {
+  if (a.shapes_scores()) shape_scores<T, M, N>(p, a, place, bias_offset);
+  const float factor = score_factor(a);
+  const bool drops = a.dropout.rng != nullptr;
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+#pragma unroll
+    for (int n = 0; n < N / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float &weight = p[m][n][i], &gradient = ds[m][n][i];
+        const float2 statistics = place.statistics(m, n, i);
+        weight = ptx::exp2(fmaf(weight, factor, -statistics.x));
+        if (drops) gradient = bits.kept[m] >> (4 * n + i) & 1 ? gradient * a.dropout.scale : 0.0f;
+        gradient = weight * (gradient - statistics.y);
+        if (drops) weight = bits.kept[m] >> (4 * n + i) & 1 ? weight * a.dropout.scale : 0.0f;
+      }
+    }
+    if (partial) {
+#pragma unroll
+      for (int n = 0; n < N / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const bool seen = bits.visible[m] >> (4 * n + i) & 1;
+          p[m][n][i] = seen ? p[m][n][i] : 0.0f;
+          ds[m][n][i] = seen ? ds[m][n][i] : 0.0f;
+        }
+      }
+    }
+    if (grad_bias == nullptr) continue;
+#pragma unroll
+    for (int n = 0; n < N / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int t = place.query(m, n, i), s = place.key(m, n, i);
+        if (t < a.T && s < a.S) grad_bias[int64_t(t) * a.S + s] = ds[m][n][i];
+      }
+    }
+  }
+}
+
+// From dS to the gradient of the products, where scores are capped. The products are made again by the caller, once P
+// has been used: kept beside it they would cost registers that calls without a cap have no use for. The slope of a
+// score that nobody sees may be NaN, and its dS is 0.
+template <int M, int N>
+__device__ inline void cap_gradients(float (&ds)[M][N / 8][4], const float (&products)[M][N / 8][4],
+                                     const AttentionArguments& a) {
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+#pragma unroll
+    for (int n = 0; n < N / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        ds[m][n][i] = ds[m][n][i] == 0 ? 0.0f : ds[m][n][i] * softcap_slope(products[m][n][i], a);
+      }
+    }
+  }
+}
+
+template <int M, int D>
+__device__ inline bool has_nan(const float (&sum)[M][D / 8][4]) {
+  bool found = false;
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) found = found || sum[m][n][i] != sum[m][n][i];
+    }
+  }
+  return found;
+}
+
+template <int M, int D>
+__device__ inline void set_zero(float (&sum)[M][D / 8][4]) {
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) sum[m][n][0] = sum[m][n][1] = sum[m][n][2] = sum[m][n][3] = 0;
+  }
+}
+
+template <int M, int D>
+__device__ inline void multiply_all(float (&sum)[M][D / 8][4], float factor) {
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[m][n][i] *= factor;
+    }
+  }
+}
+
+}  // namespace pytransformer::cuda

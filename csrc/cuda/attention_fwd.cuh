@@ -1,0 +1,324 @@
+// Masked softmax attention, forward: one pass over the keys with a running softmax.
+//
+// A block owns 16 M queries of one head for each of its four warps and walks over tiles of keys and values. No score
+// is ever stored: a warp keeps, for each of its queries, the largest score so far, the sum of exponentials and the
+// weighted sum of values, all in registers, and rescales them when a larger score turns up, which after the first
+// tiles is rare. Memory traffic is q, k, v and out; k and v are read once for each block of queries, mostly from the
+// L2 cache.
+//
+// Both products run on tensor cores (mma.sync, m16n8k16, float32 sums). Queries stay in shared memory, from where
+// ldmatrix makes left operands of them; keys and values come by cp.async into one of two buffers while the tile before
+// is worked on, with one barrier a tile. The weights that the first product leaves in registers are, rounded and
+// packed in pairs, the left operand of the second. With M = 2 a fragment of keys serves two products: shared memory
+// delivers 128 bytes a clock, and with M = 1 all of that would go into feeding the tensor cores.
+//
+// Tiles that nobody sees are skipped; tiles that all queries see whole look at no mask (attention_scores.cuh). A
+// weight of 0 does not hide a value of NaN or Inf. Looking for such values would cost every partial tile, so the block
+// looks at its result instead: where that holds a NaN, it starts over with values cleaned in partial tiles, and the
+// queries that do see an unclean key are set to NaN.
+//
+// `Grouped` serves decoding: rows are the few queries of all heads that share a key head, one head after the other; a
+// block takes one share of the keys and leaves float32 results for attention_decode.cu to combine.
+//
+// Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao, "FlashAttention-2", 2023.
+#pragma once
+
+#include "attention_scores.cuh"
+
+namespace pytransformer::cuda {
+
+// How a head width is cut. All fit twice into 99 KB (D <= 64) or once, and into registers without spilling.
+template <int D, bool Grouped>
+struct ForwardCut {
+  static constexpr int M = Grouped || D > 128 ? 1 : 2;  // fragments of 16 queries a warp
+  static constexpr int queries = 16 * M * warps;
+  static constexpr int keys = D <= 64 ? 64 : 32;
+  static constexpr int stages = 2;
+  static constexpr int tiles_bytes = tile_bytes<D>(queries + 2 * stages * keys);
+  static constexpr int shared_bytes = tiles_bytes + 2 * int(sizeof(uint32_t));  // and a bit for each key
+};
+
+struct ForwardArguments : AttentionArguments {
+  Heads out;                  // not Grouped
+  float* lse;                 // [B,H,T]; Grouped: [splits,B,H,T]
+  float* parts;               // Grouped: [splits,B,H,T,Dv]
+  int splits = 1, share = 0;  // Grouped: keys of a split, a multiple of the tile
+};
+
+// The queries of a block: of one head, or of all heads that share a key head.
+template <bool Grouped>
+struct BlockRows {
+  int batch, head, first, end;  // the head is the first of several where Grouped
+
+  __device__ int member(int row, int T) const { return Grouped ? row / T : 0; }
+  __device__ int query(int row, int T) const { return Grouped ? row % T : row; }
+};
+
+template <int M, int D>
+struct RunningSoftmax {
+  float total[M][D / 8][4];  // weighted values
+  float largest[M][2];       // score, in units of log2
+  float sum[M][2];           // of exponentials; of this lane's columns alone
+  uint32_t spoilt;           // bit 2 m + half: this row sees an unclean key
+
+  __device__ void reset() {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n) total[m][n][0] = total[m][n][1] = total[m][n][2] = total[m][n][3] = 0;
+      largest[m][0] = largest[m][1] = -infinity;
+      sum[m][0] = sum[m][1] = 0;
+    }
+    spoilt = 0;
+  }
+
+  // Turns scores into weights relative to the largest so far.
+  template <int N>
+  __device__ void take_in(float (&x)[M][N / 8][4], float factor) {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      float rescale[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) rescale[half] = exponentials<N>(x[m], factor, m, half);
+      if (!__any_sync(all_lanes, rescale[0] != 1 || rescale[1] != 1)) continue;
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) total[m][n][i] *= rescale[i / 2];
+      }
+    }
+  }
+
+  __device__ bool has_nan() const {
+    bool found = false;
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) found = found || total[m][n][i] != total[m][n][i];
+      }
+    }
+    return found;
+  }
+
+  // Divides by the sums and returns the lse of one row; a row that has seen nothing is 0, its lse -inf.
+  __device__ float finish(int m, int half, float keep_scale) {
+    float all = sum[m][half];
+    all += __shfl_xor_sync(all_lanes, all, 1);
+    all += __shfl_xor_sync(all_lanes, all, 2);
+    const bool unseen = all == 0;
+    float inverse = unseen ? 0.0f : keep_scale / all;
+    if (spoilt >> (2 * m + half) & 1) inverse = __builtin_nanf("");
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) {
+      total[m][n][2 * half] *= inverse;
+      total[m][n][2 * half + 1] *= inverse;
+    }
+    return unseen ? -infinity : (largest[m][half] + log2f(all)) * ln_2;
+  }
+
+ private:
+  template <int N>
+  __device__ float exponentials(float (&x)[N / 8][4], float factor, int m, int half) {
+    float top = -infinity;
+#pragma unroll
+    for (int n = 0; n < N / 8; ++n) top = fmaxf(top, fmaxf(x[n][2 * half], x[n][2 * half + 1]));
+    top = fmaxf(top, __shfl_xor_sync(all_lanes, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(all_lanes, top, 2));
+    const float larger = fmaxf(largest[m][half], top * factor);
+    const float pivot = larger == -infinity ? 0.0f : larger;  // of a row that has seen nothing: weights of 0, not NaN
+    const float rescale = ptx::exp2(largest[m][half] - pivot);
+    float added = 0;
+#pragma unroll
+    for (int n = 0; n < N / 8; ++n) {
+#pragma unroll
+      for (int i = 2 * half; i < 2 * half + 2; ++i) {
+        x[n][i] = ptx::exp2(fmaf(x[n][i], factor, -pivot));
+        added += x[n][i];
+      }
+    }
+    sum[m][half] = sum[m][half] * rescale + added;
+    largest[m][half] = larger;
+    return rescale;
+  }
+};
+
+// Scale, soft cap and bias. Done before anything is hidden: what is read here may be NaN.
+template <class T, int M, int N, bool Grouped>
+__device__ inline void shape_scores(float (&x)[M][N / 8][4], const ForwardArguments& a, const BlockRows<Grouped>& rows,
+                                    int row, int s) {
+  const int64_t offset = rows.batch * a.bias.batch + rows.head * a.bias.head;
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int r = row + 16 * m + 8 * half;
+      const int64_t of_row = offset + rows.member(r, a.T) * a.bias.head + rows.query(r, a.T) * a.bias.query;
+#pragma unroll
+      for (int n = 0; n < N / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int key = s + 8 * n + lane_column() + i;
+          const bool inside = a.bias.data != nullptr && r < rows.end && key < a.S;
+          const float bias = inside ? bias_at<T>(a.bias, of_row + key * a.bias.key) : 0.0f;
+          x[m][n][2 * half + i] = shaped_score(x[m][n][2 * half + i], bias, a);
+        }
+      }
+    }
+  }
+}
+
+// Hides what is not visible; `spoilt` has the unclean keys of the tile, or is null.
+template <int M, int N, int D, bool Grouped>
+__device__ inline void hide_scores(float (&x)[M][N / 8][4], RunningSoftmax<M, D>& softmax, const Visibility& v,
+                                   const BlockRows<Grouped>& rows, int row, int s, const uint32_t* spoilt) {
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+    int query[2], member[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int r = row + 16 * m + 8 * half;
+      query[half] = r < rows.end ? rows.query(r, v.T) : v.T;
+      member[half] = r < rows.end ? rows.member(r, v.T) : 0;
+      for (int w = 0; spoilt != nullptr && w < N / 32; ++w) {
+        if (v.word(query[half], s + 32 * w, member[half]) & spoilt[w]) softmax.spoilt |= 1u << (2 * m + half);
+      }
+    }
+    const uint32_t visible = visible_keys<N>(v, query[0], query[1], s, member[0], member[1]);
+#pragma unroll
+    for (int n = 0; n < N / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[m][n][i] = visible >> (4 * n + i) & 1 ? x[m][n][i] : -infinity;
+    }
+  }
+}
+
+template <int M, int N>
+__device__ inline void drop_weights(float (&x)[M][N / 8][4], const Dropout& dropout, int64_t row, int s, int S) {
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+    const uint32_t kept = keep_keys<N>(dropout, row + 16 * m, s, S);
+#pragma unroll
+    for (int n = 0; n < N / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[m][n][i] = kept >> (4 * n + i) & 1 ? x[m][n][i] : 0.0f;
+    }
+  }
+}
+
+// One pass of a block over its keys.
+template <class T, int D, bool Grouped>
+__device__ inline void attend(RunningSoftmax<ForwardCut<D, Grouped>::M, D>& softmax, const ForwardArguments& a,
+                              const BlockRows<Grouped>& rows, const Visibility& v, Range range, unsigned char* shared,
+                              bool careful) {
+  using Cut = ForwardCut<D, Grouped>;
+  constexpr int M = Cut::M, N = Cut::keys;
+  const uint32_t memory = ptx::shared_address(shared);
+  uint32_t* spoilt = reinterpret_cast<uint32_t*>(shared + Cut::tiles_bytes);
+  const Tile<D> queries{memory};
+  const auto buffer = [&](int i) { return Tile<D>{memory + tile_bytes<D>(Cut::queries + i * N)}; };
+  const int key_head = rows.head / a.group, t = rows.query(rows.first, a.T);
+  const int64_t key_offset = rows.batch * a.key.batch + key_head * a.key.head;
+  const int64_t value_offset = rows.batch * a.value.batch + key_head * a.value.head;
+  const auto kind = [&](int tile) { return v.kind<Cut::queries, N>(t, tile * N); };
+  const auto find = [&](int tile) {
+    while (tile < range.end && kind(tile) == TileKind::empty) ++tile;
+    return tile;
+  };
+  const auto load = [&](int tile, int stage) {
+    load_rows<N>(buffer(2 * stage), a.key, key_offset, tile * N, a.S);
+    load_rows<N>(buffer(2 * stage + 1), a.value, value_offset, tile * N, a.S);
+  };
+  const int row = rows.first + 16 * M * warp() + lane_row();
+  softmax.reset();
+  int tile = find(range.tile);
+  if (tile < range.end) load(tile, 0);
+  ptx::commit_copies();
+  for (int stage = 0; tile < range.end; stage ^= 1) {
+    const int next = find(tile + 1), s = tile * N;
+    const bool partial = kind(tile) == TileKind::partial;
+    ptx::wait_for_copies<0>();
+    __syncthreads();  // this tile is here, and nobody reads the other buffer any more
+    if (next < range.end) load(next, stage ^ 1);
+    ptx::commit_copies();
+    const Tile<D> keys = buffer(2 * stage), values = buffer(2 * stage + 1);
+    if (careful && partial) {
+      if (threadIdx.x < 2) spoilt[threadIdx.x] = 0;
+      __syncthreads();
+      clean_tile<T, N>(values, spoilt);
+      __syncthreads();
+    }
+    float x[M][N / 8][4] = {};
+    multiply_rows<T, M, N>(x, queries, 16 * M * warp(), keys);
+    if (a.shapes_scores()) shape_scores<T, M, N>(x, a, rows, row, s);
+    if (partial) hide_scores<M, N, D>(x, softmax, v, rows, row, s, careful ? spoilt : nullptr);
+    softmax.template take_in<N>(x, score_factor(a));
+    if (a.dropout.rng != nullptr)
+      drop_weights<M, N>(x, Dropout(a.dropout), (int64_t(rows.batch) * a.H + rows.head) * a.T + row, s, a.S);
+    multiply_weights<T, M, N>(softmax.total, x, values);
+    tile = next;
+  }
+  ptx::wait_for_copies<0>();  // of the queries, where no tile was visited
+}
+
+// A warp's 16 rows, of which `rows` exist, as float32 [rows,width].
+template <int D>
+__device__ inline void store_parts(const float (&x)[D / 8][4], float* to, int width, int rows) {
+#pragma unroll
+  for (int n = 0; n < D / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane_row() + i / 2 * 8, column = 8 * n + lane_column() + i % 2;
+      if (row < rows && column < width) to[row * width + column] = x[n][i];
+    }
+  }
+}
+
+template <class T, int D, bool Grouped>
+__global__ void __launch_bounds__(threads, 2) attention_fwd_kernel(const __grid_constant__ ForwardArguments a) {
+  using Cut = ForwardCut<D, Grouped>;
+  constexpr int M = Cut::M;
+  extern __shared__ __align__(128) unsigned char shared[];
+  const uint32_t memory = ptx::shared_address(shared);
+  const int blocks = Grouped ? a.splits : (a.T + Cut::queries - 1) / Cut::queries;
+  const int block = Grouped ? blockIdx.x % blocks : blocks - 1 - blockIdx.x % blocks;  // of causal the long rows first
+  const int group = Grouped ? a.group : 1, line = blockIdx.x / blocks * group;
+  const BlockRows<Grouped> rows{line / a.H, line % a.H, Grouped ? 0 : block * Cut::queries, group * a.T};
+
+  const Visibility v(a, rows.batch, rows.head);
+  Range range = key_tiles<Cut::queries, Cut::keys>(v, rows.query(rows.first, a.T));
+  if (Grouped) {
+    range.tile = max(range.tile, block * a.share / Cut::keys);
+    range.end = min(range.end, (block + 1) * a.share / Cut::keys);
+  }
+  const uint16_t* query = static_cast<const uint16_t*>(a.query.data) + rows.batch * a.query.batch;
+  load_tile<Cut::queries>(Tile<D>{memory}, a.query.width, query, [&](int i) -> const uint16_t* {
+    const int row = rows.first + i;
+    if (row >= rows.end) return nullptr;
+    return query + (rows.head + rows.member(row, a.T)) * a.query.head + rows.query(row, a.T) * a.query.row;
+  });
+  RunningSoftmax<M, D> softmax;
+#pragma unroll 1
+  for (bool careful = false;; careful = true) {
+    attend<T, D, Grouped>(softmax, a, rows, v, range, shared, careful);
+    if (!__syncthreads_or(softmax.has_nan()) || careful) break;
+  }
+
+  const int of_warp = 16 * M * warp();
+  const int64_t first = (int64_t(Grouped ? block * a.B : 0) * a.H + line) * a.T;  // of the rows of lse
+#pragma unroll
+  for (int i = 0; i < 2 * M; ++i) {
+    const int row = rows.first + of_warp + lane_row() + 8 * i;
+    const float lse = softmax.finish(i / 2, i % 2, a.dropout.scale);
+    if (row < rows.end && lane() % 4 == 0) a.lse[first + row] = lse;
+  }
+  if constexpr (Grouped) {
+    store_parts<D>(softmax.total[0], a.parts + (first + of_warp) * a.value.width, a.value.width, rows.end - of_warp);
+  } else {
+    const int64_t head = rows.batch * a.out.batch + rows.head * a.out.head;
+    store_rows<T, M>(softmax.total, Tile<D>{memory}, of_warp, a.out, head, rows.first + of_warp, rows.end);
+  }
+}
+
+}  // namespace pytransformer::cuda

@@ -1,0 +1,192 @@
+// Tiles of the attention kernels: how they lie in shared memory, how they come and go, and their products.
+//
+// A block has four warps. Of a tile of scores a warp owns M fragments of 16 rows and all columns, so that a sum along
+// a row stays within the four lanes that share it, and everything a warp accumulates is its own.
+#pragma once
+
+#include <type_traits>
+
+#include "attention_arguments.h"
+#include "ptx.cuh"
+
+namespace pytransformer::cuda {
+
+constexpr int warps = 4, threads = 32 * warps;
+
+__device__ inline int lane() {
+  return threadIdx.x % 32;
+}
+__device__ inline int warp() {
+  return threadIdx.x / 32;
+}
+__device__ inline int lane_row() {
+  return lane() / 4;
+}  // of a fragment: this row and the one 8 below
+__device__ inline int lane_column() {
+  return lane() % 4 * 2;
+}  // of 8 columns: this one and the next
+
+// Rows of D 16-bit elements, from a multiple of 128 bytes on. Within a window of 8 chunks of 16 bytes (4 where 8 do not
+// divide the row) the chunks of a row are permuted by an exclusive or with bits of the row, so that eight rows of one
+// column of chunks, which ldmatrix reads at once, lie in different banks.
+template <int D>
+struct Tile {
+  static constexpr int chunks = D / 8;  // of a row
+  static constexpr int window = chunks % 8 == 0 ? 8 : 4;
+
+  uint32_t base;
+
+  __device__ uint32_t chunk(int row, int index) const {
+    const int twist = window == 8 ? row & 7 : (row >> 1) & 3;
+    return base + (row * chunks + (index ^ twist)) * 16;
+  }
+
+  // The address of chunk 2 * pair + i from that of chunk i of the same row, i = 0 or 1: two operations with constants,
+  // which the compiler rather repeats than keeps a register for.
+  __device__ static uint32_t pair_at(uint32_t chunk, int pair) {
+    return (chunk ^ 2 * pair % window * 16) + 2 * pair / window * window * 16;
+  }
+};
+
+template <int D>
+__host__ __device__ constexpr int tile_bytes(int rows) {
+  return rows * D * 2;
+}
+
+// Begins to copy ROWS rows: `row_at(r)` is where row r starts, or null for a row of zeros. Columns from `width` on
+// become zeros.
+template <int ROWS, int D, class RowAt>
+__device__ inline void load_tile(Tile<D> tile, int width, const void* anywhere, const RowAt& row_at) {
+  static_assert(ROWS * D / 8 % threads == 0);
+  // Not unrolled: the addresses would stay in registers from tile to tile, and there are none to spare.
+#pragma unroll 1
+  for (int i = 0; i < ROWS * D / 8 / threads; ++i) {
+    const int at = int(threadIdx.x) + i * threads, row = at / (D / 8), chunk = at % (D / 8);
+    const uint16_t* source = row_at(row);
+    const int valid = source == nullptr ? 0 : min(max(2 * (width - 8 * chunk), 0), 16);
+    ptx::copy_16_async(tile.chunk(row, chunk), valid > 0 ? source + 8 * chunk : anywhere, valid);
+  }
+}
+
+// Rows [first, first + ROWS) of one head; those from `end` on are zeros.
+template <int ROWS, int D>
+__device__ inline void load_rows(Tile<D> tile, const Heads& from, int64_t head_offset, int first, int end) {
+  const uint16_t* head = static_cast<const uint16_t*>(from.data) + head_offset;
+  load_tile<ROWS>(tile, from.width, head,
+                  [&](int row) { return first + row < end ? head + from.row * (first + row) : nullptr; });
+}
+
+// Sets what is not finite to 0. Where `spoilt` is given (shared memory, zero before), a row r that held such a thing
+// sets bit r % 32 of word r / 32.
+template <class T, int ROWS, int D>
+__device__ inline void clean_tile(Tile<D> tile, uint32_t* spoilt) {
+  constexpr uint32_t exponent = std::is_same_v<T, __half> ? 0x7c00u : 0x7f80u;
+#pragma unroll 1
+  for (int at = threadIdx.x; at < ROWS * D / 8; at += threads) {
+    const int row = at / (D / 8);
+    const uint32_t address = tile.chunk(row, at % (D / 8));
+    uint4 chunk = ptx::load_shared_16(address);
+    const auto clean = [&](uint32_t& pair) {
+      const uint32_t low = (pair & exponent) == exponent ? 0xffffu : 0u;
+      const uint32_t high = (pair >> 16 & exponent) == exponent ? 0xffff0000u : 0u;
+      pair &= ~(low | high);
+      return low | high;
+    };
+    const uint32_t found = clean(chunk.x) | clean(chunk.y) | clean(chunk.z) | clean(chunk.w);
+    if (found == 0) continue;
+    ptx::store_shared_16(address, chunk);
+    if (spoilt != nullptr) atomicOr(spoilt + row / 32, 1u << row % 32);
+  }
+}
+
+__device__ inline void store_chunk(uint16_t* to, uint4 chunk, int count) {
+  const uint32_t pairs[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    if (i < count) to[i] = uint16_t(pairs[i / 2] >> i % 2 * 16);
+  }
+}
+
+// Rounds a warp's rows and writes them to rows [first, first + 16 M) of a head, by way of the rows from `row` on of a
+// tile, which nobody else uses any more: memory is written in whole chunks. Rows from `end` on are left out.
+template <class T, int M, int D>
+__device__ inline void store_rows(const float (&x)[M][D / 8][4], Tile<D> tile, int row, const Heads& to,
+                                  int64_t head_offset, int first, int end) {
+  __syncwarp();
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) {
+      const int upper = row + 16 * m + lane_row();
+      ptx::store_shared_4(tile.chunk(upper, n) + 2 * lane_column(), ptx::pack<T>(x[m][n][0], x[m][n][1]));
+      ptx::store_shared_4(tile.chunk(upper + 8, n) + 2 * lane_column(), ptx::pack<T>(x[m][n][2], x[m][n][3]));
+    }
+  }
+  __syncwarp();
+  uint16_t* head = static_cast<uint16_t*>(to.data) + head_offset;
+  const bool aligned = to.width % 8 == 0;
+#pragma unroll 1
+  for (int at = lane(); at < 16 * M * D / 8; at += 32) {
+    const int r = at / (D / 8), index = at % (D / 8), left = to.width - 8 * index;
+    if (first + r >= end || left <= 0) continue;
+    const uint4 chunk = ptx::load_shared_16(tile.chunk(row + r, index));
+    uint16_t* target = head + to.row * (first + r) + 8 * index;
+    if (aligned)
+      *reinterpret_cast<uint4*>(target) = chunk;
+    else
+      store_chunk(target, chunk, left);
+  }
+}
+
+// sum += a b^T: 16 M rows of `a` from `row` on, all N rows of `b`.
+template <class T, int M, int N, int D>
+__device__ inline void multiply_rows(float (&sum)[M][N / 8][4], Tile<D> a, int row, Tile<D> b) {
+  const uint32_t of_left = a.chunk(row + lane() % 16, lane() / 16);
+  const uint32_t of_right = b.chunk(lane() % 8 + lane() / 16 * 8, lane() / 8 % 2);
+#pragma unroll
+  for (int k = 0; k < D / 16; ++k) {
+    uint32_t left[M][4];
+#pragma unroll
+    for (int m = 0; m < M; ++m) ptx::load_matrices(left[m], a.pair_at(of_left, k) + tile_bytes<D>(16 * m));
+#pragma unroll
+    for (int n = 0; n < N / 16; ++n) {
+      uint32_t right[4];
+      ptx::load_matrices(right, b.pair_at(of_right, k) + tile_bytes<D>(16 * n));
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        ptx::multiply_add<T>(sum[m][2 * n], left[m], right[0], right[1]);
+        ptx::multiply_add<T>(sum[m][2 * n + 1], left[m], right[2], right[3]);
+      }
+    }
+  }
+}
+
+// sum += w b: weights in registers, of N columns, rounded to T; `b` has N rows.
+template <class T, int M, int N, int D>
+__device__ inline void multiply_weights(float (&sum)[M][D / 8][4], const float (&w)[M][N / 8][4], Tile<D> b) {
+  const uint32_t of_right = b.chunk(lane() % 16, lane() / 16);
+#pragma unroll
+  for (int k = 0; k < N / 16; ++k) {
+    uint32_t left[M][4];
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float (&group)[4] = w[m][2 * k + i / 2];
+        left[m][i] = ptx::pack<T>(group[i % 2 * 2], group[i % 2 * 2 + 1]);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < D / 16; ++n) {
+      uint32_t right[4];
+      ptx::load_matrices_transposed(right, b.pair_at(of_right, n) + tile_bytes<D>(16 * k));
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        ptx::multiply_add<T>(sum[m][2 * n], left[m], right[0], right[1]);
+        ptx::multiply_add<T>(sum[m][2 * n + 1], left[m], right[2], right[3]);
+      }
+    }
+  }
+}
+
+}  // namespace pytransformer::cuda

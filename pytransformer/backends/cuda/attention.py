@@ -1,0 +1,162 @@
+"""attention by ``csrc/cuda/attention*.cu``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pytransformer import _cuda
+from pytransformer.backends._arguments import contiguous
+from pytransformer.backends.cuda._arguments import Call, call
+
+WIDEST_HEAD = 256
+LONGEST = 2**29  # positions, and the ends of bands among them, are int32
+CHUNK = 8  # elements of 16 bytes: kernels read rows in such pieces
+
+
+def why_not(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    *rest: object,
+) -> str | None:
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        return f"it takes float16 and bfloat16, not {query.dtype}; Triton's kernels serve float32"
+    if bias is not None and bias.dtype not in (query.dtype, torch.float32):
+        return f"bias must be float32 or {query.dtype}, not {bias.dtype}"
+    if max(query.shape[-1], value.shape[-1]) > WIDEST_HEAD:
+        return f"head dims go up to {WIDEST_HEAD}, got {query.shape[-1]} and {value.shape[-1]}"
+    if max(query.shape[2], key.shape[2]) > LONGEST:
+        return f"lengths go up to {LONGEST}, got {query.shape[2]} and {key.shape[2]}"
+    return None
+
+
+def attention_fwd(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    rng: Tensor | None,
+    band_lower: int | None,
+    band_upper: int | None,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    B, H, T, _ = query.shape
+    out = torch.empty(B, H, T, value.shape[-1], dtype=query.dtype, device=query.device)
+    lse = torch.empty(B, H, T, dtype=torch.float32, device=query.device)
+    query, scale = _positive(query, scale)
+    query, key, value = (_aligned(x) for x in (query, key, value))
+    mask = _expanded(mask, query, key)
+    _cuda.attention_fwd(
+        query,
+        key,
+        value,
+        mask,
+        _expanded(bias, query, key),
+        contiguous(key_lengths),
+        band_lower,
+        band_upper,
+        scale,
+        softcap,
+        dropout_p,
+        out,
+        lse,
+        _call(query, key, value, mask, rng, dropout_p, backward=False),
+    )
+    return out, lse
+
+
+def attention_bwd(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    rng: Tensor | None,
+    band_lower: int | None,
+    band_upper: int | None,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_query, grad_key, grad_value = (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)
+    )
+    # Summed over broadcast dimensions by torch, pairwise. Tiles that nobody sees are not written.
+    size = (*query.shape[:3], key.shape[2]) if needs_bias else 0
+    grad_bias = torch.zeros(size, dtype=torch.float32, device=query.device)
+    signed = scale
+    query, scale = _positive(query, scale)
+    query, key, value, grad_out = (_aligned(x) for x in (query, key, value, grad_out))
+    mask = _expanded(mask, query, key)
+    _cuda.attention_bwd(
+        query,
+        key,
+        value,
+        mask,
+        _expanded(bias, query, key),
+        contiguous(key_lengths),
+        band_lower,
+        band_upper,
+        scale,
+        softcap,
+        dropout_p,
+        out,
+        lse,
+        grad_out,
+        grad_query,
+        grad_key,
+        grad_value,
+        grad_bias if needs_bias else None,
+        _call(query, key, value, mask, rng, dropout_p, backward=True),
+    )
+    if needs_bias and bias is not None:
+        grad_bias = grad_bias.sum_to_size(bias.shape).to(bias.dtype)
+    return _positive(grad_query, signed)[0], grad_key, grad_value, grad_bias
+
+
+def _call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    rng: Tensor | None,
+    dropout_p: float,
+    backward: bool,
+) -> Call:
+    needed = _cuda.attention_workspace(query, key, value, mask, dropout_p, backward)
+    workspace = torch.empty(-(-needed // 4), dtype=torch.int32, device=query.device) if needed else None
+    return call(query, contiguous(rng), workspace)
+
+
+def _positive(query: Tensor, scale: float) -> tuple[Tensor, float]:
+    """Kernels take a positive scale, so its sign goes to the query."""
+    if scale > 0:
+        return query, scale
+    return (-query if scale < 0 else torch.zeros_like(query)), abs(scale) or 1.0
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """``x``, or a copy of it whose rows start at multiples of 16 bytes, as kernels read them."""
+    *strides, last = x.stride()
+    apart = all(stride % CHUNK == 0 for stride, size in zip(strides, x.shape[:3], strict=True) if size > 1)
+    if last == 1 and apart and x.data_ptr() % 16 == 0:
+        return x
+    width = x.shape[-1]
+    room = torch.empty(*x.shape[:3], width + -width % CHUNK, dtype=x.dtype, device=x.device)
+    return room.narrow(-1, 0, width).copy_(x)
+
+
+def _expanded(x: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    return None if x is None else x.expand(*query.shape[:3], key.shape[2])
