@@ -58,7 +58,8 @@ __host__ __device__ constexpr int tile_bytes(int rows) {
 template <int ROWS, int D, class RowAt>
 __device__ inline void load_tile(Tile<D> tile, int width, const void* anywhere, const RowAt& row_at) {
   static_assert(ROWS * D / 8 % threads == 0);
-#pragma unroll
+  // Not unrolled: the addresses would stay in registers from tile to tile, and there are none to spare.
+#pragma unroll 1
   for (int i = 0; i < ROWS * D / 8 / threads; ++i) {
     const int at = int(threadIdx.x) + i * threads, row = at / (D / 8), chunk = at % (D / 8);
     const uint16_t* source = row_at(row);
