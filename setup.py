@@ -9,6 +9,7 @@ Environment:
     PYTRANSFORMER_CUDA           auto (default): build the CUDA module if nvcc is found; 1: it must; 0: never
     PYTRANSFORMER_CUDA_ARCHS     compute capabilities, default "80;90a;90+PTX"
     CUDA_HOME                    where to look for nvcc before PATH
+    PYTRANSFORMER_STRICT         1: a warning of nvcc ends the build
     PYTRANSFORMER_EMULATED_ISA   1: also build the instruction sets emulated for tests
     MAX_JOBS                     parallel compiler processes
 """
@@ -214,6 +215,8 @@ class BuildKernels(build_ext):
         host = ",".join(["-fPIC", "-fvisibility=hidden"])
         flags = [nvcc, "-O3", "-std=c++17", "-DNDEBUG", "-Xcompiler", host, "-lineinfo", f"-I{CSRC}/include"]
         flags += [f"-I{CSRC}/cuda"]
+        if os.environ.get("PYTRANSFORMER_STRICT") == "1":
+            flags += ["-Werror", "all-warnings"]
         for source in sorted((CSRC / "cuda").glob("*.cu")):
             compilation.add(source, [*flags, *gencode(nvcc)])
         bindings = [find_compiler(), "-O2", *CXX_FLAGS, "-DPYTRANSFORMER_CUDA_MODULE", f"-I{CSRC}/include"]

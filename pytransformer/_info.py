@@ -90,8 +90,7 @@ def gpus() -> dict[str, str]:
             found[f"cuda:{index}"] = f"{device.name}, sm_{device.major}{device.minor}, {memory:.0f} GiB"
         return found
     why = "torch sees none" if torch.version.cuda else "this torch is built without CUDA"
-    report = cuda_backend.report()
-    return {"none": why if report is None else f"{why}; the CUDA module: {report['error'] or 'sees a device'}"}
+    return {"none": f"{why}; the CUDA module: {cuda_backend.unavailable() or 'sees a device'}"}
 
 
 def serving(op: str) -> list[str]:

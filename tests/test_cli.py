@@ -32,6 +32,51 @@ def test_bench_without_rich_says_what_to_install(monkeypatch, capsys):
     assert "pip install pytransformer[bench]" in capsys.readouterr().err
 
 
+def cuda_report(driver=13020, runtime=13000, capability=None, error="the runtime's own words"):
+    devices = [] if capability is None else [{"name": "GPU", "capability": capability}]
+    return {"devices": devices, "error": "" if devices else error, "driver_version": driver, "runtime_version": runtime}
+
+
+CUDA_STATES = {
+    "no nvcc at build time": (None, "its module is not built: there was no nvcc when pytransformer was installed"),
+    "no driver": (cuda_report(driver=0), "no NVIDIA driver is installed"),
+    "an old driver": (
+        cuda_report(driver=12020),
+        "the NVIDIA driver supports CUDA 12.2, and the kernels were built with CUDA 13.0",
+    ),
+    "no device": (cuda_report(), "the runtime's own words"),
+    "an old device": (cuda_report(capability=(7, 5)), "need compute capability 8.0, and the GPU has 7.5"),
+    "a device": (cuda_report(capability=(9, 0)), None),
+}
+
+
+@pytest.mark.parametrize("state", CUDA_STATES)
+def test_info_tells_the_state_of_cuda(monkeypatch, capsys, state):
+    from pytransformer.backends import cuda
+
+    report, reason = CUDA_STATES[state]
+    monkeypatch.setattr(cuda, "report", lambda: report)
+    monkeypatch.setattr(cuda, "_import_error", None)
+    backends._unavailable.cache_clear()
+    try:
+        assert cli.main(["info"]) == 0
+    finally:
+        backends._unavailable.cache_clear()
+    lines = {
+        words[0]: words[1] for line in capsys.readouterr().out.splitlines() if len(words := line.split(None, 1)) > 1
+    }
+    assert (reason or "available") in lines["cuda"]
+    if not torch.cuda.is_available():
+        assert (reason or "sees a device") in lines["none"]
+
+
+def test_a_module_that_does_not_load_says_why():
+    from pytransformer.backends import cuda
+
+    reason = cuda._not_built(ImportError("undefined symbol: cudaMalloc"))
+    assert reason == "its module cannot be loaded (undefined symbol: cudaMalloc)"
+
+
 def test_choices_match_the_registry():
     assert backends.OPS == cli.OPS
     assert set(cli.BACKENDS) == set(backends.PACKAGES)

@@ -94,6 +94,17 @@ def test_a_compiled_op_is_whole(op):
     assert all(found.values()) or not any(found.values()), found
 
 
+@pytest.mark.parametrize("op", backends.OPS)
+def test_a_cuda_op_is_whole(op):
+    bound = {op, f"{op}_cuda"} & stems("csrc/bindings", ".cpp")
+    found = {
+        f"pytransformer/backends/cuda/{op}.py": op in stems("pytransformer/backends/cuda", ".py"),
+        f"csrc/cuda/{op}.cu": op in stems("csrc/cuda", ".cu"),
+    }
+    assert all(found.values()) or not any(found.values()), found
+    assert bound or not any(found.values()), f"csrc/bindings has neither {op}.cpp nor {op}_cuda.cpp"
+
+
 def test_no_file_is_without_an_op():
     known = {
         "csrc/cpu": {"dispatch", "kernels", "peak"},
@@ -102,6 +113,8 @@ def test_no_file_is_without_an_op():
     for folder, others in known.items():
         for stem in stems(folder, ".cpp") - others:
             assert any(of_op(op, {stem}) for op in backends.OPS), f"{folder}/{stem}.cpp belongs to no op"
+    for stem in stems("csrc/cuda", ".cu") - {"device"}:
+        assert any(of_op(op, {stem}) for op in backends.OPS), f"csrc/cuda/{stem}.cu belongs to no op"
     for folder in ("pytransformer/backends/cpu", "pytransformer/backends/cuda", "kernels", "pytransformer/ops"):
         for stem in {s for s in stems(folder, ".py") if not s.startswith("_")}:
             assert any(of_op(op, {stem}) for op in backends.OPS), f"{folder}/{stem}.py belongs to no op"

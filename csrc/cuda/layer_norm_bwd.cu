@@ -11,9 +11,10 @@
 // the block are added up in shared memory, and the blocks by those that finish last (sum_over_blocks): no atomic sums,
 // no second launch, the same bits in every run.
 //
-// Rows of up to 4096 columns give a thread eight of them, rows of up to 8192 sixteen: 24 or 48 of its 128 registers are
-// sums. What a row needs is kept as it was loaded, in 16 bits, and widened twice; up to 4096 columns the next row is on
-// its way meanwhile. Beyond 8192 columns the sums lie in memory, where the L2 cache holds them.
+// Rows of up to 4096 columns give a thread eight of them, and 24 of its 128 registers are sums. Rows of up to 8192 give
+// it sixteen; there the sums of input_bias lie in memory, where the L2 cache holds them, and beyond 8192 columns all
+// sums do. What a row needs is kept as it was loaded, in 16 bits, and widened twice; up to 4096 columns the next row is
+// on its way meanwhile.
 #include "layer_norm.h"
 #include "numeric.cuh"
 #include "philox.cuh"
@@ -23,7 +24,7 @@ namespace pytransformer::cuda {
 namespace {
 
 constexpr int block_threads = 512;
-constexpr int few = 8, some = 16, many = 32;  // elements of a row in one thread; the column sums of many are in memory
+constexpr int few = 8, some = 16, many = 32;  // elements of a row in one thread
 
 enum { of_weight, of_bias, of_input_bias, kinds };  // the three column sums
 
@@ -78,19 +79,21 @@ struct Part {
   }
 };
 
-// Where a thread's column sums are: registers, or the block's row of partial sums in memory.
-template <int N, int COUNT, bool REGISTERS>
+// A thread's column sums: the first KEPT kinds in registers, the others in the block's row of partial sums in memory,
+// where the block has no second row that would add to the same places.
+template <int N, int COUNT, int KEPT>
 struct ColumnSums {
-  float values[REGISTERS ? kinds : 1][COUNT][N] = {};
+  float values[KEPT > 0 ? KEPT : 1][COUNT][N] = {};
   float* memory;
   int columns;
 
-  __device__ void add(int kind, int i, const float (&x)[N]) {
-    if constexpr (REGISTERS) {
+  template <int KIND>
+  __device__ void add(int i, const float (&x)[N]) {
+    if constexpr (KIND < KEPT) {
 #pragma unroll
-      for (int j = 0; j < N; ++j) values[kind][i][j] += x[j];
+      for (int j = 0; j < N; ++j) values[KIND][i][j] += x[j];
     } else {
-      float* place = memory + int64_t(kind) * columns + column_of<N>(i);
+      float* place = memory + KIND * columns + column_of<N>(i);
 #pragma unroll
       for (int j = 0; j < N; ++j) place[j] += x[j];
     }
@@ -104,17 +107,18 @@ __device__ void write_row(const BackwardArguments<T>& a, const Part<T, N, COUNT>
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) {
     const int column = column_of<N>(i);
+    if (COUNT > 1) __syncwarp();  // keeps the compiler from loading for the next i ahead: registers are short
     if (column >= a.columns) continue;
     const int64_t place = row * a.columns + column;
     float dy[N], g[N], xhat[N];
     part.normalized(a, i, dy, g, xhat);
-    if (a.column_sums[of_bias] != nullptr) sums.add(of_bias, i, dy);
+    if (a.column_sums[of_bias] != nullptr) sums.template add<of_bias>(i, dy);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       g[j] = (g[j] - g_mean - xhat[j] * gx_mean) * part.rstd;
       xhat[j] *= dy[j];
     }
-    if (a.column_sums[of_weight] != nullptr) sums.add(of_weight, i, xhat);
+    if (a.column_sums[of_weight] != nullptr) sums.template add<of_weight>(i, xhat);
     if (a.grad_sum != nullptr) {
       load(a.grad_sum + place, xhat);
 #pragma unroll
@@ -123,17 +127,17 @@ __device__ void write_row(const BackwardArguments<T>& a, const Part<T, N, COUNT>
     store(a.grad_residual + place, g);
     dropout.apply(place, g);
     if (a.grad_input != nullptr) store(a.grad_input + place, g);
-    if (a.column_sums[of_input_bias] != nullptr) sums.add(of_input_bias, i, g);
+    if (a.column_sums[of_input_bias] != nullptr) sums.template add<of_input_bias>(i, g);
   }
 }
 
 // The sums of the rows that the block's threads took side by side, into the block's row of partial sums.
-template <int N, int COUNT>
-__device__ void sum_over_rows(const ColumnSums<N, COUNT, true>& sums, float* const (&wanted)[kinds]) {
+template <int N, int COUNT, int KEPT>
+__device__ void sum_over_rows(const ColumnSums<N, COUNT, KEPT>& sums, float* const (&wanted)[kinds]) {
   extern __shared__ float rows[];  // [blockDim.y][columns]
   const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
 #pragma unroll
-  for (int kind = 0; kind < kinds; ++kind) {
+  for (int kind = 0; kind < KEPT; ++kind) {
     if (wanted[kind] == nullptr) continue;
     __syncthreads();
 #pragma unroll
@@ -154,13 +158,14 @@ __device__ void sum_over_rows(const ColumnSums<N, COUNT, true>& sums, float* con
 template <class T, int N, int ELEMENTS>
 __global__ void __launch_bounds__(block_threads) layer_norm_bwd_kernel(const BackwardArguments<T> a) {
   constexpr int count = ELEMENTS / N;
-  constexpr bool registers = ELEMENTS < many, ahead = ELEMENTS == few;
+  constexpr int kept = ELEMENTS == few ? kinds : ELEMENTS == some ? of_input_bias : 0;
+  constexpr bool ahead = ELEMENTS == few;
   __shared__ float scratch[2][2][most_warps];
-  ColumnSums<N, count, registers> sums;
+  ColumnSums<N, count, kept> sums;
   sums.memory = a.blocks.partial + int64_t(blockIdx.x) * a.blocks.width;
   sums.columns = a.columns;
-  if constexpr (!registers) {
-    for (int c = threadIdx.x; c < a.blocks.width; c += blockDim.x) sums.memory[c] = 0;
+  if constexpr (kept < kinds) {
+    for (int c = kept * a.columns + threadIdx.x; c < a.blocks.width; c += blockDim.x) sums.memory[c] = 0;
     __syncthreads();
   }
   const Dropout dropout(a.dropout);
@@ -190,7 +195,7 @@ __global__ void __launch_bounds__(block_threads) layer_norm_bwd_kernel(const Bac
     if (row < a.rows) write_row(a, part, row, g_mean, means[1] / float(a.columns), dropout, sums);
     if (ahead) part = next;
   }
-  if constexpr (registers) sum_over_rows(sums, a.column_sums);
+  if constexpr (kept > 0) sum_over_rows(sums, a.column_sums);
   sum_over_blocks(a.blocks, blockIdx.x, [&](int c, float sum) {
     float* out = a.column_sums[c / a.columns];
     if (out != nullptr) out[c % a.columns] = sum;

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pytransformer import _cuda
 from pytransformer.backends._arguments import rows as contiguous_rows
+from pytransformer.backends.cuda import OLDEST, too_old
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -20,9 +21,17 @@ _COUNTERS = 1024
 _counters: dict[tuple[int, int], Tensor] = {}
 
 
-def unsupported_dtype(x: Tensor) -> str | None:
-    """Why no CUDA kernel takes a tensor of this dtype, or None."""
-    return None if x.dtype in DTYPES else f"it takes float32, float16 and bfloat16, not {x.dtype}"
+def unsupported(x: Tensor) -> str | None:
+    """Why no CUDA kernel takes a tensor of this dtype on this device, or None."""
+    if x.dtype not in DTYPES:
+        return f"it takes float32, float16 and bfloat16, not {x.dtype}"
+    return _old_device(x.device.index or 0) if x.is_cuda else None
+
+
+@cache
+def _old_device(index: int) -> str | None:
+    capability = torch.cuda.get_device_capability(index)
+    return None if capability >= OLDEST else too_old(capability)
 
 
 @overload

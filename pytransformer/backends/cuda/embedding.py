@@ -9,14 +9,14 @@ from torch import Tensor
 
 from pytransformer import _cuda
 from pytransformer.backends._arguments import flat, position_index
-from pytransformer.backends.cuda._arguments import aligned, call, rows, unsupported_dtype
+from pytransformer.backends.cuda._arguments import aligned, call, rows, unsupported
 
 _SEGMENT = 1024  # rows of a segment that one block adds up; longer ones are shared
 _MOST_PARTS = 64
 
 
 def why_not(tokens: Tensor, weight: Tensor, positions: Tensor | None, *rest: object) -> str | None:
-    if (reason := unsupported_dtype(weight)) is not None:
+    if (reason := unsupported(weight)) is not None:
         return reason
     if positions is not None and (positions.dim() == 0 or positions.shape[-1] != weight.shape[1]):
         return f"positions must be as wide as weight, got {list(positions.shape)}"

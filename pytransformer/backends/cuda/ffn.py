@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pytransformer import _cuda
-from pytransformer.backends.cuda._arguments import call, multiprocessors, rows, unsupported_dtype
+from pytransformer.backends.cuda._arguments import call, multiprocessors, rows, unsupported
 
 _STRIP = 256  # columns that a block of the backward has in 16 bits; at most, otherwise
 _BLOCKS = 4  # of the backward that share a multiprocessor
 
 
 def why_not(input: Tensor, *rest: object) -> str | None:
-    return unsupported_dtype(input)
+    return unsupported(input)
 
 
 def ffn_fwd(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pytransformer import _cuda
-from pytransformer.backends.cuda._arguments import aligned, call, multiprocessors, rows, unsupported_dtype
+from pytransformer.backends.cuda._arguments import aligned, call, multiprocessors, rows, unsupported
 
 _MOST = 16384  # elements of a row that the kernels hold; half as many where rows do not start at 16 bytes
 
@@ -19,7 +19,7 @@ def why_not(
     input_bias: Tensor | None,
     *rest: object,
 ) -> str | None:
-    if (reason := unsupported_dtype(input)) is not None:
+    if (reason := unsupported(input)) is not None:
         return reason
     if residual is not None and residual.dtype != input.dtype:
         return f"residual must have the input's dtype {input.dtype}, not {residual.dtype}"

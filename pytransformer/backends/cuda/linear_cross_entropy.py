@@ -10,13 +10,13 @@ from torch import Tensor
 
 from pytransformer import _cuda
 from pytransformer.backends._arguments import contiguous
-from pytransformer.backends.cuda._arguments import call, rows, unsupported_dtype
+from pytransformer.backends.cuda._arguments import call, rows, unsupported
 
 _LOGITS = 2**27  # bytes of logits stored at a time: enough to fill a GPU with a product's tiles
 
 
 def why_not(input: Tensor, linear_weight: Tensor, *rest: object) -> str | None:
-    if (reason := unsupported_dtype(input)) is not None:
+    if (reason := unsupported(input)) is not None:
         return reason
     if 0 in linear_weight.shape:
         return f"it takes no weight of shape {list(linear_weight.shape)}"

@@ -1,0 +1,121 @@
+"""What the compiled CUDA kernels take, read from the module as it was built: ``make cuda-table``.
+
+A row names an architecture, a kernel with its template arguments, and what the compiler made of it: registers of a
+thread, bytes of stack (a spill; must be 0) and of static shared memory. The table is committed, so that a change of a
+kernel shows in review; ``test_cuda_table.py`` compares it with the module at hand. What a launch adds in dynamic shared
+memory is decided by the host and not seen here.
+
+cuobjdump and nvdisasm come with the CUDA toolkit, and in triton's wheel; c++filt with binutils.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+TABLE = Path(__file__).parent.parent / "docs" / "cuda-kernels.txt"
+ROW = "{:6} {:66} {:>4} {:>5} {:>6}"
+HEADER = ROW.format("arch", "kernel", "regs", "stack", "static")
+SHORT = {"__nv_bfloat16": "bf16", "__half": "fp16", "float": "fp32"}
+
+
+def compiler() -> str:
+    """The line of the table that says which compiler made it."""
+    text = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release (\S+),", text)
+    assert found is not None, text
+    return f"nvcc {found[1]}"
+
+
+def tool(name: str) -> str | None:
+    """Path of a program of the CUDA toolkit, or of triton's copy; None where there is neither."""
+    triton = importlib.util.find_spec("triton")
+    folder = Path(triton.origin).parent / "backends" / "nvidia" / "bin" if triton and triton.origin else None
+    return shutil.which(name) or (shutil.which(name, path=str(folder)) if folder else None)
+
+
+def module() -> Path | None:
+    """The compiled module, or None where it is not built."""
+    found = importlib.util.find_spec("pytransformer._cuda")
+    return Path(found.origin) if found and found.origin else None
+
+
+def missing() -> str | None:
+    """Why the table cannot be made here, or None."""
+    for name in ("nvcc", "c++filt"):
+        if shutil.which(name) is None:
+            return f"{name} is not on PATH"
+    if tool("cuobjdump") is None:
+        return "there is no cuobjdump: neither a CUDA toolkit nor triton's wheel has it here"
+    return "the CUDA module is not built" if module() is None else None
+
+
+def rows() -> Iterator[str]:
+    """A row for each kernel and architecture, sorted."""
+    found = set()
+    arch = ""
+    for line in _dump("--dump-resource-usage").splitlines():
+        if match := re.search(r"^\s*arch = (\S+)", line):
+            arch = match[1]
+        elif match := re.search(r"^\s*Function (\S+):", line):
+            kernel = match[1]
+        elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
+            registers, stack, shared, local = map(int, match.groups())
+            found.add((arch, kernel, registers, stack + local, shared))
+    names = readable({kernel for _, kernel, *_ in found})
+    yield from sorted(ROW.format(arch, names[kernel], *figures) for arch, kernel, *figures in found)
+
+
+@cache
+def instructions(arch: str) -> dict[str, set[str]]:
+    """The instructions that occur in each kernel, by its readable name."""
+    found: dict[str, set[str]] = {}
+    inside: set[str] = set()
+    for line in _dump("-sass", "-arch", arch).splitlines():
+        if match := re.search(r"^\s*Function : (\S+)", line):
+            inside = found.setdefault(match[1], set())
+        elif match := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
+            inside.add(match[1])
+    names = readable(set(found))
+    return {names[name]: held for name, held in found.items()}
+
+
+def readable(mangled: set[str]) -> dict[str, str]:
+    """Names without namespaces and arguments: ``layer_norm_fwd_kernel<bf16, 8>``."""
+    order = sorted(mangled)
+    text = subprocess.run(["c++filt"], input="\n".join(order), capture_output=True, text=True, check=True).stdout
+    return dict(zip(order, map(_short, text.splitlines()), strict=True))
+
+
+def _short(name: str) -> str:
+    name = name.removeprefix("void ").replace("(anonymous namespace)::", "")
+    name = re.sub(r"\((int|bool|unsigned int)\)", "", re.sub(r"\w+::", "", name))
+    depth = 0
+    for end, character in enumerate(name):  # the first bracket outside <...> starts the arguments
+        depth += (character == "<") - (character == ">")
+        if character == "(" and depth == 0:
+            name = name[:end]
+            break
+    for long, short in SHORT.items():
+        name = re.sub(rf"\b{long}\b", short, name)
+    return name
+
+
+def _dump(*options: str) -> str:
+    program, path = tool("cuobjdump"), module()
+    assert program is not None
+    assert path is not None
+    done = subprocess.run([program, *options, str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+if __name__ == "__main__":
+    if (reason := missing()) is not None:
+        raise SystemExit(f"no table: {reason}")
+    TABLE.write_text("\n".join([compiler(), HEADER, *rows()]) + "\n")

@@ -1,0 +1,53 @@
+"""The committed figures of the compiled CUDA kernels: within the chips' limits, and true of the module at hand."""
+
+from __future__ import annotations
+
+import cuda_table
+import pytest
+
+MADE_BY, _, *ROWS = cuda_table.TABLE.read_text().splitlines()
+reason = cuda_table.missing()
+needs_module = pytest.mark.skipif(reason is not None, reason=str(reason))
+
+# What the fast members of each family of kernels must do.
+EXPECTED = {
+    "layer_norm_fwd_kernel<bf16, 8>": ("LDG.E.128", "STG.E.128"),
+    "layer_norm_bwd_kernel<bf16, 8, 8>": ("LDG.E.128", "STG.E.128"),
+    "ffn_activation_fwd_kernel<bf16, 8>": ("LDG.E.128", "STG.E.128"),
+    "ffn_activation_bwd_kernel<bf16, 8>": ("LDG.E.128", "STG.E.128"),
+    "embedding_fwd_kernel<bf16, 8>": ("LDG.E.128", "STG.E.128"),
+    "embedding_table_bwd_kernel<bf16, bf16, 8>": ("LDG.E.128", "STG.E.128"),
+    "cross_entropy_rows_kernel<bf16>": ("LDG.E.128", "STG.E.128", "MUFU.EX2"),
+}
+
+
+def test_nothing_spills_and_everything_fits():
+    assert ROWS
+    for row in ROWS:
+        registers, stack, shared = map(int, row.split()[-3:])
+        assert stack == 0, row
+        assert registers <= 255, row
+        assert shared <= 48 * 1024, row
+
+
+@needs_module
+def test_the_figures_are_those_of_this_code():
+    if cuda_table.compiler() != MADE_BY:
+        pytest.skip(f"the table was made by {MADE_BY}, this is {cuda_table.compiler()}")
+    found = list(cuda_table.rows())
+    built = {row.split()[0] for row in found}
+    wanted = [row for row in ROWS if row.split()[0] in built]
+    assert wanted, f"the module was built for {sorted(built)} alone"
+    changed = sorted(set(wanted) ^ set(found))
+    assert not changed, "run `make cuda-table` and review the change:\n" + "\n".join(changed)
+
+
+@needs_module
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("kernel", EXPECTED)
+def test_the_instructions_meant_are_there(kernel, arch):
+    found = cuda_table.instructions(arch)
+    assert kernel in found, f"no kernel {kernel} for {arch}; there are:\n" + "\n".join(found)
+    for wanted in EXPECTED[kernel]:
+        held = sorted(found[kernel])
+        assert any(i == wanted or i.startswith(f"{wanted}.") for i in held), f"{kernel}: no {wanted} in {held}"
