@@ -9,7 +9,7 @@ SOURCES := $(wildcard csrc/*/*) setup.py pyproject.toml constraints.txt
 # The root of the repository stays off sys.path: the folder kernels/ would shadow a package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: setup build lint format type test test-ptx triton-table cuda-table bench bench-table bench-regress sanitize neon clean
+.PHONY: setup build lint format type test test-ptx triton-table test-triton-table cuda-table bench bench-table bench-regress sanitize neon clean
 
 setup: $(STAMP)
 
@@ -45,9 +45,13 @@ test-ptx: setup
 	$(BIN)/pytest tests/ptx
 	PYTRANSFORMER_PTX=1 $(BIN)/pytest tests --ignore=tests/ptx
 
-# The figures of every Triton kernel as compiled for GPUs that need not be here: some minutes.
+# The figures of every Triton kernel as compiled for GPUs that need not be here: half an hour of a core, the first time.
+# A run that was stopped goes on where it stopped. The second compares with the committed table; make test does a part.
 triton-table: setup
 	$(BIN)/python tests/triton_table.py
+
+test-triton-table: setup
+	$(BIN)/python tests/triton_table.py --check
 
 # The figures of every CUDA kernel in the module as built.
 cuda-table: setup

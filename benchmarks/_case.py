@@ -66,6 +66,7 @@ class Case:
         targets: by provider, the ratio of its time to ours that the project asks for.
         limit_target: the fraction of the machine's limit that it asks for.
         rate_target: the bytes a second and thread that it asks for.
+        speed_target: the operations a second that it asks for.
         device: of the tensors.
         short: part of the default suite.
         alone: no peer but torch takes part.
@@ -83,6 +84,7 @@ class Case:
     targets: Mapping[str, float] = field(default_factory=dict)
     limit_target: float | None = None
     rate_target: float | None = None
+    speed_target: float | None = None
     device: str = "cpu"
     short: bool = False
     alone: bool = False

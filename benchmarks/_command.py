@@ -85,9 +85,21 @@ def fell_short(results: dict[str, Any]) -> bool:
     if any(OURS in row["wrong"] for row in results["rows"]):
         return True
     limits, threads = raised_peaks(results), results["environment"]["threads"]
-    return results["suite"] == "cpu" and any(
+    return results["suite"] in ("cpu", "gpu") and any(
         figures(row, limits, threads).verdict == "missed" for row in results["rows"]
     )
+
+
+def promises(case: Case) -> str:
+    """What a case asks for, in words."""
+    found = [f"{target:g}x {name}" for name, target in case.targets.items()]
+    if case.limit_target:
+        found.append(f"{case.limit_target:.0%} of the limit")
+    if case.rate_target:
+        found.append(f"{case.rate_target / 1e9:g} GB/s a thread")
+    if case.speed_target:
+        found.append(f"{case.speed_target / 1e12:g} TFLOP/s")
+    return ", ".join(found)
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -96,7 +108,7 @@ def _list(args: argparse.Namespace) -> int:
     width = max(map(len, SUITES))
     if args.suite is not None:
         for case in suite(args.suite):
-            targets = ", ".join(f"{target:g}x {name}" for name, target in case.targets.items())
+            targets = promises(case)
             print(f"{case.name}{f'  (target {targets})' if targets else ''}")
         return 0
     print("suites")

@@ -42,6 +42,7 @@ class Figures:
         others: the other providers by name.
         limit: the row's floor over our time.
         rate: bytes a second and thread, where the row has a target for it.
+        speed: operations a second, likewise.
         verdict: of the row as a whole.
     """
 
@@ -49,6 +50,7 @@ class Figures:
     others: dict[str, Versus]
     limit: Ratio | None
     rate: Ratio | None
+    speed: Ratio | None
     verdict: str
 
     @property
@@ -79,23 +81,25 @@ def figures(row: dict[str, Any], limits: dict[str, Any], threads: int = 1) -> Fi
     samples = dict(walls(row))
     if OURS not in samples:
         others = {name: Versus(median(wall), None, None, "") for name, wall in samples.items()}
-        return Figures(None, others, None, None, _without_ours(row))
+        return Figures(None, others, None, None, None, _without_ours(row))
     ours = samples.pop(OURS)
     others = {}
     for name, wall in samples.items():
         ratio, target = paired_ratio(wall, ours), row["targets"].get(name)
         others[name] = Versus(median(wall), ratio, target, target_verdict(ratio, target))
-    limit = rate = None
+    limit = rate = speed = None
     if row["metric"] != BYTES:
         limit = over_median(floor_seconds(row, limits), ours)
         rate = over_median(row["bytes"] / threads, ours) if row["rate_target"] else None
-    return Figures(median(ours), others, limit, rate, _verdict(row, others, limit, rate))
+        speed = over_median(row["operations"], ours) if row.get("speed_target") else None
+    found = (limit, row["limit_target"]), (rate, row["rate_target"]), (speed, row.get("speed_target"))
+    return Figures(median(ours), others, limit, rate, speed, _verdict(row, others, found))
 
 
-def _verdict(row: dict[str, Any], others: dict[str, Versus], limit: Ratio | None, rate: Ratio | None) -> str:
+def _verdict(row: dict[str, Any], others: dict[str, Versus], judged: Sequence[tuple[Ratio | None, Any]]) -> str:
     """Of all targets together; without any, of torch."""
     verdicts = [other.verdict for other in others.values() if other.target is not None]
-    for found, target in ((limit, row["limit_target"]), (rate, row["rate_target"])):
+    for found, target in judged:
         if found is not None and target:
             verdicts.append(target_verdict(found, target))
     if verdicts:

@@ -132,6 +132,8 @@ def _target(row: dict[str, Any]) -> str:
         found.append(f"{row['limit_target']:.0%} of the limit")
     if row["rate_target"]:
         found.append(f"{row['rate_target'] / 1e9:.0f} GB/s a thread")
+    if row.get("speed_target"):
+        found.append(f"{row['speed_target'] / 1e12:.0f} TFLOP/s")
     return ", ".join(found)
 
 

@@ -189,7 +189,7 @@ def time_again(row: dict[str, Any], case: Case, settings: Settings, visit: int, 
 
 def _blank(case: Case) -> dict[str, Any]:
     fields = ("name", "op", "direction", "dtype", "shape", "operations", "bytes", "metric", "limit_target",
-              "rate_target", "device")  # fmt: skip
+              "rate_target", "speed_target", "device")  # fmt: skip
     plain = {name: getattr(case, name) for name in fields}
     empty = {"samples": {}, "busy": [], "visits": [], "wrong": {}, "absent": {}, "unfused": []}
     return {**plain, "sizes": dict(case.sizes), "targets": dict(case.targets), **empty}

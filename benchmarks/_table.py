@@ -50,6 +50,8 @@ def cells(row: dict[str, Any], numbers: Figures) -> tuple[str, ...]:
         targets.append(f"{row['limit_target']:.0%}")
     if row["rate_target"]:
         targets.append(f"{row['rate_target'] / 1e9:.0f}GB/s")
+    if row.get("speed_target"):
+        targets.append(f"{row['speed_target'] / 1e12:.0f}TFLOP/s")
     peer = numbers.peer
     return (
         f" {escape(row['shape'])}",

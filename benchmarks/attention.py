@@ -27,6 +27,7 @@ from pytransformer.benchmarks._op_problem import OpProblem
 REAL = 0.56  # of a padded batch: lengths spread evenly around it, up to the whole
 DROPOUT, SEED = 0.1, 1
 CHECKED_GROUPS = 2  # key/value heads, of the first sequence
+WINDOW = 1024
 FORWARD = (
     (BERT_BASE, 8, 128, ""),
     (BERT_BASE, 8, 128, "padding"),
@@ -96,10 +97,37 @@ def lengths(B: int, S: int) -> Tensor:
     return torch.linspace(max(1.0, (2 * REAL - 1) * S), S, B).round().long()
 
 
+def sparse(S: int, device: str) -> Tensor:
+    """bool [S,S]: of the blocks of 128 every other one, and of these nine tenths."""
+    generator = torch.Generator().manual_seed(SEED)
+    blocks = (torch.rand(-(-S // 128), -(-S // 128), generator=generator) < 0.5).to(device)
+    keep = blocks.repeat_interleave(128, 0).repeat_interleave(128, 1)[:S, :S]
+    at = torch.arange(S, device=device)
+    return keep & ((at[:, None] * 7 + at * 13) % 10 > 0) | (at[:, None] == at)
+
+
+def banded(S: int, device: str) -> Tensor:
+    """bool [S,S]: causal, ``WINDOW`` keys back."""
+    back = torch.arange(S, device=device)[:, None] - torch.arange(S, device=device)
+    return (back >= 0) & (back <= WINDOW)
+
+
+def documents(S: int, device: str) -> Tensor:
+    """bool [S,S]: causal within each of eight documents of unequal lengths."""
+    at = torch.arange(S, device=device)
+    document = ((at.double() / S) ** 0.8 * 8).long()
+    return (document[:, None] == document) & (at[:, None] >= at)
+
+
+MASKS = {"bool mask": sparse, "window": banded, "documents": documents}
+
+
 def visible_pairs(model: Model, B: int, T: int, S: int, variant: str) -> float:
     """How many (query, key) pairs of the whole batch the masks leave, for one head."""
     if variant == "padding":
         return float(lengths(B, S).sum()) * T
+    if variant in MASKS:
+        return B * float(MASKS[variant](S, "cpu").sum())
     causal = (model.causal or variant == "causal") and variant != "decode"
     return B * S * (S + 1) / 2 if causal else float(B * T * S)
 
@@ -119,11 +147,19 @@ def build(direction: str, dtype: torch.dtype, model: Model, B: int, S: int, vari
         keep = torch.arange(S) < lengths(B, S)[:, None]
         tensors["attn_mask"] = keep[:, None, None, :].to(device)
     dropout = {"dropout_p": DROPOUT} if variant == "dropout" else {}
+    ours = {**options, **dropout, "seed": SEED} if dropout else options
+    keep = None
+    if variant in MASKS:
+        keep = MASKS[variant](S, device)[None, None]
+        if variant == "window":
+            ours = {**options, "window": (WINDOW, 0)}
+        else:
+            tensors["attn_mask"] = keep.expand(B, 1, S, S)
 
     def peer(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, **options, **dropout)
+        mask = keep if attn_mask is None else attn_mask
+        return F.scaled_dot_product_attention(query, key, value, mask, **options, **dropout)
 
-    ours = {**options, **dropout, "seed": SEED} if dropout else options
     shared = model.heads // model.groups
     heads, groups = (1, CHECKED_GROUPS * shared), (1, CHECKED_GROUPS)
     sampled = {"query": heads, "output": heads, "key": groups, "value": groups, "attn_mask": (1,)}

@@ -1,13 +1,28 @@
-"""Every op and model on the GPU: the same declarations, timed by events and graph replay (``_device``)."""
+"""What the project promises of its kernels on a GPU (an H200, bfloat16), and every op and model beside it.
+
+The rows of the table come first, each with its target; none has been measured yet. Then a row of each op at the sizes
+of named models, and the models. All are timed by events and graph replay (``_device``).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
 from pytransformer.benchmarks import attention, embedding, ffn, layer_norm, linear_cross_entropy, models
-from pytransformer.benchmarks._case import Case
+from pytransformer.benchmarks._case import BYTES, Case
+from pytransformer.benchmarks._models import BERT_BASE, GPT2, TRANSFORMER_BASE, Model
+
+BF16 = torch.bfloat16
+DEVICE = "cuda"
+# 16 heads of 128 at 4,096 tokens, and fewer the longer the sequence is: the check is in float64.
+WIDE_HEADS = {4096: Model("16 heads of 128", 16, 128, 8192, 50304), 8192: Model("8 heads of 128", 8, 128, 4096, 50304),
+              16384: Model("4 heads of 128", 4, 128, 2048, 50304)}  # fmt: skip
+PADDED = Model("24 heads of 64", 24, 64, 6144, 30522)
+HEADS = Model("8 heads of 64", 8, 64, 2048, 50304)
+WIDTHS = (512, 1024, 2048, 4096, 8192)
 
 
 def why_not() -> str | None:
@@ -19,6 +34,40 @@ def why_not() -> str | None:
 
 
 def cases() -> Iterator[Case]:
-    """The cases of the CPU's suites, on the device."""
-    for module in (attention, layer_norm, ffn, linear_cross_entropy, embedding, models):
-        yield from module.cases("cuda")
+    """The promised rows, then the ops in bfloat16 and the models."""
+    yield from promised_attention()
+    yield from promised_rows()
+    for module in (attention, layer_norm, ffn, linear_cross_entropy, embedding):
+        found = (case for case in module.cases(DEVICE) if case.dtype == "bfloat16" and case.direction != "bwd")
+        yield from (replace(case, targets={}) for case in found)
+    yield from (replace(case, targets={}) for case in models.cases(DEVICE))
+
+
+def promised_attention() -> Iterator[Case]:
+    """Speed where nothing hides a tile, and masks against what skips them, or cannot."""
+    for S, model in WIDE_HEADS.items():
+        for variant, speed in (("", 450e12), ("causal", 420e12)):
+            yield _attention("fwd", model, 1, S, variant, targets={}, speed_target=speed)
+    yield _attention("fwd", PADDED, 14, 768, "padding", targets={"torch": 3.0})
+    for variant in attention.MASKS:
+        yield _attention("fwd+bwd", HEADS, 1, 8192, variant, targets={"flex-attention": 1.0})
+    yield _attention("bwd", WIDE_HEADS[8192], 1, 8192, "", targets={}, speed_target=380e12)
+
+
+def _attention(direction: str, model: Model, B: int, S: int, variant: str, **more: object) -> Case:
+    return attention.case(direction, BF16, model, B, S, variant, device=DEVICE, **more)
+
+
+def promised_rows() -> Iterator[Case]:
+    """Norms against the copy rate, the feed-forward network against torch.compile, the loss against torch."""
+    for E in WIDTHS:
+        model = Model(f"E={E}", E // 64, 64, 4 * E, 50304)
+        for direction, limit in (("fwd", 0.92), ("bwd", 0.88)):
+            yield layer_norm.case(
+                direction, BF16, model, 2**25 // E, device=DEVICE, dropout_p=0.1, targets={}, limit_target=limit
+            )
+    for model in (TRANSFORMER_BASE, BERT_BASE, Model("E=1024", 16, 64, 4096, 50304)):
+        yield ffn.case("fwd+bwd", BF16, model, 8192, device=DEVICE, targets={"torch.compile": 1.1})
+    loss = linear_cross_entropy.case("fwd+bwd", BF16, GPT2, 4096, device=DEVICE, targets={"torch": 1.0})
+    yield loss
+    yield replace(loss, metric=BYTES, targets={"torch": 10.0})

@@ -31,18 +31,28 @@ def cases(device: str = "cpu") -> Iterator[Case]:
         yield case("fwd+bwd", dtype, BERT_BASE, 4096, device=device)
 
 
-def case(direction: str, dtype: torch.dtype, model: Model, N: int, device: str = "cpu", **more: Any) -> Case:
-    """The norm of ``input + residual``, of N rows."""
+def case(
+    direction: str,
+    dtype: torch.dtype,
+    model: Model,
+    N: int,
+    device: str = "cpu",
+    dropout_p: float = 0.0,
+    **more: Any,
+) -> Case:
+    """The norm of ``dropout(input) + residual``, of N rows."""
     promised = direction == "fwd" and dtype == torch.bfloat16 and model == BERT_BASE and N == 4096
     settings = {"targets": {"torch": 2.0} if promised else {}, **more}
+    # with dropout the two inputs have gradients of their own
+    tensors = TENSORS[direction] + (1 if dropout_p > 0 and direction != "fwd" else 0)
     return Case(
         op="layer_norm",
         direction=direction,
         dtype=dtype_name(dtype),
-        shape=f"{model.name} {N}" + (" RMS" if model.rms else ""),
+        shape=f"{model.name} {N}" + (" RMS" if model.rms else "") + (" dropout" if dropout_p else ""),
         operations=OPERATIONS[direction] * N * model.width,
-        bytes=TENSORS[direction] * N * model.width * dtype.itemsize,
-        build=partial(build, direction, dtype, model, N, device),
+        bytes=tensors * N * model.width * dtype.itemsize,
+        build=partial(build, direction, dtype, model, N, device, dropout_p),
         sizes={"N": N, "E": model.width},
         device=device,
         short=(model, N) == (BERT_BASE, 4096) and direction != "fwd+bwd",
@@ -50,7 +60,7 @@ def case(direction: str, dtype: torch.dtype, model: Model, N: int, device: str =
     )
 
 
-def build(direction: str, dtype: torch.dtype, model: Model, N: int, device: str) -> Problem:
+def build(direction: str, dtype: torch.dtype, model: Model, N: int, device: str, dropout_p: float) -> Problem:
     """The tensors and both providers."""
     E = model.width
     tensors: dict[str, Tensor | None] = {
@@ -63,12 +73,13 @@ def build(direction: str, dtype: torch.dtype, model: Model, N: int, device: str)
         del tensors["bias"]
 
     def layer_norm(input: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-        return F.layer_norm(input + residual, (E,), weight, bias, EPS["layer_norm"])
+        return F.layer_norm(F.dropout(input, dropout_p) + residual, (E,), weight, bias, EPS["layer_norm"])
 
     def rms_norm(input: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
-        return F.rms_norm(input + residual, (E,), weight, EPS["rms_norm"])
+        return F.rms_norm(F.dropout(input, dropout_p) + residual, (E,), weight, EPS["rms_norm"])
 
     op, peer, weights = "layer_norm", layer_norm, ("weight", "bias")
     if model.rms:
         op, peer, weights = "rms_norm", rms_norm, ("weight",)
-    return OpProblem(op, direction, tensors, {}, peer, weights).problem()
+    options: dict[str, Any] = {"dropout_p": dropout_p, "seed": 1} if dropout_p else {}
+    return OpProblem(op, direction, tensors, options, peer, weights, random=bool(dropout_p)).problem()

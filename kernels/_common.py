@@ -97,8 +97,12 @@ def program_count(work: int, device: torch.device, per_processor: int) -> int:
 
 
 def float32_precision() -> str:
-    """The precision of float32 matrix products that torch is set to."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """The precision of float32 matrix products that torch is set to, by whichever of its interfaces.
+
+    torch raises where the older ``allow_tf32`` is read after the newer was set. AMD GPUs get true float32.
+    """
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32" and torch.version.hip is None
+    return "tf32" if allowed else "ieee"
 
 
 def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -2,43 +2,44 @@
 
 A configuration is looked up by the kernel's name and a shape class: the dtype's width and whatever size decides
 (a head dim, a row's length), rounded up, so that no length of a batch or sequence makes a kernel compile anew.
+
+What stands here was chosen by compiling: none of the rows of ``docs/triton-kernels.txt`` spills. None was timed: where
+a GPU is at hand, ``pytransformer tune`` measures, and its table (``_table``) goes before this one.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
-
-class Config(NamedTuple):
-    """A kernel's tile, the warps that share it, and the stages of its loads' pipeline."""
-
-    tile: tuple[int, ...]
-    num_warps: int
-    num_stages: int = 1
-
-    @property
-    def options(self) -> dict[str, int | bool]:
-        """Keyword arguments of a launch."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
-
+from pytransformer.kernels._table import Config, chosen
 
 INTERPRETER = "interpreter"
-# Rows longer than this are read in pieces.
-WHOLE_ROW = 8192
 
 
-def layer_norm(direction: str, width: int, arch: str) -> Config:
+def whole_row(direction: str, dtype: torch.dtype, arch: str) -> int:
+    """The longest row that layer_norm holds in registers; a longer one is read in pieces.
+
+    The backward's column sums leave no registers for rows of 8,192 in 32 bits, or, as compiled for sm_100, in any.
+    """
+    short = direction == "bwd" and arch != INTERPRETER and (dtype.itemsize == 4 or arch == "sm100")
+    return 4096 if short else 8192
+
+
+def layer_norm(direction: str, dtype: torch.dtype, width: int, arch: str) -> Config:
     """``(rows, columns)`` of a tile for rows of ``width`` elements.
 
     About 2,048 elements a tile, so that each thread has 16 to 32 in flight; the backward carries three column sums
     beside them in registers and takes half as many. The interpreter is fast on large tiles only.
     """
-    columns = power_of_2(width) if width <= WHOLE_ROW else WHOLE_ROW // 2
-    elements = 8192 if arch == INTERPRETER else 2048 if direction == "fwd" else 1024
+    whole = width <= whole_row(direction, dtype, arch)
+    if arch == INTERPRETER:
+        columns = power_of_2(width) if whole else 4096
+        return Config((min(max(1, 8192 // columns), 64), columns), num_warps=4)
+    columns = power_of_2(width) if whole else 2048
+    elements = 2048 if direction == "fwd" else 1024
     rows = min(max(1, elements // columns), 64)  # beyond that one row's column sums would be long chains
-    return Config((rows, columns), num_warps=min(max(rows * columns // 512, 4), 16))
+    built_in = Config((rows, columns), num_warps=min(max(rows * columns // 512, 4), 16))
+    return chosen(arch, f"layer_norm {direction} {f'E={columns}' if whole else 'in pieces'}", built_in)
 
 
 # (queries, keys) of a tile, by architecture, kernel, 16 or 32 bits, and head dim up to 64, 128 or 256. What stands
@@ -48,23 +49,40 @@ _PLAIN: dict[str, _Attention] = {
     "sm80": {
         "fwd": {
             (16, 64): Config((128, 64), 8, 3),
-            (16, 128): Config((128, 64), 8, 3),
+            (16, 128): Config((64, 64), 8, 2),
             (16, 256): Config((64, 64), 8, 2),
         },
         "dq": {
-            (16, 64): Config((64, 64), 8, 2),
-            (16, 128): Config((64, 64), 8, 2),
-            (16, 256): Config((64, 32), 8, 1),
+            (16, 64): Config((64, 32), 8, 2),
+            (16, 128): Config((64, 32), 8, 2),
+            (16, 256): Config((32, 32), 8, 1),
         },
         "dkv": {
-            (16, 64): Config((64, 64), 8, 2),
+            (16, 64): Config((32, 128), 8, 2),
             (16, 128): Config((32, 64), 8, 2),
-            (16, 256): Config((32, 64), 8, 1),
+            (16, 256): Config((32, 32), 8, 1),
         },
     },
     "sm90": {
         "fwd": {
             (16, 64): Config((128, 64), 4, 3),
+            (16, 128): Config((128, 64), 8, 3),
+            (16, 256): Config((64, 32), 8, 2),
+        },
+        "dq": {
+            (16, 64): Config((128, 64), 8, 2),
+            (16, 128): Config((64, 64), 8, 2),
+            (16, 256): Config((16, 32), 4, 1),
+        },
+        "dkv": {
+            (16, 64): Config((64, 128), 8, 2),
+            (16, 128): Config((32, 128), 8, 2),
+            (16, 256): Config((32, 32), 8, 1),
+        },
+    },
+    "sm100": {
+        "fwd": {
+            (16, 64): Config((128, 64), 8, 3),
             (16, 128): Config((128, 64), 8, 3),
             (16, 256): Config((64, 64), 8, 2),
         },
@@ -79,54 +97,160 @@ _PLAIN: dict[str, _Attention] = {
             (16, 256): Config((32, 64), 8, 1),
         },
     },
+    "gfx942": {
+        "fwd": {
+            (16, 64): Config((128, 64), 4),
+            (16, 128): Config((64, 64), 4),
+            (16, 256): Config((64, 32), 4),
+        },
+        "dq": {
+            (16, 64): Config((64, 32), 4),
+            (16, 128): Config((64, 32), 4),
+            (16, 256): Config((32, 32), 4),
+        },
+        "dkv": {
+            (16, 64): Config((32, 64), 4),
+            (16, 128): Config((32, 32), 4),
+            (16, 256): Config((32, 32), 4),
+        },
+    },
 }
 _RICH: dict[str, _Attention] = {
     "sm80": {
         "fwd": {
-            (16, 64): Config((64, 64), 8, 2),
-            (16, 128): Config((64, 64), 8, 2),
+            (16, 64): Config((64, 32), 4, 2),
+            (16, 128): Config((64, 32), 8, 2),
             (16, 256): Config((64, 32), 8, 1),
-            (32, 64): Config((64, 32), 8, 1),
-            (32, 128): Config((32, 32), 8, 1),
+            (32, 64): Config((32, 32), 8, 1),
+            (32, 128): Config((32, 16), 8, 1),
             (32, 256): Config((32, 32), 8, 1),
         },
         "dq": {
-            (16, 64): Config((64, 64), 8, 2),
-            (16, 128): Config((64, 32), 8, 1),
-            (16, 256): Config((64, 32), 8, 1),
-            (32, 64): Config((32, 32), 8, 1),
+            (16, 64): Config((64, 32), 8, 1),
+            (16, 128): Config((32, 32), 8, 1),
+            (16, 256): Config((32, 32), 8, 1),
+            (32, 64): Config((32, 32), 4, 1),
             (32, 128): Config((32, 32), 8, 1),
-            (32, 256): Config((32, 32), 8, 1),
+            (32, 256): Config((16, 16), 8, 1),
+        },
+        "dkv": {
+            (16, 64): Config((32, 32), 4, 1),
+            (16, 128): Config((32, 32), 8, 1),
+            (16, 256): Config((16, 32), 8, 1),
+            (32, 64): Config((32, 32), 8, 1),
+            (32, 128): Config((16, 32), 8, 1),
+            (32, 256): Config((16, 16), 8, 1),
+        },
+    },
+    "sm90": {
+        "fwd": {
+            (16, 64): Config((64, 64), 8, 2),
+            (16, 128): Config((64, 32), 8, 2),
+            (16, 256): Config((32, 32), 8, 1),
+            (32, 64): Config((32, 16), 8, 1),
+            (32, 128): Config((16, 32), 8, 1),
+            (32, 256): Config((16, 16), 8, 1),
+        },
+        "dq": {
+            (16, 64): Config((64, 64), 8, 1),
+            (16, 128): Config((64, 32), 8, 1),
+            (16, 256): Config((32, 32), 8, 1),
+            (32, 64): Config((32, 32), 4, 1),
+            (32, 128): Config((32, 32), 8, 1),
+            (32, 256): Config((16, 16), 8, 1),
         },
         "dkv": {
             (16, 64): Config((32, 64), 8, 2),
             (16, 128): Config((32, 32), 8, 1),
-            (16, 256): Config((32, 64), 8, 1),
+            (16, 256): Config((16, 32), 8, 1),
             (32, 64): Config((32, 32), 8, 1),
-            (32, 128): Config((32, 32), 8, 1),
-            (32, 256): Config((32, 32), 8, 1),
+            (32, 128): Config((16, 32), 8, 1),
+            (32, 256): Config((16, 16), 8, 1),
         },
     },
+    "sm100": {
+        "fwd": {
+            (16, 64): Config((64, 64), 8, 2),
+            (16, 128): Config((64, 64), 8, 2),
+            (16, 256): Config((64, 32), 8, 1),
+            (32, 64): Config((16, 32), 8, 1),
+            (32, 128): Config((16, 32), 8, 1),
+            (32, 256): Config((16, 16), 8, 1),
+        },
+        "dq": {
+            (16, 64): Config((64, 64), 8, 1),
+            (16, 128): Config((64, 32), 8, 1),
+            (16, 256): Config((64, 32), 8, 1),
+            (32, 64): Config((32, 32), 4, 1),
+            (32, 128): Config((16, 16), 8, 1),
+            (32, 256): Config((16, 16), 8, 1),
+        },
+        "dkv": {
+            (16, 64): Config((32, 64), 8, 2),
+            (16, 128): Config((32, 32), 8, 1),
+            (16, 256): Config((16, 64), 8, 1),
+            (32, 64): Config((32, 32), 8, 1),
+            (32, 128): Config((16, 32), 8, 1),
+            (32, 256): Config((16, 16), 8, 1),
+        },
+    },
+    "gfx942": {
+        "fwd": {
+            (16, 64): Config((64, 32), 4),
+            (16, 128): Config((64, 32), 4),
+            (16, 256): Config((32, 32), 4),
+            (32, 64): Config((32, 32), 4),
+            (32, 128): Config((32, 16), 4),
+            (32, 256): Config((32, 16), 4),
+        },
+        "dq": {
+            (16, 64): Config((64, 32), 4),
+            (16, 128): Config((32, 32), 4),
+            (16, 256): Config((32, 32), 4),
+            (32, 64): Config((32, 32), 4),
+            (32, 128): Config((16, 16), 4),
+            (32, 256): Config((16, 16), 4),
+        },
+        "dkv": {
+            (16, 64): Config((32, 32), 4),
+            (16, 128): Config((32, 32), 4),
+            (16, 256): Config((16, 32), 4),
+            (32, 64): Config((32, 32), 4),
+            (32, 128): Config((16, 16), 4),
+            (32, 256): Config((16, 16), 4),
+        },
+    },
+}
+_DECODE = {
+    (16, 64): Config((64,), 4, 2),
+    (16, 128): Config((64,), 4, 2),
+    (16, 256): Config((32,), 4, 2),
+    (32, 64): Config((32,), 4, 2),
+    (32, 128): Config((32,), 8, 1),
+    (32, 256): Config((16,), 8, 1),
 }
 _INTERPRETED_TILE = Config((64, 64), 4)
 
 
 def attention(kernel: str, dtype: torch.dtype, head_dim: int, rich: bool, arch: str) -> Config:
-    """``(queries, keys)`` of a tile of the kernels ``"fwd"``, ``"dq"``, ``"dkv"`` and ``"decode"`` (keys alone).
+    """``(queries, keys)`` of a tile of the kernels ``"fwd"``, ``"dq"`` and ``"dkv"``, ``(keys,)`` of ``"decode"``.
 
     ``rich`` calls have a bool mask, a bias, dropout or a soft cap; in 32 bits all calls are taken as rich.
     """
     if arch == INTERPRETER:
-        return _INTERPRETED_TILE
+        return Config((64,), 4) if kernel == "decode" else _INTERPRETED_TILE
+    bits, size = 8 * dtype.itemsize, next(size for size in (64, 128, 256) if head_dim <= size)
     if kernel == "decode":
-        return Config((0, 64 if head_dim <= 128 and dtype.itemsize == 2 else 32), 4, 2)
-    size = next(size for size in (64, 128, 256) if head_dim <= size)
-    tables = _RICH if rich or dtype.itemsize == 4 else _PLAIN
-    return tables.get(arch, tables["sm80"])[kernel][8 * dtype.itemsize, size]
+        return chosen(arch, f"attention decode {bits} bits D={size}", _DECODE[bits, size])
+    rich = rich or bits == 32 or (arch, size) == ("sm86", 256)  # which has no memory for the plain tiles of sm80
+    tables = _RICH if rich else _PLAIN
+    built_in = tables.get(arch, tables["sm80"])[kernel][bits, size]
+    return chosen(arch, f"attention {kernel} {bits} bits D={size} {'rich' if rich else 'plain'}", built_in)
 
 
-# (rows, columns, depth) of a tile of a matrix product, by architecture, 16 or 32 bits, and right operands (1, or 2
-# with a gate).
+# (rows, columns, depth) of a tile of a matrix product, by architecture, 16 or 32 bits, and the registers that a kernel
+# takes: as many as one right operand, or two.
+_OPERANDS = {"accumulate": 2, "hidden": 1, "gated": 2, "backward": 2}
 _MATMUL: dict[str, dict[tuple[int, int], Config]] = {
     "sm80": {
         (16, 1): Config((128, 128, 32), 8, 4),
@@ -135,48 +259,61 @@ _MATMUL: dict[str, dict[tuple[int, int], Config]] = {
         (32, 2): Config((64, 32, 32), 4, 2),
     },
 }
-# Up to this width of the input the activation is fused with the product before it. Not measured on a GPU here: set
-# from what others report, that an unfused activation costs some 30, 20, 15 and 4% of the product at 512, 768, 1024
-# and 4096, and that on Hopper a product in Triton gives away about 10 to 15%.
+# Up to this width of the input the activation is fused with the product before it; `pytransformer tune` decides it
+# for each width. Not measured on a GPU here: set from what others report, that an unfused activation costs some 30,
+# 20, 15 and 4% of the product at 512, 768, 1024 and 4096, and that on Hopper a product in Triton gives away about 10
+# to 15%.
 _FUSED_WIDTH = {"sm80": 2048, "sm86": 2048, "sm90": 1024, "sm100": 768, "gfx942": 768, INTERPRETER: 64}
 
 
-def matmul(dtype: torch.dtype, arch: str, operands: int = 1) -> Config:
-    """``(rows, columns, depth)`` of a tile; ``operands`` counts the right operands that share a left one."""
+def matmul(kernel: str, dtype: torch.dtype, arch: str) -> Config:
+    """``(rows, columns, depth)`` of a tile of a product with an epilogue.
+
+    ``"accumulate"`` adds to what is there, ``"hidden"`` and ``"gated"`` are the first product of a feed-forward
+    network, ``"backward"`` that of its backward, whose epilogue takes as many registers as a second operand.
+    """
     if arch == INTERPRETER:
         return Config((64, 64, 64), 4)
-    return _MATMUL.get(arch, _MATMUL["sm80"])[8 * dtype.itemsize, operands]
+    bits = 8 * dtype.itemsize
+    built_in = _MATMUL.get(arch, _MATMUL["sm80"])[bits, _OPERANDS[kernel]]
+    return chosen(arch, f"matmul {kernel} {bits} bits", built_in)
 
 
-def fuse_activation(width: int, arch: str) -> bool:
-    """Should an activation be fused with the product before it, whose input has ``width`` columns?"""
-    return width <= _FUSED_WIDTH[arch]
+def fuse_activation(direction: str, dtype: torch.dtype, width: int, arch: str) -> bool:
+    """Should an activation be fused with the product before it, whose inner dimension is ``width``?"""
+    built_in = width <= _FUSED_WIDTH[arch]
+    if arch == INTERPRETER:
+        return built_in
+    return chosen(arch, f"ffn fused {direction} {8 * dtype.itemsize} bits E={power_of_2(width)}", built_in)
 
 
 def elementwise(arch: str) -> Config:
     """``(rows, columns)`` of a tile of an elementwise kernel."""
-    return Config((64, 64) if arch == INTERPRETER else (16, 128), 4)
+    return Config((64, 64), 4) if arch == INTERPRETER else chosen(arch, "elementwise", Config((16, 128), 4))
 
 
 def embedding(width: int, arch: str) -> Config:
     """``(rows, columns)`` of a tile of the embedding's kernels."""
     columns = min(power_of_2(width), 256)
-    return Config((64, columns) if arch == INTERPRETER else (max(2048 // columns, 1), columns), 4)
+    if arch == INTERPRETER:
+        return Config((64, columns), 4)
+    return chosen(arch, f"embedding E={columns}", Config((max(2048 // columns, 1), columns), 4))
 
 
 def cross_entropy(classes: int, arch: str) -> Config:
     """``(rows, classes)`` of a tile of logits: on a GPU one row a program, and four running numbers a lane."""
     if arch == INTERPRETER:
         return Config((64, 64), 4)
-    return Config((1, min(power_of_2(classes), 4096)), 8)
+    columns = min(power_of_2(classes), 4096)
+    return chosen(arch, f"cross_entropy V={columns}", Config((1, columns), 8))
 
 
 def logits_rows(rows: int, row_bytes: int, arch: str) -> int:
     """Rows of logits that are stored at a time: 128 MiB, enough to fill a GPU with a product's tiles."""
     if arch == INTERPRETER:
         return 32
-    chunks = -(-rows * row_bytes // 2**27)
-    return -(-rows // max(chunks, 1))
+    chunks = max(-(-rows * row_bytes // 2**27), 1)
+    return -(-rows // (16 * chunks)) * 16  # so that every chunk's pointers are aligned alike
 
 
 def power_of_2(n: int, least: int = 16) -> int:

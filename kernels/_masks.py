@@ -20,10 +20,13 @@ import triton.language as tl
 from torch import Tensor
 
 OPEN = 2**30  # a side of a band that is not bounded
-_LENGTHS = ["T", "S", "WORDS", "lower", "upper", "n_outer", "n_inner"]
+_LENGTHS = [
+    *("H", "T", "S", "WORDS", "lower", "upper", "n_outer", "n_inner"),
+    *(f"stride_{x}_{dim}" for x in ("mask", "bits") for dim in "bht"),
+]  # no kernel is compiled anew for these
 
 
-@triton.jit(do_not_specialize=["T", "S", "WORDS"])
+@triton.jit(do_not_specialize=_LENGTHS)
 def pack_kernel(
     mask_ptr,
     bits_ptr,
@@ -86,8 +89,10 @@ def list_tiles_kernel(
         s0 = (outer if BY_KEYS else inner) * BLOCK_S
         t_last, s_last = tl.minimum(t0 + BLOCK_T, T) - 1, tl.minimum(s0 + BLOCK_S, S) - 1
         t = (t0 + tl.arange(0, BLOCK_T))[:, None]
-        word = (s0 // 32 + tl.arange(0, BLOCK_S // 32))[None, :]
+        word = (s0 // 32 + tl.arange(0, max(BLOCK_S // 32, 1)))[None, :]
         words = tl.load(bits_ptr + t.to(tl.int64) * stride_bits_t + word, mask=(t < T) & (word < WORDS), other=0)
+        if BLOCK_S < 32:  # a part of a word, its bits as if the others were like the highest
+            words = words << (32 - BLOCK_S - s0 % 32) >> (32 - BLOCK_S)
         some = tl.max(tl.max((words != 0).to(tl.int32), 1), 0)
         every = tl.min(tl.min(((words == -1) | (t >= T)).to(tl.int32), 1), 0)
         empty = (some == 0) | (s0 >= length) | (s_last - t0 < lower) | (s0 - t_last > upper)

@@ -61,7 +61,7 @@ def accumulate_kernel(
 def accumulate(c: Tensor, a: Tensor, b: Tensor) -> None:
     """``c += a @ b`` in float32, of operands in 16 bits or float32; c is contiguous."""
     M, N = c.shape
-    config = _configs.matmul(a.dtype, _configs.architecture(a.device))
+    config = _configs.matmul("accumulate", a.dtype, _configs.architecture(a.device))
     block_m, block_n, block_k = config.tile
     accumulate_kernel[(triton.cdiv(M, block_m) * triton.cdiv(N, block_n),)](
         a, b, c, M, N, a.shape[1], *a.stride(), *b.stride(),

@@ -25,10 +25,10 @@ from unittest import mock
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction
 
-from pytransformer.kernels import _configs
+from pytransformer.kernels import _configs, _table
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
@@ -81,6 +81,18 @@ class Launch:
             return _figures_of_amdgcn(compiled.asm["amdgcn"], compiled.metadata.shared)
         return _figures_of_cubin(compiled.asm["cubin"], compiled.metadata.shared)
 
+    def ir(self, arch: str) -> str:
+        """Triton's own IR, before any pass."""
+        from triton._C.libtriton import ir
+
+        target, context = TARGETS[arch], ir.context()
+        backend = make_backend(target)
+        ir.load_dialects(context)
+        backend.load_dialects(context)
+        options = backend.parse_options(dict(self.options))
+        codegen = backend.get_codegen_implementation(options)
+        return str(self.source().make_ir(target, options, codegen, backend.get_module_map(), context))
+
     def source(self) -> ASTSource:
         signature, constants, attributes = {}, {}, {}
         for index, parameter in enumerate(self.kernel.params):
@@ -115,6 +127,7 @@ def recorded(arch: str) -> Iterator[list[Launch]]:
     with (
         mock.patch.object(JITFunction, "run", record),
         mock.patch.object(_configs, "architecture", return_value=arch),
+        _table.built_in_only(),
     ):
         yield launches
 

@@ -16,7 +16,7 @@ Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 201
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import triton
@@ -35,8 +35,15 @@ from pytransformer.kernels._attention import (
 )
 from pytransformer.kernels._common import dot, dropout_threshold, float32_precision, rounded, store
 
-# No kernel is compiled anew for these.
-LENGTHS = ["H", "T", "S", "lower", "upper", "threshold", "n_inner"]
+# No kernel is compiled anew for these: numbers that are lengths, and strides that lengths are factors of. What a
+# kernel must know of such a stride, that loads of 16 bytes stay aligned, comes as its unit: ``stride * UNIT``.
+LENGTHS = [
+    *("H", "T", "S", "lower", "upper", "threshold", "n_inner"),
+    *(f"stride_{x}{dim}" for x in "qkvd" for dim in "bh"),
+    *(f"stride_bias_{dim}" for dim in "bht"),
+    *(f"stride_bits_{dim}" for dim in "bht"),
+    *(f"stride_list_{dim}" for dim in "bhts"),
+]
 
 
 @triton.jit
@@ -88,7 +95,7 @@ def forward_kernel(
     H, T, S, n_inner, lower, upper, scale, softcap, threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, RAW: tl.constexpr, SOFTCAP: tl.constexpr, QUADS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
 ):  # fmt: skip
     n_blocks = tl.cdiv(T, BLOCK_T)
     block_t = n_blocks - 1 - tl.program_id(0) % n_blocks  # of a causal mask the long rows first
@@ -96,12 +103,12 @@ def forward_kernel(
     batch, head = row // H, row % H
     t0 = block_t * BLOCK_T
     t, d = t0 + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
-    q_ptr += batch * stride_qb + head * stride_qh
+    q_ptr += (batch * stride_qb + head * stride_qh) * UNIT
     q = tl.load(q_ptr + t[:, None] * stride_qt + d[None, :], mask=(t < T)[:, None] & (d < D)[None, :], other=0.0)
-    k_ptr += batch * stride_kb + head // GROUP * stride_kh
-    v_ptr += batch * stride_vb + head // GROUP * stride_vh
+    k_ptr += (batch * stride_kb + head // GROUP * stride_kh) * UNIT
+    v_ptr += (batch * stride_vb + head // GROUP * stride_vh) * UNIT
     if bias_ptr is not None:
-        bias_ptr += batch * stride_bias_b + head * stride_bias_h
+        bias_ptr += (batch * stride_bias_b + head * stride_bias_h) * BIAS_UNIT
     length = S
     if lengths_ptr is not None:
         length = tl.minimum(tl.load(lengths_ptr + batch), S).to(tl.int32)
@@ -119,7 +126,7 @@ def forward_kernel(
         block = tl.load(list_ptr + 2 + i) if bits_ptr is not None else full_start + i
         total, weight_sum, largest = _attend(
             total, weight_sum, largest, q, block, row, t0, k_ptr, v_ptr, bias_ptr, bits_ptr, rng_ptr,
-            stride_ks, stride_vs, stride_bias_t, stride_bias_s, stride_bits_t,
+            stride_ks, stride_vs, stride_bias_t * BIAS_UNIT, stride_bias_s, stride_bits_t,
             T, S, length, lower, upper, scale, softcap, threshold, keep_scale,
             D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, False, RAW, SOFTCAP, QUADS, PRECISION,
         )  # fmt: skip
@@ -130,7 +137,7 @@ def forward_kernel(
             block = partial_block(i, start, full_start, full_end)
         total, weight_sum, largest = _attend(
             total, weight_sum, largest, q, block, row, t0, k_ptr, v_ptr, bias_ptr, bits_ptr, rng_ptr,
-            stride_ks, stride_vs, stride_bias_t, stride_bias_s, stride_bits_t,
+            stride_ks, stride_vs, stride_bias_t * BIAS_UNIT, stride_bias_s, stride_bits_t,
             T, S, length, lower, upper, scale, softcap, threshold, keep_scale,
             D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, True, RAW, SOFTCAP, QUADS, PRECISION,
         )  # fmt: skip
@@ -144,6 +151,10 @@ def forward_kernel(
     tl.store(lse_ptr + row * T + t, lse, mask=t < T)
 
 
+def _version(x: Tensor | None) -> int:
+    return 0 if x is None else x._version
+
+
 @dataclass(frozen=True)
 class Masking:
     """Everything that hides scores or is added to them.
@@ -153,6 +164,7 @@ class Masking:
         bias: any strides, expanded to [B,H,T,S], or None.
         lengths: int64 [B], or None.
         lower, upper: key s is visible to query t only if ``lower <= s - t <= upper``.
+        packed: what was made of the bool mask before.
     """
 
     bits: _masks.Bits | None
@@ -160,24 +172,45 @@ class Masking:
     lengths: Tensor | None
     lower: int
     upper: int
+    packed: dict[Any, Any]
 
     def tiles(self, block_t: int, block_s: int, by_keys: bool = False) -> _masks.TileList | None:
         """The lists for tiles of this size; None where the kernels compute ranges instead."""
         if self.bits is None:
             return None
-        return _masks.list_tiles(self.bits, self.lengths, self.lower, self.upper, block_t, block_s, by_keys)
+        key = self.lower, self.upper, block_t, block_s, by_keys
+        if key in self.packed:
+            lengths, version, tiles = self.packed[key]
+            if lengths is self.lengths and version == _version(lengths):
+                return cast("_masks.TileList", tiles)
+        tiles = _masks.list_tiles(self.bits, self.lengths, *key)
+        if self.lengths is None or not self.lengths.is_inference():  # which has no version to tell a change by
+            self.packed[key] = self.lengths, _version(self.lengths), tiles
+        return tiles
 
 
 def masking(
-    mask: Tensor | None, bias: Tensor | None, lengths: Tensor | None, lower: int | None, upper: int | None
+    mask: Tensor | None,
+    bias: Tensor | None,
+    lengths: Tensor | None,
+    lower: int | None,
+    upper: int | None,
+    packed: dict[Any, Any] | None = None,
 ) -> Masking:
-    """From a bool mask and a bias, both expanded to [B,H,T,S], lengths and a band."""
+    """From a bool mask and a bias, both expanded to [B,H,T,S], lengths and a band.
+
+    ``packed`` belongs to this mask, and keeps what is made of it for the next call.
+    """
+    packed = {} if packed is None else packed
+    if mask is not None and "bits" not in packed:
+        packed["bits"] = _masks.pack(mask)
     return Masking(
-        None if mask is None else _masks.pack(mask),
+        packed.get("bits"),
         bias,
         lengths,
         -_masks.OPEN if lower is None else max(lower, -_masks.OPEN),
         _masks.OPEN if upper is None else min(upper, _masks.OPEN),
+        packed,
     )
 
 
@@ -191,12 +224,15 @@ class Softmax:
     rng: Tensor | None
 
     def flags(self, query: Tensor, bias: Tensor | None, key_length: int) -> dict[str, Any]:
-        """The constants of a kernel that depend on all this."""
+        """The constants of a kernel that depend on all this.
+
+        ``QUADS`` alone depends on a length, and only where there is dropout: four neighbours share random words.
+        """
         plain = bias is None and self.softcap == 0
         return {
             "RAW": plain and query.dtype != torch.float32,
             "SOFTCAP": self.softcap > 0,
-            "QUADS": key_length % 4 == 0,
+            "QUADS": self.rng is not None and key_length % 4 == 0,
             "PRECISION": float32_precision(),
         }
 
@@ -213,8 +249,22 @@ def is_rich(masks: Masking, softmax: Softmax) -> bool:
     return masks.bits is not None or masks.bias is not None or softmax.rng is not None or softmax.softcap > 0
 
 
-def bias_strides(bias: Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0, 0) if bias is None else bias.stride()
+def outer_strides(*tensors: Tensor) -> tuple[tuple[int, ...], int]:
+    """``(strides, UNIT)``: of batch and head in units, then of the rows, tensor by tensor.
+
+    With head dims that are multiples of 8 the unit is 8 whatever the lengths are: 16 bytes or more.
+    """
+    unit = 8 if all(x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0 for x in tensors) else 1
+    return tuple(n for x in tensors for n in (x.stride(0) // unit, x.stride(1) // unit, x.stride(2))), unit
+
+
+def bias_strides(bias: Tensor | None) -> tuple[tuple[int, ...], int]:
+    """``(strides, BIAS_UNIT)``; those of batch, head and query are in units."""
+    if bias is None:
+        return (0, 0, 0, 0), 1
+    *outer, last = bias.stride()
+    unit = 4 if all(n % 4 == 0 for n in outer) else 1
+    return (*(n // unit for n in outer), last), unit
 
 
 def mask_arguments(masks: Masking, tiles: _masks.TileList | None) -> tuple[tuple[Any, ...], tuple[int, ...], int]:
@@ -234,11 +284,14 @@ def attention_fwd(query: Tensor, key: Tensor, value: Tensor, masks: Masking, sof
     config = _configs.attention("fwd", query.dtype, max(D, Dv), rich, _configs.architecture(query.device))
     block_t, block_s = config.tile
     pointers, strides, n_inner = mask_arguments(masks, masks.tiles(block_t, block_s))
+    outer, unit = outer_strides(query, key, value)
+    of_bias, bias_unit = bias_strides(masks.bias)
     forward_kernel[(triton.cdiv(T, block_t) * B * H,)](
         query, key, value, masks.bias, masks.lengths, softmax.rng, *pointers, out, lse,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *bias_strides(masks.bias), *strides,
+        *outer, *of_bias, *strides,
         H, T, S, n_inner, masks.lower, masks.upper, softmax.scale, softmax.softcap,
         *dropout_threshold(softmax.dropout_p), **shape_of(query, key, value),
-        BLOCK_T=block_t, BLOCK_S=block_s, **softmax.flags(query, masks.bias, S), **config.options,
+        BLOCK_T=block_t, BLOCK_S=block_s, UNIT=unit, BIAS_UNIT=bias_unit,
+        **softmax.flags(query, masks.bias, S), **config.options,
     )  # fmt: skip
     return out, lse

@@ -34,13 +34,22 @@ from pytransformer.kernels._attention import (
     visible,
 )
 from pytransformer.kernels._common import dot, dropout_threshold, empty_like, load, rounded, store
-from pytransformer.kernels.attention import LENGTHS, Masking, Softmax, bias_strides, is_rich, mask_arguments, shape_of
+from pytransformer.kernels.attention import (
+    LENGTHS,
+    Masking,
+    Softmax,
+    bias_strides,
+    is_rich,
+    mask_arguments,
+    outer_strides,
+    shape_of,
+)
 
 
-@triton.jit(do_not_specialize=["H", "T"])
+@triton.jit(do_not_specialize=LENGTHS)
 def delta_kernel(
     dout_ptr, out_ptr, delta_ptr, stride_db, stride_dh, stride_dt, H, T,
-    Dv: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_T: tl.constexpr,
+    Dv: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_T: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """``delta = sum(dout * out)`` of each row."""
     n_blocks = tl.cdiv(T, BLOCK_T)
@@ -48,7 +57,7 @@ def delta_kernel(
     t = tl.program_id(0) % n_blocks * BLOCK_T + tl.arange(0, BLOCK_T)
     dv = tl.arange(0, BLOCK_DV)[None, :]
     mask = (t < T)[:, None] & (dv < Dv)
-    dout_ptr += row // H * stride_db + row % H * stride_dh
+    dout_ptr += (row // H * stride_db + row % H * stride_dh) * UNIT
     dout = load(dout_ptr + t[:, None] * stride_dt + dv, mask)
     out = load(out_ptr + (row * T + t)[:, None] * Dv + dv, mask)
     tl.store(delta_ptr + row * T + t, tl.sum(dout * out, 1), mask=t < T)
@@ -117,7 +126,7 @@ def dq_kernel(
     H, T, S, n_inner, lower, upper, scale, softcap, threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, RAW: tl.constexpr, SOFTCAP: tl.constexpr, QUADS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
 ):  # fmt: skip
     n_blocks = tl.cdiv(T, BLOCK_T)
     block_t = n_blocks - 1 - tl.program_id(0) % n_blocks
@@ -126,16 +135,16 @@ def dq_kernel(
     t0 = block_t * BLOCK_T
     t, d, dv = t0 + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     inside = (t < T)[:, None]
-    q_ptr += batch * stride_qb + head * stride_qh
-    dout_ptr += batch * stride_db + head * stride_dh
+    q_ptr += (batch * stride_qb + head * stride_qh) * UNIT
+    dout_ptr += (batch * stride_db + head * stride_dh) * UNIT
     q = tl.load(q_ptr + t[:, None] * stride_qt + d[None, :], mask=inside & (d < D)[None, :], other=0.0)
     dout = tl.load(dout_ptr + t[:, None] * stride_dt + dv[None, :], mask=inside & (dv < Dv)[None, :], other=0.0)
     lse = tl.load(lse_ptr + row * T + t, mask=t < T, other=0.0)
     delta = tl.load(delta_ptr + row * T + t, mask=t < T, other=0.0)
-    k_ptr += batch * stride_kb + head // GROUP * stride_kh
-    v_ptr += batch * stride_vb + head // GROUP * stride_vh
+    k_ptr += (batch * stride_kb + head // GROUP * stride_kh) * UNIT
+    v_ptr += (batch * stride_vb + head // GROUP * stride_vh) * UNIT
     if bias_ptr is not None:
-        bias_ptr += batch * stride_bias_b + head * stride_bias_h
+        bias_ptr += (batch * stride_bias_b + head * stride_bias_h) * BIAS_UNIT
     length = S
     if lengths_ptr is not None:
         length = tl.minimum(tl.load(lengths_ptr + batch), S).to(tl.int32)
@@ -151,7 +160,7 @@ def dq_kernel(
         block = tl.load(list_ptr + 2 + i) if bits_ptr is not None else full_start + i
         dq = _add_dq(
             dq, q, dout, lse, delta, block, row, t0, k_ptr, v_ptr, bias_ptr, bits_ptr, rng_ptr,
-            stride_ks, stride_vs, stride_bias_t, stride_bias_s, stride_bits_t,
+            stride_ks, stride_vs, stride_bias_t * BIAS_UNIT, stride_bias_s, stride_bits_t,
             T, S, length, lower, upper, scale, softcap, threshold, keep_scale,
             D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, False, RAW, SOFTCAP, QUADS, PRECISION,
         )  # fmt: skip
@@ -162,7 +171,7 @@ def dq_kernel(
             block = partial_block(i, start, full_start, full_end)
         dq = _add_dq(
             dq, q, dout, lse, delta, block, row, t0, k_ptr, v_ptr, bias_ptr, bits_ptr, rng_ptr,
-            stride_ks, stride_vs, stride_bias_t, stride_bias_s, stride_bits_t,
+            stride_ks, stride_vs, stride_bias_t * BIAS_UNIT, stride_bias_s, stride_bits_t,
             T, S, length, lower, upper, scale, softcap, threshold, keep_scale,
             D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, True, RAW, SOFTCAP, QUADS, PRECISION,
         )  # fmt: skip
@@ -210,7 +219,7 @@ def dkv_kernel(
     H, T, S, n_inner, lower, upper, scale, softcap, threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, RAW: tl.constexpr, SOFTCAP: tl.constexpr, QUADS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
 ):  # fmt: skip
     n_blocks = tl.cdiv(S, BLOCK_S)
     block_s = tl.program_id(0) % n_blocks
@@ -219,8 +228,8 @@ def dkv_kernel(
     s0 = block_s * BLOCK_S
     s, d, dv = s0 + tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     inside = (s < S)[:, None]
-    k_ptr += batch * stride_kb + group * stride_kh
-    v_ptr += batch * stride_vb + group * stride_vh
+    k_ptr += (batch * stride_kb + group * stride_kh) * UNIT
+    v_ptr += (batch * stride_vb + group * stride_vh) * UNIT
     k = tl.load(k_ptr + s[:, None] * stride_ks + d[None, :], mask=inside & (d < D)[None, :], other=0.0)
     v = tl.load(v_ptr + s[:, None] * stride_vs + dv[None, :], mask=inside & (dv < Dv)[None, :], other=0.0)
     length = S
@@ -234,12 +243,12 @@ def dkv_kernel(
     for member in range(GROUP):
         head = group * GROUP + member
         row = batch * H + head
-        q_head = q_ptr + batch * stride_qb + head * stride_qh
-        dout_head = dout_ptr + batch * stride_db + head * stride_dh
+        q_head = q_ptr + (batch * stride_qb + head * stride_qh) * UNIT
+        dout_head = dout_ptr + (batch * stride_db + head * stride_dh) * UNIT
         lse_head, delta_head = lse_ptr + row * T, delta_ptr + row * T
         bias_head, bits_head, list_head = bias_ptr, bits_ptr, list_ptr
         if bias_ptr is not None:
-            bias_head = bias_ptr + batch * stride_bias_b + head * stride_bias_h
+            bias_head = bias_ptr + (batch * stride_bias_b + head * stride_bias_h) * BIAS_UNIT
         if bits_ptr is not None:
             bits_head = bits_ptr + batch * stride_bits_b + head * stride_bits_h
             list_head = list_ptr + batch * stride_list_b + head * stride_list_h + block_s * stride_list_s
@@ -248,7 +257,8 @@ def dkv_kernel(
             block = tl.load(list_head + 2 + i) if bits_ptr is not None else full_start + i
             dk, dv_total = _add_dkv(
                 dk, dv_total, k, v, block, row, s0, q_head, dout_head, lse_head, delta_head,
-                bias_head, bits_head, rng_ptr, stride_qt, stride_dt, stride_bias_t, stride_bias_s, stride_bits_t,
+                bias_head, bits_head, rng_ptr,
+                stride_qt, stride_dt, stride_bias_t * BIAS_UNIT, stride_bias_s, stride_bits_t,
                 T, S, length, lower, upper, scale, softcap, threshold, keep_scale,
                 D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, False, RAW, SOFTCAP, QUADS, PRECISION,
             )  # fmt: skip
@@ -259,7 +269,8 @@ def dkv_kernel(
                 block = partial_block(i, start, full_start, full_end)
             dk, dv_total = _add_dkv(
                 dk, dv_total, k, v, block, row, s0, q_head, dout_head, lse_head, delta_head,
-                bias_head, bits_head, rng_ptr, stride_qt, stride_dt, stride_bias_t, stride_bias_s, stride_bits_t,
+                bias_head, bits_head, rng_ptr,
+                stride_qt, stride_dt, stride_bias_t * BIAS_UNIT, stride_bias_s, stride_bits_t,
                 T, S, length, lower, upper, scale, softcap, threshold, keep_scale,
                 D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, True, RAW, SOFTCAP, QUADS, PRECISION,
             )  # fmt: skip
@@ -267,7 +278,7 @@ def dkv_kernel(
     store(dv_ptr + (shared * S + s)[:, None] * Dv + dv[None, :], dv_total, inside & (dv < Dv)[None, :])
 
 
-@triton.jit(do_not_specialize=[*LENGTHS, "B", "BIAS_H", "loop_b", "loop_h", "loop_t"])
+@triton.jit(do_not_specialize=[*LENGTHS, "BIAS_H", "loop_b", "loop_h", "loop_t"])
 def dbias_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, rng_ptr, bits_ptr, dout_ptr, lse_ptr, delta_ptr, dbias_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
@@ -276,7 +287,7 @@ def dbias_kernel(
     H, T, S, BIAS_H, loop_b, loop_h, loop_t, lower, upper, scale, softcap, threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, RAW: tl.constexpr, SOFTCAP: tl.constexpr, QUADS: tl.constexpr,
-    PRECISION: tl.constexpr, SUM_T: tl.constexpr,
+    PRECISION: tl.constexpr, UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, SUM_T: tl.constexpr,
 ):  # fmt: skip
     """One tile of the bias's gradient, summed over ``loop_b`` batches, ``loop_h`` heads and ``loop_t`` query blocks.
 
@@ -297,13 +308,13 @@ def dbias_kernel(
         row = batch * H + head
         t = t0 + tl.arange(0, BLOCK_T)
         queries = t[:, None]
-        q_at = q_ptr + batch * stride_qb + head * stride_qh + queries * stride_qt + tl.trans(d)
+        q_at = q_ptr + (batch * stride_qb + head * stride_qh) * UNIT + queries * stride_qt + tl.trans(d)
         q = tl.load(q_at, mask=(queries < T) & (tl.trans(d) < D), other=0.0)
-        dout_at = dout_ptr + batch * stride_db + head * stride_dh + queries * stride_dt + tl.trans(dv)
+        dout_at = dout_ptr + (batch * stride_db + head * stride_dh) * UNIT + queries * stride_dt + tl.trans(dv)
         dout = tl.load(dout_at, mask=(queries < T) & (tl.trans(dv) < Dv), other=0.0)
-        k_at = k_ptr + batch * stride_kb + head // GROUP * stride_kh + keys * stride_ks + d
+        k_at = k_ptr + (batch * stride_kb + head // GROUP * stride_kh) * UNIT + keys * stride_ks + d
         k = tl.load(k_at, mask=(keys < S) & (d < D), other=0.0)
-        v_at = v_ptr + batch * stride_vb + head // GROUP * stride_vh + keys * stride_vs + dv
+        v_at = v_ptr + (batch * stride_vb + head // GROUP * stride_vh) * UNIT + keys * stride_vs + dv
         v = tl.load(v_at, mask=(keys < S) & (dv < Dv), other=0.0)
         lse = tl.load(lse_ptr + row * T + t, mask=t < T, other=0.0)
         delta = tl.load(delta_ptr + row * T + t, mask=t < T, other=0.0)
@@ -312,8 +323,8 @@ def dbias_kernel(
             bits_head = bits_ptr + batch * stride_bits_b + head * stride_bits_h
         _, ds, _ = _score_gradient(
             dot(q, k, PRECISION), dot(dout, v, PRECISION), queries, keys, t0, s0, row, lse[:, None], delta[:, None],
-            bias_ptr + batch * stride_bias_b + head * stride_bias_h, bits_head, rng_ptr,
-            stride_bias_t, stride_bias_s, stride_bits_t,
+            bias_ptr + (batch * stride_bias_b + head * stride_bias_h) * BIAS_UNIT, bits_head, rng_ptr,
+            stride_bias_t * BIAS_UNIT, stride_bias_s, stride_bits_t,
             T, S, length, lower, upper, scale, softcap, threshold, keep_scale,
             BLOCK_T, BLOCK_S, True, RAW, SOFTCAP, QUADS, False,
         )  # fmt: skip
@@ -345,9 +356,12 @@ def attention_bwd(
     shape = shape_of(query, key, value)
     arch = _configs.architecture(query.device)
     rows = 64 if Dv <= 128 else 32
+    outer, unit = outer_strides(dout)
     delta_kernel[(triton.cdiv(T, rows) * B * H,)](
-        dout, out, delta, *dout.stride()[:3], H, T, Dv=Dv, BLOCK_DV=shape["BLOCK_DV"], BLOCK_T=rows, num_warps=4
+        dout, out, delta, *outer, H, T, Dv=Dv, BLOCK_DV=shape["BLOCK_DV"], BLOCK_T=rows, UNIT=unit, num_warps=4
     )
+    outer, unit = outer_strides(query, key, value, dout)
+    of_bias, bias_unit = bias_strides(masks.bias)
     for kernel, name, grads in ((dq_kernel, "dq", (dq,)), (dkv_kernel, "dkv", (dk, dv))):
         config = _configs.attention(name, query.dtype, max(D, Dv), is_rich(masks, softmax), arch)
         block_t, block_s = config.tile
@@ -356,11 +370,11 @@ def attention_bwd(
         programs = triton.cdiv(S, block_s) * B * G if by_keys else triton.cdiv(T, block_t) * B * H
         kernel[(programs,)](
             query, key, value, masks.bias, masks.lengths, softmax.rng, *pointers, dout, lse, delta, *grads,
-            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *dout.stride()[:3],
-            *bias_strides(masks.bias), *strides,
+            *outer, *of_bias, *strides,
             H, T, S, n_inner, masks.lower, masks.upper, softmax.scale, softmax.softcap,
             *dropout_threshold(softmax.dropout_p), **shape,
-            BLOCK_T=block_t, BLOCK_S=block_s, **softmax.flags(query, masks.bias, S), **config.options,
+            BLOCK_T=block_t, BLOCK_S=block_s, UNIT=unit, BIAS_UNIT=bias_unit,
+            **softmax.flags(query, masks.bias, S), **config.options,
         )  # fmt: skip
     return dq, dk, dv, delta
 
@@ -384,15 +398,17 @@ def attention_dbias(
     config = _configs.attention("dq", query.dtype, max(D, Dv), True, _configs.architecture(query.device))
     block_t, block_s = config.tile
     n_t = triton.cdiv(T, block_t)
-    sum_t = bias_t == 1 and T > 1
+    sum_t = bias_t == 1
     dbias = torch.empty(bias_b, bias_h, 1 if sum_t else T, S, dtype=torch.float32, device=query.device)
     bits, bits_strides = (None, (0, 0, 0)) if masks.bits is None else (masks.bits.words, masks.bits.strides)
+    outer, unit = outer_strides(query, key, value, dout)
+    of_bias, bias_unit = bias_strides(masks.bias)
     dbias_kernel[(triton.cdiv(S, block_s), 1 if sum_t else n_t, bias_b * bias_h)](
         query, key, value, masks.bias, masks.lengths, softmax.rng, bits, dout, lse, delta, dbias,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *dout.stride()[:3],
-        *bias_strides(masks.bias), *bits_strides,
+        *outer, *of_bias, *bits_strides,
         H, T, S, bias_h, B // bias_b, H // bias_h, n_t if sum_t else 1, masks.lower, masks.upper,
         softmax.scale, softmax.softcap, *dropout_threshold(softmax.dropout_p), **shape_of(query, key, value),
-        BLOCK_T=block_t, BLOCK_S=block_s, SUM_T=sum_t, **softmax.flags(query, masks.bias, S), **config.options,
+        BLOCK_T=block_t, BLOCK_S=block_s, UNIT=unit, BIAS_UNIT=bias_unit, SUM_T=sum_t,
+        **softmax.flags(query, masks.bias, S), **config.options,
     )  # fmt: skip
     return dbias.sum(3, keepdim=True) if bias_s == 1 and S > 1 else dbias

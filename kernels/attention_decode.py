@@ -18,13 +18,14 @@ from torch import Tensor
 from pytransformer.kernels import _configs
 from pytransformer.kernels._attention import exponential, finite, scores, visible
 from pytransformer.kernels._common import dot, float32_precision, processors, rounded, store
-from pytransformer.kernels.attention import Masking, Softmax, bias_strides, shape_of
+from pytransformer.kernels.attention import LENGTHS, Masking, Softmax, bias_strides, outer_strides, shape_of
 
 LARGEST_TILE = 64  # rows of queries; above, the forward kernel has work enough
 SHORTEST = 512  # keys; below, there is nothing to split
+MOST_SPLITS = 128
 
 
-@triton.jit(do_not_specialize=["H", "T", "S", "share", "lower", "upper"])
+@triton.jit(do_not_specialize=[*LENGTHS, "share"])
 def split_kernel(
     q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, bits_ptr, out_ptr, lse_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
@@ -32,19 +33,21 @@ def split_kernel(
     H, T, S, share, lower, upper, scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
 ):  # fmt: skip
     """Output [splits,B,H,T,Dv] and lse [splits,B,H,T], float32, of the queries of a group over one share of keys."""
     batch, group = (tl.program_id(1) // (H // GROUP)).to(tl.int64), (tl.program_id(1) % (H // GROUP)).to(tl.int64)
     r, d, dv = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     inside = r < GROUP * T
     head, t = group * GROUP + r // T, (r % T)[:, None]
-    q_at = q_ptr + batch * stride_qb + head[:, None] * stride_qh + t * stride_qt + d[None, :]
+    q_at = q_ptr + (batch * stride_qb + head[:, None] * stride_qh) * UNIT + t * stride_qt + d[None, :]
     q = tl.load(q_at, mask=inside[:, None] & (d < D)[None, :], other=0.0)
-    k_ptr += batch * stride_kb + group * stride_kh
-    v_ptr += batch * stride_vb + group * stride_vh
+    k_ptr += (batch * stride_kb + group * stride_kh) * UNIT
+    v_ptr += (batch * stride_vb + group * stride_vh) * UNIT
     bias_row, bits_row = bias_ptr, bits_ptr
     if bias_ptr is not None:
-        bias_row = bias_ptr + batch * stride_bias_b + tl.where(inside, head, 0)[:, None] * stride_bias_h
+        rows_head = tl.where(inside, head, 0)[:, None]
+        bias_row = bias_ptr + (batch * stride_bias_b + rows_head * stride_bias_h) * BIAS_UNIT
     if bits_ptr is not None:
         bits_row = bits_ptr + batch * stride_bits_b + tl.where(inside, head, 0)[:, None] * stride_bits_h
     length = S
@@ -63,7 +66,9 @@ def split_kernel(
         v = tl.load(v_ptr + s[:, None] * stride_vs + dv[None, :], mask=(s < S)[:, None] & (dv < Dv)[None, :], other=0.0)
         s = s[None, :]
         product = dot(q, k, PRECISION)
-        x, _ = scores(product, t, s, T, S, scale, softcap, bias_row, stride_bias_t, stride_bias_s, False, SOFTCAP)
+        x, _ = scores(
+            product, t, s, T, S, scale, softcap, bias_row, stride_bias_t * BIAS_UNIT, stride_bias_s, False, SOFTCAP
+        )
         keep = visible(t, s, T, length, lower, upper, bits_row, stride_bits_t)
         x = tl.where(keep, x, float("-inf"))
         sound = finite(v)
@@ -89,22 +94,23 @@ def split_kernel(
 @triton.jit(do_not_specialize=["N", "splits"])
 def combine_kernel(
     parts_ptr, parts_lse_ptr, out_ptr, lse_ptr, N, splits,
-    Dv: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+    Dv: tl.constexpr, BLOCK_DV: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row of [splits,N,Dv] and [splits,N] put together."""
-    row, dv = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_DV)[None, :]
-    split = tl.arange(0, BLOCK_SPLITS)
-    lse = tl.load(parts_lse_ptr + split * N + row, mask=split < splits, other=float("-inf"))
-    pivot = tl.max(lse, 0)
+    """One row of [splits,N,Dv] and [splits,N] put together, ``BLOCK`` of the splits, at most ``MOST``, at a time."""
+    row, dv = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_DV)
+    every = tl.arange(0, MOST)
+    all_lse = tl.load(parts_lse_ptr + every * N + row, mask=every < splits, other=float("-inf"))
+    pivot = tl.max(all_lse, 0)
     pivot = tl.where(pivot == float("-inf"), 0.0, pivot)
-    weight = tl.exp(lse - pivot)
-    total = tl.sum(weight, 0)
-    parts = tl.load(
-        parts_ptr + (split[:, None] * N + row) * Dv + dv, mask=(split < splits)[:, None] & (dv < Dv), other=0.0
-    )
-    out = tl.sum(parts * weight[:, None], 0) / tl.where(total == 0, 1.0, total)
-    dv = tl.arange(0, BLOCK_DV)
-    store(out_ptr + row * Dv + dv, out, dv < Dv)
+    total = tl.sum(tl.exp(all_lse - pivot), 0)
+    out = tl.zeros((BLOCK_DV,), tl.float32)
+    for first in range(0, splits, BLOCK):
+        split = first + tl.arange(0, BLOCK)
+        lse = tl.load(parts_lse_ptr + split * N + row, mask=split < splits, other=float("-inf"))
+        at = parts_ptr + (split[:, None] * N + row) * Dv + dv[None, :]
+        parts = tl.load(at, mask=(split < splits)[:, None] & (dv < Dv)[None, :], other=0.0)
+        out += tl.sum(parts * tl.exp(lse - pivot)[:, None], 0)
+    store(out_ptr + row * Dv + dv, out / tl.where(total == 0, 1.0, total), dv < Dv)
     tl.store(lse_ptr + row, tl.where(total == 0, float("-inf"), pivot + tl.log(total)))
 
 
@@ -115,7 +121,7 @@ def splits_of(query: Tensor, key: Tensor, softmax: Softmax) -> int:
     if softmax.rng is not None or H // G * T > LARGEST_TILE or S < SHORTEST:
         return 1
     wanted = triton.cdiv(2 * processors(query.device), B * G)
-    return max(1, min(wanted, triton.cdiv(S, SHORTEST // 4), 128))
+    return max(1, min(wanted, triton.cdiv(S, SHORTEST // 4), MOST_SPLITS))
 
 
 def attention_decode(
@@ -125,24 +131,26 @@ def attention_decode(
     B, H, T, D = query.shape
     G, S, Dv = value.shape[1:]
     config = _configs.attention("decode", query.dtype, max(D, Dv), True, _configs.architecture(query.device))
-    block_s = config.tile[1]
+    (block_s,) = config.tile
     share = triton.cdiv(triton.cdiv(S, block_s), splits) * block_s
     splits = triton.cdiv(S, share)
     parts = torch.empty(splits, B, H, T, Dv, dtype=torch.float32, device=query.device)
     parts_lse = torch.empty(splits, B, H, T, dtype=torch.float32, device=query.device)
     bits, bits_strides = (None, (0, 0, 0)) if masks.bits is None else (masks.bits.words, masks.bits.strides)
     shape = shape_of(query, key, value)
+    outer, unit = outer_strides(query, key, value)
+    of_bias, bias_unit = bias_strides(masks.bias)
     split_kernel[(splits, B * G)](
         query, key, value, masks.bias, masks.lengths, bits, parts, parts_lse,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *bias_strides(masks.bias), *bits_strides,
+        *outer, *of_bias, *bits_strides,
         H, T, S, share, masks.lower, masks.upper, softmax.scale, softmax.softcap,
         **shape, BLOCK_R=_configs.power_of_2(H // G * T), BLOCK_S=block_s, SOFTCAP=softmax.softcap > 0,
-        PRECISION=float32_precision(), **config.options,
+        PRECISION=float32_precision(), UNIT=unit, BIAS_UNIT=bias_unit, **config.options,
     )  # fmt: skip
     out = torch.empty(B, H, T, Dv, dtype=query.dtype, device=query.device)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=query.device)
     combine_kernel[(B * H * T,)](
         parts, parts_lse, out, lse, B * H * T, splits,
-        Dv=Dv, BLOCK_DV=shape["BLOCK_DV"], BLOCK_SPLITS=_configs.power_of_2(splits), num_warps=4,
+        Dv=Dv, BLOCK_DV=shape["BLOCK_DV"], MOST=MOST_SPLITS, BLOCK=16, num_warps=4,
     )  # fmt: skip
     return out, lse

@@ -38,7 +38,7 @@ def _keep(rng_ptr, rows, e0, E, threshold, BLOCK_E: tl.constexpr, QUADS: tl.cons
 @triton.jit(do_not_specialize=["OUTER", "T", "threshold"])
 def forward_kernel(
     tokens_ptr, weight_ptr, positions_ptr, segments_ptr, segment_weight_ptr, rng_ptr, y_ptr,
-    OUTER, T, E, stride_outer, stride_t, scale, threshold, keep_scale,
+    OUTER, T, E, scale, threshold, keep_scale,
     SHARED: tl.constexpr, QUADS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """A tile of positions, in every ``num_programs(2)``-th sequence; ``SHARED`` positions are loaded once for them."""
@@ -47,7 +47,7 @@ def forward_kernel(
     mask = (t < T) & (e < E)
     place = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
     if SHARED:
-        place = load(positions_ptr + t * stride_t + e, mask)
+        place = load(positions_ptr + t * E + e, mask)
     for outer in range(tl.program_id(2), OUTER, tl.num_programs(2)):
         n = outer * T + t
         token = tl.load(tokens_ptr + n, mask=t < T, other=0).to(tl.int64)
@@ -55,7 +55,7 @@ def forward_kernel(
         if SHARED:
             y += place
         elif positions_ptr is not None:
-            y += load(positions_ptr + tl.cast(outer, tl.int64) * stride_outer + t * stride_t + e, mask)
+            y += load(positions_ptr + n * E + e, mask)
         if segments_ptr is not None:
             segment = tl.load(segments_ptr + n, mask=t < T, other=0).to(tl.int64)
             y += load(segment_weight_ptr + segment * E + e, mask)
@@ -64,18 +64,18 @@ def forward_kernel(
         store(y_ptr + n * E + e, y, mask)
 
 
-@triton.jit(do_not_specialize=["V", "threshold"])
+@triton.jit(do_not_specialize=["V", "threshold", "parts"])
 def table_gradient_kernel(
-    dy_ptr, order_ptr, ends_ptr, rng_ptr, out_ptr, V, E, scale, threshold, keep_scale,
-    PARTS: tl.constexpr, QUADS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    dy_ptr, order_ptr, ends_ptr, rng_ptr, out_ptr, V, E, parts, scale, threshold, keep_scale,
+    QUADS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Part ``program_id(2)`` of the gradient of one row of a table: ``out_ptr`` [PARTS,V,E].
+    """Part ``program_id(2)`` of the gradient of one row of a table: ``out_ptr`` [parts,V,E].
 
     ``order_ptr`` sorts the tokens, ``ends_ptr`` [V+1] says where in that order the tokens below each index end.
     """
     row, e0, part = tl.program_id(0), tl.program_id(1) * BLOCK_E, tl.program_id(2)
     first, last = tl.load(ends_ptr + row), tl.load(ends_ptr + row + 1)
-    share = tl.cdiv(last - first, PARTS)
+    share = tl.cdiv(last - first, parts)
     first = tl.minimum(first + part * share, last)
     last = tl.minimum(first + share, last)
     e = (e0 + tl.arange(0, BLOCK_E))[None, :]
@@ -120,18 +120,17 @@ def embedding_fwd(
     scale: float,
     dropout_p: float,
 ) -> Tensor:
-    """y [outer,T,E] from contiguous tokens and segments [outer,T] and positions expanded to [outer,T,E]."""
+    """y [outer,T,E] from contiguous tokens and segments [outer,T], and positions [outer,T,E], or [T,E] for all."""
     (outer, T), E = tokens.shape, weight.shape[1]
     y = torch.empty(outer, T, E, dtype=weight.dtype, device=weight.device)
-    shared = positions is not None and positions.stride(0) == 0
+    shared = positions is not None and positions.dim() == 2
     if positions is None:
         outer, T = 1, outer * T
     config = _configs.embedding(E, _configs.architecture(weight.device))
     block_n, block_e = config.tile
-    strides = (0, 0) if positions is None else positions.stride()[:2]
     sequences = triton.cdiv(outer, _SHARING) if shared else outer
     forward_kernel[(triton.cdiv(T, block_n), triton.cdiv(E, block_e), sequences)](
-        tokens, weight, positions, segments, segment_weight, rng, y, outer, T, E, *strides, scale,
+        tokens, weight, positions, segments, segment_weight, rng, y, outer, T, E, scale,
         *dropout_threshold(dropout_p),
         SHARED=shared, QUADS=E % 4 == 0, BLOCK_N=block_n, BLOCK_E=block_e, **config.options,
     )  # fmt: skip
@@ -149,8 +148,8 @@ def table_gradient(dy: Tensor, tokens: Tensor, table: Tensor, rng: Tensor | None
     config = _configs.embedding(E, _configs.architecture(table.device))
     block_n, block_e = config.tile
     table_gradient_kernel[(V, triton.cdiv(E, block_e), parts)](
-        dy, order, ends, rng, found, V, E, scale, *dropout_threshold(p),
-        PARTS=parts, QUADS=E % 4 == 0, BLOCK_N=block_n, BLOCK_E=block_e, **config.options,
+        dy, order, ends, rng, found, V, E, parts, scale, *dropout_threshold(p),
+        QUADS=E % 4 == 0, BLOCK_N=block_n, BLOCK_E=block_e, **config.options,
     )  # fmt: skip
     return found[0] if parts == 1 else found.sum(0).to(table.dtype)
 

@@ -176,9 +176,9 @@ def hidden_fwd(
     a = torch.empty(M, width, dtype=x.dtype, device=x.device)
     constants = {"ACTIVATION": activation, "QUADS": width % 4 == 0}
     arch = _configs.architecture(x.device)
-    if _configs.fuse_activation(E, arch) if fused is None else fused:
+    if _configs.fuse_activation("fwd", x.dtype, E, arch) if fused is None else fused:
         h = empty_like(a) if store_hidden else None
-        config = _configs.matmul(x.dtype, arch, operands=1 if weight_gate is None else 2)
+        config = _configs.matmul("hidden" if weight_gate is None else "gated", x.dtype, arch)
         block_m, block_n, block_k = config.tile
         hidden_kernel[(triton.cdiv(M, block_m) * triton.cdiv(width, block_n),)](
             x, weight, bias, weight_gate, bias_gate, rng, h, a, M, E, width, *dropout_threshold(dropout_p),
@@ -209,8 +209,8 @@ def hidden_bwd(
     dgate = None if gate is None else empty_like(h)
     constants = {"ACTIVATION": activation, "QUADS": width % 4 == 0}
     arch = _configs.architecture(dy.device)
-    if _configs.fuse_activation(O, arch) if fused is None else fused:
-        config = _configs.matmul(dy.dtype, arch, operands=2)  # its epilogue takes as many registers as a second operand
+    if _configs.fuse_activation("bwd", dy.dtype, O, arch) if fused is None else fused:
+        config = _configs.matmul("backward", dy.dtype, arch)
         block_m, block_n, block_k = config.tile
         n_rows = triton.cdiv(M, block_m)
         partial = torch.empty(n_rows, width, dtype=torch.float32, device=dy.device)

@@ -241,16 +241,18 @@ def backward_kernel(
         rows = (first + tl.arange(0, ROWS))[:, None]
         mask = (rows < N) & inside
         at = rows.to(tl.int64) * E + columns[None, :]
+        if BLOCK_E > 4096:  # rows that take all registers leave none for a vector that the cache holds
+            weight = _vector(weight_ptr, columns, E, 1.0)
         mean, rstd = load(mean_ptr + rows, rows < N), load(rstd_ptr + rows, rows < N)
         dy, wdy, normal = _normalized(dy_ptr, z_ptr, weight, mean, rstd, at, mask)
+        dweight += tl.sum(dy * normal, 0)
+        dbias += tl.sum(dy, 0)
         dz = wdy - normal * (tl.sum(wdy * normal, 1) / E)[:, None]
         if not RMS:
             dz -= (tl.sum(wdy, 1) / E)[:, None]
         dx = _store_gradients(
             dz * rstd, dsum_ptr, rng_ptr, dz_ptr, dx_ptr, rows, 0, at, mask, E, threshold, keep_scale, BLOCK_E, QUADS
         )
-        dweight += tl.sum(dy * normal, 0)
-        dbias += tl.sum(dy, 0)
         dinput_bias += tl.sum(dx, 0)
     partial = partial_ptr + tl.program_id(0) * 3 * E + columns
     tl.store(partial, dweight, mask=columns < E)
@@ -326,9 +328,9 @@ def layer_norm_fwd(
     N, E = x.shape
     y, z = empty_like(x), empty_like(x) if store_sum else None
     mean, rstd = (torch.empty(N, dtype=torch.float32, device=x.device) for _ in range(2))
-    config, kernel = _configs.layer_norm("fwd", E, _configs.architecture(x.device)), forward_kernel
-    if E > _configs.WHOLE_ROW:
-        kernel = forward_in_pieces_kernel
+    arch = _configs.architecture(x.device)
+    config = _configs.layer_norm("fwd", x.dtype, E, arch)
+    kernel = forward_kernel if _configs.whole_row("fwd", x.dtype, arch) >= E else forward_in_pieces_kernel
     tensors = (x, weight, bias, residual, input_bias, rng, y, z, mean, rstd)
     _launch(kernel, config, x, tensors, (eps,), dropout_p, rms)
     return y, z, mean, rstd
@@ -352,9 +354,10 @@ def layer_norm_bwd(
     """
     E = z.shape[1]
     dz, dx = empty_like(z), empty_like(z) if rng is not None else None
-    config, kernel = _configs.layer_norm("bwd", E, _configs.architecture(z.device)), backward_kernel
+    arch = _configs.architecture(z.device)
+    config, kernel = _configs.layer_norm("bwd", z.dtype, E, arch), backward_kernel
     partial = torch.empty(_programs(config, z), 3, E, dtype=torch.float32, device=z.device)
-    if E > _configs.WHOLE_ROW:
+    if _configs.whole_row("bwd", z.dtype, arch) < E:
         kernel = backward_in_pieces_kernel
         partial.zero_()
     _launch(kernel, config, z, (dy, dsum, z, weight, mean, rstd, rng, dz, dx, partial), (), dropout_p, rms)

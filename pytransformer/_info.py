@@ -27,6 +27,7 @@ def print_info() -> None:
         "GPU": gpus(),
         "Backends": {name: unavailable(name) or "available" for name in PACKAGES},
         "Kernels": {op: ", ".join(serving(op)) for op in OPS},
+        "Triton's tiles": triton_tables(),
     }
     width = max(len(key) for lines in sections.values() for key in lines)
     for title, lines in sections.items():
@@ -91,6 +92,22 @@ def gpus() -> dict[str, str]:
         return found
     why = "torch sees none" if torch.version.cuda else "this torch is built without CUDA"
     return {"none": f"{why}; the CUDA module: {cuda_backend.unavailable() or 'sees a device'}"}
+
+
+def triton_tables() -> dict[str, str]:
+    """By architecture of the GPUs here, where the configurations of the Triton kernels come from."""
+    from pytransformer.kernels import _configs, _table
+
+    if not torch.cuda.is_available():
+        return {"table": "none read: torch sees no GPU"}
+    archs = {_configs.architecture(torch.device("cuda", i)) for i in range(torch.cuda.device_count())}
+    found = {}
+    for arch in sorted(archs):
+        try:
+            found[arch] = _table.in_use(arch)[1]
+        except ValueError as error:
+            found[arch] = f"cannot be read: {error}"
+    return found
 
 
 def serving(op: str) -> list[str]:

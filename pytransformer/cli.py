@@ -1,4 +1,4 @@
-"""The command ``pytransformer``: ``info``, ``verify`` and ``bench``."""
+"""The command ``pytransformer``: ``info``, ``verify``, ``tune`` and ``bench``."""
 
 from __future__ import annotations
 
@@ -28,6 +28,10 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--backend", choices=BACKENDS, help="only this backend")
     verify.add_argument("--all-isas", action="store_true", help="also the instruction sets emulated for tests")
     verify.set_defaults(run=_verify)
+    tune = commands.add_parser("tune", help="measure the Triton kernels' configurations on this GPU, and use the best")
+    tune.add_argument("--op", action="append", choices=OPS, default=[], help="only this op (may be repeated)")
+    tune.add_argument("--output", metavar="F.json", help="where the table goes (default: the user's cache directory)")
+    tune.set_defaults(run=_tune)
     bench = commands.add_parser("bench", help="time the ops and a real model against plain PyTorch")
     _add_bench(bench)
     return parser
@@ -112,6 +116,12 @@ def _verify(args: argparse.Namespace) -> int:
     from pytransformer.verify import main as run_verify
 
     return run_verify(args.op, args.backend, args.all_isas)
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from pytransformer.tune import main as run_tune
+
+    return run_tune(args.op, args.output)
 
 
 def _bench(args: argparse.Namespace) -> int:

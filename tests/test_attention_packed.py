@@ -84,6 +84,11 @@ BAD_VARLEN = [
     ({"cu_seq_q": torch.tensor([0, 7, 6])}, ValueError, "cu_seq_q must rise from 0 to 6, got [0, 7, 6]"),
     ({"cu_seq_k": torch.tensor([0, 6])}, ValueError, "cu_seq_k must be of as many sequences as cu_seq_q, 2; got 1"),
     ({"max_q": 3}, ValueError, "max_q must be at least the longest sequence, 4; got 3"),
+    (
+        {"window": -1, "causal_align": "bottom_right"},
+        ValueError,
+        "window must be a non-negative integer, a pair of them or None, got -1",
+    ),
     ({"value": torch.ones(5, 2, 4)}, ValueError, "value must be [Tk,G,Dv] = [6, 2, 4], got float32 [5, 2, 4]"),
 ]
 BAD_DECODE = [

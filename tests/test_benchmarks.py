@@ -596,3 +596,47 @@ def test_the_plain_bert_peer_is_transformers_bert():
         expected = theirs(**tokens).last_hidden_state
         actual = plain_bert(theirs.state_dict(), tokens, 12)
     torch.testing.assert_close(actual[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-5)
+
+
+def test_the_gpu_suite_declares_every_promise_and_says_why_it_cannot_run(capsys):
+    from pytransformer import cli
+    from pytransformer.benchmarks import gpu
+    from pytransformer.benchmarks._command import promises
+
+    cases = list(gpu.cases())
+    told = [f"{case.op} {case.direction} {promises(case)}" for case in cases if promises(case)]
+    for wanted, rows in {
+        "attention fwd 450 TFLOP/s": 3,
+        "attention fwd 420 TFLOP/s": 3,
+        "attention fwd 3x torch": 1,
+        "attention fwd+bwd 1x flex-attention": 3,
+        "attention bwd 380 TFLOP/s": 1,
+        "layer_norm fwd 92% of the limit": 5,
+        "layer_norm bwd 88% of the limit": 5,
+        "ffn fwd+bwd 1.1x torch.compile": 3,
+        "linear_cross_entropy fwd+bwd 1x torch": 1,
+        "linear_cross_entropy fwd+bwd 10x torch": 1,
+    }.items():
+        assert told.count(wanted) == rows, wanted
+    assert len(told) == 26
+    # Of at most 8 minutes: a case takes 0.8 s to time, and about as long again to build, check and capture.
+    assert len(cases) <= 80
+    assert all(case.device == "cuda" for case in cases)
+    if gpu.why_not() is not None:
+        assert cli.main(["bench", "run", "--suite", "gpu"]) == 2
+        assert "the suite gpu needs an NVIDIA GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("variant", ["bool mask", "window", "documents"])
+def test_masks_of_the_gpu_suite_are_right_against_plain_torch(variant):
+    """The same case on the CPU: what the op sees and what torch sees is one mask."""
+    from pytransformer.benchmarks import attention
+    from pytransformer.benchmarks._models import Model
+
+    model = Model("small", 2, 16, 64, 100)
+    found = attention.case("fwd", torch.float32, model, 1, 1200, variant)
+    problem = found.build()
+    for name, call in problem.providers.items():
+        assert all(c.ok for c in problem.check(call())), name
+    visible = attention.MASKS[variant](1200, "cpu")
+    assert found.operations == 2 * 2 * 16 * 2 * visible.sum()

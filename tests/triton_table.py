@@ -4,22 +4,34 @@ A row names an architecture, a case, a kernel, its tile, warps and stages, and w
 of a thread, bytes of stack (a spill; must be 0) and shared memory of a program. The table is committed, so that a
 change of a kernel or of the compiler shows in review; ``test_triton_table.py`` recomputes a part of it.
 
-    make triton-table                                         every case for every architecture, some minutes
+    make triton-table                                         every case for every architecture, half an hour of a core
+    make test-triton-table                                    fails where the committed table says otherwise
     python -P tests/triton_table.py "sm80 attention 16 bits"  prints the rows that contain this and writes nothing
+
+Compiled kernels stay in Triton's cache (``TRITON_CACHE_DIR``), which processes share: the table is made by as many as
+there are cores, and made again it compiles what changed. A run that was stopped goes on where it stopped.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 
 TABLE = Path(__file__).parent.parent / "docs" / "triton-kernels.txt"
-ARCHITECTURES = ("sm90", "sm80", "sm100", "gfx942")
-ROW = "{:7} {:34} {:26} {:11} {:>5} {:>6} {:>5} {:>5} {:>7}"
+ARCHITECTURES = ("sm80", "sm90", "sm100", "gfx942")
+FIGURES = " {:>5} {:>5} {:>7}"
+ROW = "{:7} {:34} {:26} {:11} {:>5} {:>6}" + FIGURES
+WIDTH = len(ROW.format(*[""] * 9)) - len(FIGURES.format("", "", ""))
 HEADER = ROW.format("arch", "case", "kernel", "tile", "warps", "stages", "regs", "stack", "shared")
+DTYPES = {"16 bits": torch.bfloat16, "32 bits": torch.float32}  # products in true float32
 
 
 def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -48,6 +60,16 @@ def attention(dtype: torch.dtype, head_dim: int, everything: bool) -> None:
         attention_bwd.attention_dbias(bias.shape, q, q, q, q, lse, delta, masks, softmax)
 
 
+def decode(dtype: torch.dtype, head_dim: int) -> None:
+    """One query, grouped heads, with a mask, a bias, lengths and a soft cap."""
+    from pytransformer.kernels import attention, attention_decode
+
+    q, k = empty(4, 32, 1, head_dim, dtype=dtype), empty(4, 8, 4096, head_dim, dtype=dtype)
+    mask, bias = empty(4, 1, 1, 4096, dtype=torch.bool), empty(4, 32, 1, 4096, dtype=dtype)
+    masks = attention.masking(mask.expand(4, 32, 1, 4096), bias, empty(4, dtype=torch.int64), None, None)
+    attention_decode.attention_decode(q, k, k, masks, attention.Softmax(0.1, 20.0, 0.0, None), 16)
+
+
 def layer_norm(dtype: torch.dtype, width: int) -> None:
     """Everything that the op fuses."""
     from pytransformer.kernels import layer_norm
@@ -73,10 +95,9 @@ def linear_cross_entropy(dtype: torch.dtype) -> None:
     """In chunks, with a soft cap and label smoothing."""
     from pytransformer.kernels import linear_cross_entropy
 
-    x, weight = empty(4096, 768, dtype=dtype), empty(50304, 768, dtype=dtype)
     linear_cross_entropy.losses(
-        x,
-        weight,
+        empty(4096, 768, dtype=dtype),
+        empty(50304, 768, dtype=dtype),
         None,
         empty(4096, dtype=torch.int64),
         linear_cross_entropy.Loss(-100, 0.1, 1e-4, 30.0),
@@ -90,43 +111,57 @@ def embedding(dtype: torch.dtype) -> None:
     from pytransformer.kernels import embedding
 
     tokens, weight = empty(16, 512, dtype=torch.int64), empty(30522, 768, dtype=dtype)
-    positions = empty(512, 768, dtype=dtype).expand(16, 512, 768)
+    positions = empty(512, 768, dtype=dtype)
     y = embedding.embedding_fwd(tokens, weight, positions, tokens, empty(2, 768, dtype=dtype), rng(), 2.0, 0.1)
     embedding.table_gradient(y.view(-1, 768), tokens.flatten(), weight, rng(), 1.0, 0.1)
     embedding.position_gradient(y, rng(), 0.1)
 
 
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
-    """Every shape class of the configurations in 16 bits, and the widest in 32 bits."""
-    bf16, f32 = torch.bfloat16, torch.float32
-    for head_dim in (64, 128, 256):
-        yield f"attention 16 bits D={head_dim} plain", lambda n=head_dim: attention(bf16, n, False)
-        yield f"attention 16 bits D={head_dim} everything", lambda n=head_dim: attention(bf16, n, True)
-        yield f"attention 32 bits D={head_dim} everything", lambda n=head_dim: attention(f32, n, True)
-    for width in (256, 768, 4096, 8192, 16384):
-        yield f"layer_norm 16 bits E={width}", lambda n=width: layer_norm(bf16, n)
-    for activation, gated in (("gelu", False), ("silu", True)):
-        yield f"ffn 16 bits {activation}{' gated' if gated else ''}", lambda a=activation, g=gated: ffn(bf16, a, g)
-    yield "ffn 32 bits silu gated", lambda: ffn(f32, "silu", True)
-    yield "linear_cross_entropy 16 bits", lambda: linear_cross_entropy(bf16)
-    yield "embedding 16 bits", lambda: embedding(bf16)
+    """Every shape class of the configurations, in 16 bits and in float32."""
+    for head_dim, everything in product((64, 128, 256), (False, True)):
+        for name, dtype in DTYPES.items():
+            if everything or dtype != torch.float32:  # in 32 bits all calls are taken as rich
+                how = "everything" if everything else "plain"
+                yield (
+                    f"attention {name} D={head_dim} {how}",
+                    lambda d=dtype, n=head_dim, e=everything: attention(d, n, e),
+                )
+    for (name, dtype), (activation, gated) in product(DTYPES.items(), (("gelu", False), ("silu", True))):
+        how = f"{activation} gated" if gated else activation
+        yield f"ffn {name} {how}", lambda d=dtype, a=activation, g=gated: ffn(d, a, g)
+    for name, dtype in DTYPES.items():
+        for head_dim in (64, 128, 256):
+            yield f"attention_decode {name} D={head_dim}", lambda d=dtype, n=head_dim: decode(d, n)
+        yield f"linear_cross_entropy {name}", lambda d=dtype: linear_cross_entropy(d)
+        yield f"embedding {name}", lambda d=dtype: embedding(d)
+        for width in (256, 768, 4096, 8192, 16384):
+            if dtype != torch.float32 or width in (768, 8192, 16384):
+                yield f"layer_norm {name} E={width}", lambda d=dtype, n=width: layer_norm(d, n)
 
 
-def rows(arch: str, name: str, call: Callable[[], None], kernels: str = "") -> Iterator[str]:
-    """The rows of one case; of the kernels whose name contains ``kernels``."""
+def launched(arch: str, name: str) -> dict[str, Any]:
+    """The launches of one case, by their rows without figures."""
     from pytransformer.kernels import _offline
 
     with _offline.recorded(arch) as launches:
-        call()
-    done = set()
+        dict(cases())[name]()
+    found: dict[str, Any] = {}
     for launch in launches:
-        if launch.name in done or kernels not in launch.name:
-            continue
-        done.add(launch.name)
-        found = launch.compile(arch)
         options = launch.options["num_warps"], launch.options.get("num_stages", 3)
-        figures = found.registers, found.stack, found.shared
-        yield ROW.format(arch, name, launch.name, tile(launch.arguments), *options, *figures)
+        row = ROW.format(arch, name, launch.name, tile(launch.arguments), *options, "", "", "").rstrip()
+        found.setdefault(row, launch)
+    return found
+
+
+def rows(arch: str, name: str, kernels: str = "") -> list[str]:
+    """The rows of one case; of the kernels whose name contains ``kernels``."""
+    found = []
+    for row, launch in launched(arch, name).items():
+        if kernels in launch.name:
+            figures = launch.compile(arch)
+            found.append(row.ljust(WIDTH) + FIGURES.format(figures.registers, figures.stack, figures.shared))
+    return found
 
 
 def tile(arguments: dict[str, object]) -> str:
@@ -136,15 +171,22 @@ def tile(arguments: dict[str, object]) -> str:
 
 
 def main(*patterns: str) -> None:
-    """Writes the table; with patterns prints the rows that contain one of them instead."""
+    """Writes the table; with patterns prints the rows that contain one of them, with ``--check`` compares instead."""
+    check = "--check" in patterns
+    patterns = tuple(pattern for pattern in patterns if pattern != "--check")
+    work = [(arch, name) for arch in ARCHITECTURES for name, _ in cases()]
+    work = [pair for pair in work if not patterns or any(pattern in " ".join(pair) for pattern in patterns)]
     found = [HEADER]
     print(HEADER)
-    for arch in ARCHITECTURES:
-        for name, call in cases():
-            if not patterns or any(pattern in f"{arch} {name}" for pattern in patterns):
-                for row in rows(arch, name, call):
-                    print(row, flush=True)
-                    found.append(row)
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=get_context("spawn")) as pool:
+        for case in pool.map(rows, *zip(*work, strict=True)):
+            print(*case, sep="\n", flush=True)
+            found += case
+    if check:
+        known = set(TABLE.read_text().splitlines())
+        changed = [row for row in found if row not in known]
+        print(*changed, sep="\n")
+        sys.exit(f"{len(changed)} rows are not in {TABLE.name}: run `make triton-table`" if changed else 0)
     if not patterns:
         TABLE.write_text("\n".join(found) + "\n")
 

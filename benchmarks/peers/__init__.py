@@ -39,7 +39,9 @@ def chosen(text: str, suite_uses_peers: bool, device: str = "cpu") -> tuple[str,
     if text == "auto":
         if not suite_uses_peers:
             return ()
-        return tuple(name for name, peer in every().items() if peer.automatic and peer.gpu == (device == "cuda"))
+        if device == "cuda":
+            return tuple(name for name, peer in every().items() if not peer.isolated)
+        return tuple(name for name, peer in every().items() if peer.automatic and not peer.gpu)
     if text in ("all", "none"):
         return tuple(every()) if text == "all" else ()
     names = tuple(name for name in text.split(",") if name)
@@ -85,6 +87,8 @@ class Peers:
         for peer in self.peers if workload is not None and not case.alone else ():
             if not peer.adapters.keys() & {workload.op, "*"}:
                 continue  # the op is no concern of this peer
+            if case.device == "cuda" and not peer.automatic and peer.name not in case.targets:
+                continue  # it compiles for many seconds: in the rows that hold us against it
             try:
                 providers[peer.name] = self._provider(peer, case, workload)
             except Exception as error:  # other people's code: the row says what it raised

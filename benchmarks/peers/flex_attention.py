@@ -16,12 +16,17 @@ def attention(workload: Any) -> Callable[..., Any]:
     query, key, keep = (workload.tensors.get(name) for name in ("query", "key", "attn_mask"))
     (B, _, T, _), S = query.shape, key.shape[2]
     causal, grouped = workload.options.get("is_causal", False), query.shape[1] != key.shape[1]
+    back, _ = workload.options.get("window") or (None, None)
+    rows = keep is not None and keep.shape[2] > 1
 
     def visible(b: Any, h: Any, q: Any, k: Any) -> Any:
-        seen = (q >= k) if causal else (k >= 0)
-        return seen if keep is None else seen & keep[b, 0, 0, k]
+        seen = (q >= k) if causal or back is not None else (k >= 0)
+        if back is not None:
+            seen = seen & (q - k <= back)
+        return seen if keep is None else seen & keep[b, 0, q if rows else 0, k]
 
-    blocks = create_block_mask(visible, B, None, T, S, device=query.device) if causal or keep is not None else None
+    masked = causal or back is not None or keep is not None
+    blocks = create_block_mask(visible, B, None, T, S, device=query.device) if masked else None
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda query, key, value, attn_mask=None: compiled(query, key, value, block_mask=blocks, enable_gqa=grouped)
 

@@ -17,12 +17,14 @@ public function asks ``recall`` whether a call of this signature has passed befo
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from pytransformer.backends import ORDER, implementation, settled
+from pytransformer.ops._packed import packed_form
 
 LIBRARY = torch.library.Library("pytransformer", "DEF")  # type: ignore[no-untyped-call]
 
@@ -163,6 +165,8 @@ class FusedOp:
 
     # How many of the outputs carry gradients; they come first.
     differentiable_outputs: ClassVar[int] = 1
+    # Where among the arguments of ``<op>_fwd`` and ``<op>_bwd`` a mask stands that a backend may pack.
+    masks_at: ClassVar[dict[str, int]] = {}
 
     def __init__(self) -> None:
         forward_name, backward_name = f"{self.name}_fwd", f"{self.name}_bwd"
@@ -200,18 +204,27 @@ class FusedOp:
                     result: tuple[Tensor, ...] = self.function.apply(*args)  # type: ignore[attr-defined]
                     return result
         module = implementation(args[-1], self.name)
-        run = getattr(module, self._inference_name, None) or getattr(module, self._forward_name)
-        found: tuple[Tensor, ...] = run(*args[:-1])
+        inference = getattr(module, self._inference_name, None)
+        if inference is None:
+            return self._run(self._forward_name, args, eager=True)
+        found: tuple[Tensor, ...] = inference(*args[:-1])
         return found
 
-    def _forward(self, *args: Any) -> tuple[Tensor, ...]:
-        module = implementation(args[-1], self.name)
-        result: tuple[Tensor, ...] = getattr(module, self._forward_name)(*args[:-1])
-        return result
+    def _forward(self, *args: Any, eager: bool = False) -> tuple[Tensor, ...]:
+        return self._run(self._forward_name, args, eager)
 
-    def _backward(self, *args: Any) -> tuple[Tensor, ...]:
-        module = implementation(args[-1], self.name)
-        result: tuple[Tensor, ...] = getattr(module, self._backward_name)(*args[:-1])
+    def _backward(self, *args: Any, eager: bool = False) -> tuple[Tensor, ...]:
+        return self._run(self._backward_name, args, eager and plain_eager(args))
+
+    def _run(self, function_name: str, args: tuple[Any, ...], eager: bool) -> tuple[Tensor, ...]:
+        *args_of_backend, backend = args
+        module = implementation(backend, self.name)
+        function = getattr(module, function_name)
+        if eager and self.masks_at and getattr(module, "PACKS_MASKS", False):
+            mask = args[self.masks_at[function_name[-3:]]]
+            if mask is not None:
+                function = partial(function, packed=packed_form(mask, backend))
+        result: tuple[Tensor, ...] = function(*args_of_backend)
         return result
 
     def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -242,13 +255,13 @@ class FusedOp:
         class Function(torch.autograd.Function):
             @staticmethod
             def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-                outputs = op._forward(*args)
+                outputs = op._forward(*args, eager=True)
                 op._setup_context(ctx, args, outputs)
                 return outputs
 
             @staticmethod
             def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-                return op._differentiate(ctx, grads, op._backward)
+                return op._differentiate(ctx, grads, partial(op._backward, eager=True))
 
         Function.__name__ = Function.__qualname__ = f"{self.name}_function"
         return Function

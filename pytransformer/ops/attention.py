@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from pytransformer import reference
 from pytransformer.backends import select
 from pytransformer.masks import ALIGNMENTS, Mask
 from pytransformer.ops._autocast import autocast_off, cast_to
+from pytransformer.ops._bands import check_window
 from pytransformer.ops._checks import (
     check_broadcasts,
     check_choice,
@@ -36,6 +37,7 @@ _NO_MASK = Mask()
 
 class AttentionOp(FusedOp):
     name = "attention"
+    masks_at: ClassVar[dict[str, int]] = {"fwd": 3, "bwd": 6}
     forward_schema = (
         "(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, Tensor? key_lengths, Tensor? rng,"
         " SymInt? band_lower, SymInt? band_upper, float scale, float softcap, float dropout_p)"
@@ -297,10 +299,7 @@ def _combine(
 def _window(window: Any) -> Mask:
     if window is None:
         return Mask()
-    left, right = window if isinstance(window, tuple) and len(window) == 2 else (window, window)
-    for side in (left, right):
-        if side is not None and (isinstance(side, bool) or not isinstance(side, int) or side < 0):
-            raise ValueError(f"attention: window must be a non-negative integer or a pair of them, got {window!r}")
+    left, right = check_window("attention", window)
     return Mask(left=left, right=right)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pytransformer.ops._bands import check_window, shifted_band
 from pytransformer.ops._checks import check_floating, check_like, check_shape, check_tensor, describe
 from pytransformer.ops.attention import attention
 
@@ -55,13 +56,8 @@ def attention_decode(
         raise ValueError(f"{_OP}: cache_lengths must be between T = {T} and S = {S}, got {cache_lengths.tolist()}")
     mask = None
     if T > 1 or window is not None:
-        at = lengths[:, None, None, None] - T + torch.arange(T, device=query.device)[:, None]
-        distance = torch.arange(S, device=query.device) - at
-        mask = distance <= 0
-        if window is not None:
-            if isinstance(window, bool) or not isinstance(window, int) or window < 0:
-                raise ValueError(f"{_OP}: window must be a non-negative integer or None, got {window!r}")
-            mask &= distance >= -window
+        left, _ = check_window(_OP, window, sides=1)
+        mask = shifted_band(lengths - T, T, S, left, 0)
     return attention(
         query,
         key_cache,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pytransformer.ops._bands import check_window, shifted_band
 from pytransformer.ops._checks import check_choice, check_floating, check_like, check_shape, check_tensor, describe
 from pytransformer.ops.attention import attention
 
@@ -73,7 +74,10 @@ def attention_varlen(
     options: dict[str, Any] = {"is_causal": is_causal, "window": window, "key_lengths": keys.lengths}
     if causal_align == "bottom_right" and (is_causal or window is not None):
         options |= {"is_causal": False, "window": None}
-        options["attn_mask"] = _bottom_right(queries, keys, is_causal, window)
+        left, right = check_window(_OP, window)
+        right = 0 if is_causal else right
+        shift = keys.lengths - queries.lengths
+        options["attn_mask"] = shifted_band(shift, queries.longest, keys.longest, left, right)
     found = attention(
         queries.pad(query),
         keys.pad(key),
@@ -122,21 +126,6 @@ class _Packing:
     def pack(self, padded: Tensor) -> Tensor:
         """[N,H,longest,D] to [T,H,D]."""
         return padded.transpose(1, 2).flatten(0, 1).index_select(0, self.rows)
-
-
-def _bottom_right(queries: _Packing, keys: _Packing, is_causal: bool, window: Any) -> Tensor:
-    """bool [N,1,T,S]: the last query of each sequence at its last key."""
-    left, right = window if isinstance(window, tuple) else (window, window)
-    if is_causal:
-        right = 0 if right is None else min(right, 0)
-    device = keys.lengths.device
-    shift = (keys.lengths - queries.lengths)[:, None, None, None]
-    at = torch.arange(queries.longest, device=device)[:, None] + shift
-    distance = torch.arange(keys.longest, device=device) - at
-    keep = torch.ones_like(distance, dtype=torch.bool)
-    if right is not None:
-        keep &= distance <= right
-    return keep if left is None else keep & (distance >= -left)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor) -> None:

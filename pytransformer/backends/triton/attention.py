@@ -13,6 +13,7 @@ from pytransformer.kernels import attention_bwd as backward_kernels
 from pytransformer.kernels import attention_decode as decode_kernels
 
 WIDEST_HEAD = 256
+PACKS_MASKS = True  # `packed` keeps what is made of a mask, where it may be kept
 
 
 def why_not(
@@ -32,10 +33,12 @@ def why_not(
     return None
 
 
-def attention_fwd(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def attention_fwd(
+    query: Tensor, key: Tensor, value: Tensor, *rest: Any, packed: dict[Any, Any] | None = None
+) -> tuple[Tensor, Tensor]:
     """The arguments of ``reference.attention``; returns ``(out, lse)``."""
     query, key, value = (_unit_stride(x) for x in (query, key, value))
-    query, masks, softmax = _arguments(query, key, *rest)
+    query, masks, softmax = _arguments(query, key, packed, *rest)
     splits = decode_kernels.splits_of(query, key, softmax)
     if splits > 1:
         out, lse = decode_kernels.attention_decode(query, key, value, masks, softmax, splits)
@@ -52,11 +55,12 @@ def attention_bwd(
     out: Tensor,
     lse: Tensor,
     *options: Any,
+    packed: dict[Any, Any] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *rest, needs_bias = options
     bias, scale = rest[1], rest[6]
     grad_out, query, key, value = (_unit_stride(x) for x in (grad_out, query, key, value))
-    query, masks, softmax = _arguments(query, key, *rest)
+    query, masks, softmax = _arguments(query, key, packed, *rest)
     grad_query, grad_key, grad_value, delta = backward_kernels.attention_bwd(
         grad_out, query, key, value, out, lse, masks, softmax
     )
@@ -73,6 +77,7 @@ def attention_bwd(
 def _arguments(
     query: Tensor,
     key: Tensor,
+    packed: dict[Any, Any] | None,
     mask: Tensor | None,
     bias: Tensor | None,
     key_lengths: Tensor | None,
@@ -93,6 +98,7 @@ def _arguments(
         None if key_lengths is None else key_lengths.contiguous(),
         band_lower,
         band_upper,
+        packed,
     )
     return query, masks, forward_kernels.Softmax(scale, softcap, dropout_p, rng)
 

@@ -69,13 +69,11 @@ def _two_dimensional(x: Tensor) -> Tensor:
 
 
 def _expanded(positions: Tensor, tokens: Tensor) -> Tensor:
-    """[outer,T,E] with stride 0 where all sequences share their positions, and with a last stride of 1."""
+    """Contiguous: [T,E] where all sequences share their positions, else [outer,T,E]."""
     T, E = tokens.shape[-1] if tokens.dim() else 1, positions.shape[-1]
-    if positions.stride(-1) != 1:
-        positions = positions.contiguous()
     if positions.numel() <= T * E and all(n == 1 for n in positions.shape[:-2]):
-        return positions.reshape(-1, E).expand(tokens.numel() // T, T, E)
-    return positions.expand(*tokens.shape, E).reshape(-1, T, E)
+        return positions.reshape(-1, E).expand(T, E).contiguous()
+    return positions.expand(*tokens.shape, E).reshape(-1, T, E).contiguous()
 
 
 def _position_gradient(dy: Tensor, tokens: Tensor, positions: Tensor, rng: Tensor | None, dropout_p: float) -> Tensor:
