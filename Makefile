@@ -9,7 +9,7 @@ SOURCES := $(wildcard csrc/*/*) setup.py pyproject.toml constraints.txt
 # The root of the repository stays off sys.path: the folder kernels/ would shadow a package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: setup build lint format type test test-ptx triton-table test-triton-table cuda-table bench bench-table bench-regress \
+.PHONY: setup build lint format type test test-library test-gpu-kernels test-ptx triton-table test-triton-table cuda-table bench bench-table bench-regress \
     sanitize neon clean
 
 setup: $(STAMP)
@@ -37,9 +37,17 @@ format: setup
 type: setup
 	$(BIN)/mypy
 
+# Two halves at a time: the library, and the GPU kernels without a GPU.
 test: setup
-	$(BIN)/pytest
-	TRITON_INTERPRET=1 $(BIN)/pytest
+	$(MAKE) --jobs=2 --output-sync=line test-library test-gpu-kernels
+
+# Threads that wait do so asleep: the other half has work for the cores.
+test-library: setup
+	OMP_WAIT_POLICY=passive $(BIN)/pytest tests --ignore=tests/ptx
+
+test-gpu-kernels: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/ptx
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest
 
 # The tests of the ops over the CUDA kernels, whose PTX runs on the CPU (tests/ptx): needs nvcc, no GPU; some minutes.
 test-ptx: setup

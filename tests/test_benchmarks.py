@@ -574,7 +574,7 @@ def test_bench_list(capsys):
     assert all(name in printed for name in SUITES)
     assert "openvino" in printed
     assert cli.main(["bench", "list", "--suite", "cpu"]) == 0
-    assert "attention fwd bfloat16 BERT-base 8x512  (target 2.3x torch)" in capsys.readouterr().out
+    assert "attention fwd bfloat16 BERT-base 8x512  (target 2.3x torch, 78% of the limit)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["-1%", "100%", "much"])
