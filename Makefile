@@ -9,8 +9,8 @@ SOURCES := $(wildcard csrc/*/*) setup.py pyproject.toml constraints.txt
 # The root of the repository stays off sys.path: the folder kernels/ would shadow a package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: setup build lint format type test test-library test-gpu-kernels test-ptx triton-table test-triton-table cuda-table bench bench-table bench-regress \
-    sanitize neon clean
+.PHONY: setup build lint format type test test-library test-gpu-kernels test-ptx triton-table test-triton-table \
+    cuda-table bench bench-table bench-regress sanitize neon clean
 
 setup: $(STAMP)
 
