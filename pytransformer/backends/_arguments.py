@@ -1,4 +1,4 @@
-"""How the adapters of every backend shape tensors for the kernels."""
+"""What the adapters of every backend ask of tensors, and how they shape them for the kernels."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ from typing import overload
 
 import torch
 from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def unsupported_dtype(x: Tensor) -> str | None:
+    """Why no kernel takes a tensor of this dtype, or None."""
+    return None if x.dtype in DTYPES else f"it takes float32, float16 and bfloat16, not {x.dtype}"
 
 
 @overload
@@ -25,6 +32,11 @@ def contiguous(x: Tensor) -> Tensor: ...
 def contiguous(x: Tensor | None) -> Tensor | None: ...
 def contiguous(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.is_contiguous() else x.contiguous()
+
+
+def over_scores(x: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """A mask or bias as [B,H,T,S], the scores it is laid over."""
+    return None if x is None else x.expand(*query.shape[:3], key.shape[2])
 
 
 @overload

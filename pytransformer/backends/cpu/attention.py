@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from pytransformer import _cpu
-from pytransformer.backends._arguments import contiguous
-from pytransformer.backends.cpu._arguments import unsupported_dtype
+from pytransformer.backends._arguments import contiguous, over_scores, unsupported_dtype
 
 
 def why_not(
@@ -53,7 +52,7 @@ def attention_fwd(
         _unit_stride(key),
         _unit_stride(value),
         mask,
-        _expanded(bias, query, key),
+        over_scores(bias, query, key),
         contiguous(key_lengths),
         band_lower,
         band_upper,
@@ -93,7 +92,7 @@ def attention_bwd(
         _unit_stride(key),
         _unit_stride(value),
         mask,
-        _expanded(bias, query, key),
+        over_scores(bias, query, key),
         contiguous(key_lengths),
         band_lower,
         band_upper,
@@ -116,7 +115,3 @@ def attention_bwd(
 
 def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _expanded(x: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-    return None if x is None else x.expand(*query.shape[:3], key.shape[2])

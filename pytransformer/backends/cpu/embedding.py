@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pytransformer import _cpu
-from pytransformer.backends._arguments import contiguous, flat, position_index, rows
-from pytransformer.backends.cpu._arguments import philox_key, unsupported_dtype
+from pytransformer.backends._arguments import contiguous, flat, position_index, rows, unsupported_dtype
+from pytransformer.backends.cpu._arguments import philox_key
 
 
 def why_not(tokens: Tensor, weight: Tensor, positions: Tensor | None, *rest: object) -> str | None:

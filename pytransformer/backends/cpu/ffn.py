@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from pytransformer import _cpu
-from pytransformer.backends._arguments import contiguous, rows
-from pytransformer.backends.cpu._arguments import philox_key, unsupported_dtype
+from pytransformer.backends._arguments import contiguous, rows, unsupported_dtype
+from pytransformer.backends.cpu._arguments import philox_key
 
 
 def why_not(

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from pytransformer import _cpu
-from pytransformer.backends._arguments import contiguous, rows
-from pytransformer.backends.cpu._arguments import unsupported_dtype
+from pytransformer.backends._arguments import contiguous, rows, unsupported_dtype
 
 
 def why_not(input: Tensor, linear_weight: Tensor, *rest: object) -> str | None:

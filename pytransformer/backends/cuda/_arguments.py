@@ -10,9 +10,8 @@ from torch import Tensor
 
 from pytransformer import _cuda
 from pytransformer.backends._arguments import rows as contiguous_rows
+from pytransformer.backends._arguments import unsupported_dtype
 from pytransformer.backends.cuda import OLDEST, too_old
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # (device, stream, rng, workspace, counters), the last argument of every function of _cuda: csrc/bindings/call.h.
 Call = tuple[int, int, "Tensor | None", "Tensor | None", Tensor]
@@ -23,9 +22,7 @@ _counters: dict[tuple[int, int], Tensor] = {}
 
 def unsupported(x: Tensor) -> str | None:
     """Why no CUDA kernel takes a tensor of this dtype on this device, or None."""
-    if x.dtype not in DTYPES:
-        return f"it takes float32, float16 and bfloat16, not {x.dtype}"
-    return _old_device(x.device.index or 0) if x.is_cuda else None
+    return unsupported_dtype(x) or (_old_device(x.device.index or 0) if x.is_cuda else None)
 
 
 @cache

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pytransformer import _cuda
-from pytransformer.backends._arguments import contiguous
+from pytransformer.backends._arguments import contiguous, over_scores
 from pytransformer.backends.cuda._arguments import Call, call
 
 WIDEST_HEAD = 256
@@ -52,13 +52,13 @@ def attention_fwd(
     lse = torch.empty(B, H, T, dtype=torch.float32, device=query.device)
     query, scale = _positive(query, scale)
     query, key, value = (_aligned(x) for x in (query, key, value))
-    mask = _expanded(mask, query, key)
+    mask = over_scores(mask, query, key)
     _cuda.attention_fwd(
         query,
         key,
         value,
         mask,
-        _expanded(bias, query, key),
+        over_scores(bias, query, key),
         contiguous(key_lengths),
         band_lower,
         band_upper,
@@ -99,13 +99,13 @@ def attention_bwd(
     signed = scale
     query, scale = _positive(query, scale)
     query, key, value, grad_out = (_aligned(x) for x in (query, key, value, grad_out))
-    mask = _expanded(mask, query, key)
+    mask = over_scores(mask, query, key)
     _cuda.attention_bwd(
         query,
         key,
         value,
         mask,
-        _expanded(bias, query, key),
+        over_scores(bias, query, key),
         contiguous(key_lengths),
         band_lower,
         band_upper,
@@ -156,7 +156,3 @@ def _aligned(x: Tensor) -> Tensor:
     width = x.shape[-1]
     room = torch.empty(*x.shape[:3], width + -width % CHUNK, dtype=x.dtype, device=x.device)
     return room.narrow(-1, 0, width).copy_(x)
-
-
-def _expanded(x: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-    return None if x is None else x.expand(*query.shape[:3], key.shape[2])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytransformer.backends.triton._arguments import unsupported_dtype
+from pytransformer.backends._arguments import over_scores, unsupported_dtype
 from pytransformer.kernels import attention as forward_kernels
 from pytransformer.kernels import attention_bwd as backward_kernels
 from pytransformer.kernels import attention_decode as decode_kernels
@@ -89,12 +89,11 @@ def _arguments(
     dropout_p: float,
 ) -> tuple[Tensor, Any, Any]:
     """The query and the kernels' own arguments; kernels take a positive scale, so its sign goes to the query."""
-    full = (*query.shape[:3], key.shape[2])
     if scale <= 0:
         query, scale = _signed(query, scale), abs(scale) or 1.0
     masks = forward_kernels.masking(
-        None if mask is None else mask.expand(full),
-        None if bias is None else bias.expand(full),
+        over_scores(mask, query, key),
+        over_scores(bias, query, key),
         None if key_lengths is None else key_lengths.contiguous(),
         band_lower,
         band_upper,

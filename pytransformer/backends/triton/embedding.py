@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pytransformer.backends._arguments import contiguous
-from pytransformer.backends.triton._arguments import unsupported_dtype
+from pytransformer.backends._arguments import contiguous, unsupported_dtype
 from pytransformer.kernels import embedding as kernels
 
 

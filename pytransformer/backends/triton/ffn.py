@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pytransformer.backends._arguments import contiguous, rows
-from pytransformer.backends.triton._arguments import unsupported_dtype
+from pytransformer.backends._arguments import contiguous, rows, unsupported_dtype
 from pytransformer.kernels import ffn as kernels
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pytransformer.backends._arguments import contiguous, rows
-from pytransformer.backends.triton._arguments import DTYPES, unsupported_dtype
+from pytransformer.backends._arguments import DTYPES, contiguous, rows, unsupported_dtype
 from pytransformer.kernels import layer_norm as kernels
 
 

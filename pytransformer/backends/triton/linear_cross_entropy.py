@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pytransformer.backends._arguments import contiguous, rows
-from pytransformer.backends.triton._arguments import unsupported_dtype
+from pytransformer.backends._arguments import contiguous, rows, unsupported_dtype
 from pytransformer.kernels import linear_cross_entropy as kernels
 
 
