@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pytransformer import _cuda
+from pytransformer.backends._products import ffn_gradients
 from pytransformer.backends.cuda._arguments import call, multiprocessors, rows, unsupported
 
 _STRIP = 256  # columns that a block of the backward has in 16 bits; at most, otherwise
@@ -61,14 +62,12 @@ def ffn_bwd(
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     """Gradients of the seven tensors from ``input`` to ``bias_gate``; the gate is computed again."""
-    needs_input, needs_weight1, needs_bias1, needs_weight2, needs_bias2, needs_weight_gate, needs_bias_gate = needs
     dy, x, h = rows(grad_output), rows(input), rows(hidden)
     gate = None if weight_gate is None else F.linear(x, weight_gate, bias_gate)
     activated, grad_hidden = torch.empty_like(h), torch.empty_like(h)
     grad_gate = None if gate is None else torch.empty_like(h)
     grad_bias1, grad_bias_gate = (
-        torch.empty(h.shape[1], dtype=torch.float32, device=h.device) if n else None
-        for n in (needs_bias1, needs_bias_gate)
+        torch.empty(h.shape[1], dtype=torch.float32, device=h.device) if n else None for n in (needs[2], needs[6])
     )
     shares, workspace = _workspace(h)
     _cuda.ffn_activation_bwd(
@@ -84,25 +83,10 @@ def ffn_bwd(
         grad_bias_gate,
         call(h, rng, workspace, counters=-(-h.shape[1] // 32) * (isqrt(shares) + 2)),
     )
-    found = [input.new_empty(0) for _ in needs]
-    if needs_input:
-        found[0] = grad_hidden @ weight1
-        if grad_gate is not None and weight_gate is not None:
-            found[0] = torch.addmm(found[0], grad_gate, weight_gate)
-        found[0] = found[0].view(input.shape)
-    if needs_weight1:
-        found[1] = grad_hidden.mT @ x
-    if grad_bias1 is not None:
-        found[2] = grad_bias1.to(input.dtype)
-    if needs_weight2:
-        found[3] = dy.mT @ activated
-    if needs_bias2:
-        found[4] = dy.sum(0, dtype=torch.float32).to(input.dtype)
-    if needs_weight_gate and grad_gate is not None:
-        found[5] = grad_gate.mT @ x
-    if grad_bias_gate is not None:
-        found[6] = grad_bias_gate.to(input.dtype)
-    return tuple(found)
+    grad_input, *rest = ffn_gradients(
+        needs, dy, x, (weight1, weight_gate), activated, grad_hidden, grad_gate, grad_bias1, grad_bias_gate
+    )
+    return grad_input.view(input.shape) if needs[0] else grad_input, *rest
 
 
 def _workspace(h: Tensor) -> tuple[int, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pytransformer import _cuda
 from pytransformer.backends._arguments import contiguous
+from pytransformer.backends._products import reduced, row_scale
 from pytransformer.backends.cuda._arguments import call, rows, unsupported
 
 _LOGITS = 2**27  # bytes of logits stored at a time: enough to fill a GPU with a product's tiles
@@ -35,18 +36,11 @@ def linear_cross_entropy_fwd(
     softcap: float,
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    counted = (target != ignore_index).sum()
-    row_scale = torch.ones(1, dtype=torch.float32, device=input.device)
-    if reduction == "mean":
-        row_scale = row_scale / counted.clamp(min=1)
+    scale = row_scale(target, reduction, ignore_index)
     options = (ignore_index, label_smoothing, z_loss, softcap)
     wanted = [n and reduction != "none" for n in needs]
-    loss, lse, grads = _losses(input, linear_weight, linear_bias, target, options, row_scale, wanted)
-    if reduction == "none":
-        loss = loss.view(target.shape)
-    else:
-        loss = loss.sum() / counted if reduction == "mean" else loss.sum()
-    return loss, lse, *grads
+    loss, lse, grads = _losses(input, linear_weight, linear_bias, target, options, scale, wanted)
+    return reduced(loss, target, reduction, ignore_index), lse, *grads
 
 
 def linear_cross_entropy_bwd(
@@ -64,11 +58,9 @@ def linear_cross_entropy_bwd(
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     # Neither the logits nor lse are taken from the forward: a float32 lse would cost the digits of p - 1.
-    if reduction == "mean":
-        grad_loss = grad_loss / (target != ignore_index).sum().clamp(min=1)
-    row_scale = grad_loss.expand(target.shape).flatten().float().contiguous()
+    scale = row_scale(target, reduction, ignore_index, grad_loss)
     options = (ignore_index, label_smoothing, z_loss, softcap)
-    return _losses(input, linear_weight, linear_bias, target, options, row_scale, needs)[2]
+    return _losses(input, linear_weight, linear_bias, target, options, scale, needs)[2]
 
 
 def _losses(
@@ -77,12 +69,12 @@ def _losses(
     bias: Tensor | None,
     target: Tensor,
     options: tuple[int, float, float, float],
-    row_scale: Tensor,
+    scales: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """``(loss, lse, gradients)``: float32 [N] each, and the gradients of input, weight and bias as ``needs`` asks.
 
-    The gradients are of the losses' sum, each loss times its ``row_scale``, float32 [N] or [1].
+    The gradients are of the losses' sum, each loss times its one of ``scales``, float32 [N] or [1].
     """
     x, classes = rows(input), target.flatten().contiguous()
     weight = contiguous(weight)
@@ -92,7 +84,7 @@ def _losses(
     for start in range(0, x.shape[0], size):
         part = slice(start, min(start + size, x.shape[0]))
         logits = F.linear(x[part], weight, bias)
-        scale = (row_scale if row_scale.numel() == 1 else row_scale[part]) if any(needs) else None
+        scale = (scales if scales.numel() == 1 else scales[part]) if any(needs) else None
         _cuda.cross_entropy_rows(logits, classes[part], *options, scale, loss[part], lse[part], call(x))
         if any(needs):
             gradients.add(part, logits)

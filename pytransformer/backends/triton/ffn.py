@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pytransformer.backends._arguments import contiguous, rows, unsupported_dtype
+from pytransformer.backends._products import column_sums, ffn_gradients
 from pytransformer.kernels import ffn as kernels
 
 
@@ -59,33 +59,13 @@ def ffn_bwd(
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     """Gradients of the seven tensors from ``input`` to ``bias_gate``; the gate is computed again."""
-    needs_input, needs_weight1, needs_bias1, needs_weight2, needs_bias2, needs_weight_gate, needs_bias_gate = needs
     dy, x = rows(grad_output), rows(input)
     gate = None if weight_gate is None else F.linear(x, weight_gate, bias_gate)
     activated, grad_hidden, grad_gate, grad_bias1 = kernels.hidden_bwd(
         dy, contiguous(weight2), rows(hidden), gate, rng, activation, dropout_p
     )
-    empty = input.new_empty(0)
-    found = [empty] * 7
-    if needs_input:
-        found[0] = grad_hidden @ weight1
-        if weight_gate is not None:
-            found[0] = torch.addmm(found[0], grad_gate, weight_gate)
-        found[0] = found[0].view(input.shape)
-    if needs_weight1:
-        found[1] = grad_hidden.mT @ x
-    if needs_bias1:
-        found[2] = grad_bias1.to(input.dtype)
-    if needs_weight2:
-        found[3] = dy.mT @ activated
-    if needs_bias2:
-        found[4] = _column_sums(dy)
-    if needs_weight_gate:
-        found[5] = grad_gate.mT @ x
-    if needs_bias_gate:
-        found[6] = _column_sums(grad_gate)
-    return tuple(empty.clone() if x is empty else x for x in found)
-
-
-def _column_sums(x: Tensor) -> Tensor:
-    return x.sum(0, dtype=torch.float32).to(x.dtype)
+    grad_bias_gate = column_sums(grad_gate) if needs[6] else None
+    grad_input, *rest = ffn_gradients(
+        needs, dy, x, (weight1, weight_gate), activated, grad_hidden, grad_gate, grad_bias1, grad_bias_gate
+    )
+    return grad_input.view(input.shape) if needs[0] else grad_input, *rest

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from pytransformer.backends._arguments import contiguous, rows, unsupported_dtype
+from pytransformer.backends._products import reduced, row_scale
 from pytransformer.kernels import linear_cross_entropy as kernels
 
 
@@ -31,24 +31,16 @@ def linear_cross_entropy_fwd(
     softcap: float,
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    counted = (target != ignore_index).sum()
-    row_scale = torch.ones(1, device=input.device)
-    if reduction == "mean":
-        row_scale = row_scale / counted.clamp(min=1)
     loss, lse, grads = kernels.losses(
         rows(input),
         contiguous(linear_weight),
         linear_bias,
         target.flatten(),
         kernels.Loss(ignore_index, label_smoothing, z_loss, softcap),
-        row_scale,
+        row_scale(target, reduction, ignore_index),
         [n and reduction != "none" for n in needs],
     )
-    if reduction == "none":
-        loss = loss.view(target.shape)
-    else:
-        loss = loss.sum() / counted if reduction == "mean" else loss.sum()
-    return loss, lse, *_shaped(grads, input)
+    return reduced(loss, target, reduction, ignore_index), lse, *_shaped(grads, input)
 
 
 def linear_cross_entropy_bwd(
@@ -66,15 +58,13 @@ def linear_cross_entropy_bwd(
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     # Neither the logits nor lse are taken from the forward: a float32 lse would cost the digits of p - 1.
-    if reduction == "mean":
-        grad_loss = grad_loss / (target != ignore_index).sum().clamp(min=1)
     _, _, grads = kernels.losses(
         rows(input),
         contiguous(linear_weight),
         linear_bias,
         target.flatten(),
         kernels.Loss(ignore_index, label_smoothing, z_loss, softcap),
-        grad_loss.expand(target.shape).flatten().float().contiguous(),
+        row_scale(target, reduction, ignore_index, grad_loss),
         needs,
     )
     return _shaped(grads, input)
