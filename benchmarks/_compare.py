@@ -7,7 +7,7 @@ from typing import Any
 
 from pytransformer.benchmarks._case import BYTES, OURS, PEER
 from pytransformer.benchmarks._figures import rounds
-from pytransformer.benchmarks._statistics import TOLERANCE, Ratio, change, change_verdict, drift
+from pytransformer.benchmarks._statistics import TOLERANCE, Ratio, change, change_verdict, drift, rarest
 
 UNTOLD = ("started", "load", "versions", "cpu_features", "megahertz")
 
@@ -25,10 +25,11 @@ class Change:
 def compare(before: dict[str, Any], after: dict[str, Any], tolerance: float = TOLERANCE) -> list[Change]:
     """The rows that both runs have a time (or a size) of ours for."""
     pairs, moved = _shared(before, after), drift_of(before, after)
+    ratios = [change(rounds(other), rounds(row), OURS, PEER, moved) for other, row in pairs]
+    chance = rarest([ratio.chance for ratio in ratios])
     found = []
-    for other, row in pairs:
-        ratio = change(rounds(other), rounds(row), OURS, PEER, moved)
-        verdict, counted = change_verdict(ratio, tolerance), _counted(other, row)
+    for (other, row), ratio in zip(pairs, ratios, strict=True):
+        verdict, counted = change_verdict(ratio, tolerance, chance), _counted(other, row)
         if verdict == "cannot tell" and counted is not None:
             found.append(Change(row["name"], counted, change_verdict(counted, tolerance), "instructions"))
         else:
@@ -38,8 +39,7 @@ def compare(before: dict[str, Any], after: dict[str, Any], tolerance: float = TO
 
 def drift_of(before: dict[str, Any], after: dict[str, Any]) -> float:
     """How far the same code drifts between visits, in both runs together; see ``_statistics``."""
-    timed = [row for pair in _shared(before, after) for row in pair if row["metric"] != BYTES]
-    return drift([rounds(row) for row in timed], OURS, PEER)
+    return drift([rounds(row) for pair in _shared(before, after) for row in pair if row["metric"] != BYTES], OURS, PEER)
 
 
 def _shared(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:

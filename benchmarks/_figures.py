@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from pytransformer.benchmarks._statistics import (
     MOST_NOISE,
     Ratio,
     Rounds,
+    change,
+    drift,
     median,
     over_median,
     paired_ratio,
@@ -139,16 +140,11 @@ def raised_peaks(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def too_noisy(results: dict[str, Any]) -> list[str]:
-    """The names of the rows whose times allow no verdict on two runs."""
-    limits = results["peaks"]
-    found = []
-    for row in results["rows"]:
-        if OURS in row["samples"] and row["metric"] != BYTES and row["device"] == "cpu":
-            noise = figures(row, limits).peer
-            ratio = over_median(1.0, walls(row)[OURS]) if noise is None or noise.ratio is None else noise.ratio
-            if ratio.noise * math.sqrt(2) > MOST_NOISE:  # of two runs
-                found.append(row["name"])
-    return found
+    """The names of the rows whose times would allow no verdict on this run and another one like it."""
+    timed = [row for row in results["rows"] if OURS in row["samples"] and row["metric"] != BYTES]
+    found = [(row["name"], rounds(row)) for row in timed if row["device"] == "cpu"]
+    moved = drift([row for _, row in found], OURS, PEER)
+    return [name for name, row in found if change(row, row, OURS, PEER, moved).noise > MOST_NOISE]
 
 
 def notes(results: dict[str, Any]) -> list[str]:

@@ -1,8 +1,9 @@
 """The loop over the cases: build, check, time, save. A killed run leaves a valid file of what it had done.
 
 The loop goes around twice. The first visit of a case checks its providers; the second makes its tensors anew and takes
-as many samples again. By what both say, ``_statistics`` knows how far two runs of the same code differ. Where peers
-take part, some of which compile a model for a minute, and where memory is measured, one visit is all.
+as many samples again. By what both say, ``_statistics`` knows how far two runs of the same code differ; rows that
+differ too far for a verdict are visited again. Where peers take part, some of which compile a model for a minute, and
+where memory is measured, one visit is all.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from pytransformer.benchmarks._file import SCHEMA, Results, resumable, save
 from pytransformer.benchmarks._peaks import peaks
 from pytransformer.benchmarks._timing import Provider, flusher, measure
 
-SECONDS, QUICK_SECONDS = 0.4, 0.1  # of timing, for each visit of a case
+SECONDS, QUICK_SECONDS = 0.2, 0.1  # of timing, for each visit of a case
 VISITS = 2  # of a case in a run, so that two runs can be compared
+MOST_VISITS = 4  # of one that is still too noisy for that
 PEER_SLACK = 4.0  # a peer a little less exact than eager torch is not wrong; ours is held to the rule itself
 
 Starting = Callable[[Case], None]
@@ -53,7 +55,7 @@ class Settings:
         return QUICK_SECONDS if self.quick else SECONDS
 
     def visits(self, case: Case) -> int:
-        """How often a case is timed."""
+        """How often a case is timed, unless it is too noisy then."""
         return 1 if self.quick or self.peers or case.metric == BYTES else VISITS
 
 
@@ -103,9 +105,11 @@ def run(
     results["finished"] = False
     save(results, output)
     with peers.Peers(settings.peers) as joined:
-        for visit in range(VISITS):
+        for visit in range(MOST_VISITS):
+            noisy = too_noisy(results) if visit >= VISITS else []
             for index, case in enumerate(cases):
-                if visit < settings.visits(case):
+                visits = settings.visits(case)
+                if visit < visits or (case.name in noisy and visits > 1):
                     finished(results, _visit(results, case, visit, settings, joined, index, output, starting))
     if instructions:
         _count_noisy(results, cases, output, starting)

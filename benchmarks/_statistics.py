@@ -5,13 +5,15 @@ alone means much. But a round times ours and the other within one such moment: a
 own ratios (the mean of the middle half of their logarithms), with the 95% interval of a bootstrap over rounds. Where
 an interval holds the bound that a verdict turns on, the verdict is "cannot tell".
 
-Two runs are compared by how that ratio changed: the other's code is the same in both. A run visits a row twice, a
-minute apart, with tensors that lie elsewhere. What the two visits of the same code differ by beyond the noise of
+Two runs are compared by how that ratio changed: the other's code is the same in both. A run visits a row twice or
+more, a minute apart, with tensors that lie elsewhere. What two visits of the same code differ by beyond the noise of
 their rounds is what two runs of the same code will differ by too: this drift is taken from all rows together, and
-widens each interval.
+widens each interval. Of seventy rows that did not change, three would still lie outside of their 95% interval: a
+difference is called only where it is rarer than so many rows explain.
 
 Sources: Efron, Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 13 (percentile intervals); Wilcox,
-"Introduction to Robust Estimation and Hypothesis Testing", 2012, sec. 3.3 (trimmed means and their errors).
+"Introduction to Robust Estimation and Hypothesis Testing", 2012, sec. 3.3 (trimmed means and their errors);
+Benjamini, Hochberg, "Controlling the False Discovery Rate", 1995 (many rows at once).
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ TOLERANCE = 0.05  # two runs whose times differ by less do not differ
 LEAST_DRIFT = 0.02  # what is taken where few rows tell, or less than this
 LEAST_ROWS = 8  # that tell of drift
 MOST_NOISE = 0.10  # an interval wider than this either way gives no verdict on two runs
-_NORMAL_MEDIAN = 0.6745  # of the absolute value of a normal number
+FALSE_DIFFERENCES = 0.05  # of those called, at most
+_EXPLAINED, _NORMAL_EXPLAINED = 0.8, 1.2816  # of visits; what a normal number's absolute value stays below as often
+_NORMAL_95 = 1.96
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,13 @@ class Ratio:
     def noise(self) -> float:
         """Half the interval's width, as a fraction of the value."""
         return (self.high - self.low) / 2 / self.value
+
+    @property
+    def chance(self) -> float:
+        """Of a value as far from 1 where the truth is 1."""
+        error = math.log(self.high / self.low) / (2 * _NORMAL_95)
+        distance = abs(math.log(self.value))
+        return math.erfc(distance / error / math.sqrt(2)) if error > 0 else float(distance == 0)
 
 
 @dataclass(frozen=True)
@@ -98,10 +109,10 @@ def change(before: Rounds, after: Rounds, ours: str, peer: str, drift: float = L
 
 
 def drift(rows: Sequence[Rounds], ours: str, peer: str) -> float:
-    """The standard deviation of a visit's ratio beyond the noise of its rounds: what explains the median difference
-    between the two visits of a row. At least ``LEAST_DRIFT``, and this where fewer than ``LEAST_ROWS`` rows tell."""
-    pairs = [row.logarithms(ours, peer) for row in rows if peer in row.walls]
-    pairs = [pair[:2] for pair in pairs if len(pair) > 1]
+    """The standard deviation of a visit's ratio beyond the noise of its rounds: what explains the differences between
+    visits of a row. At least ``LEAST_DRIFT``, and this where fewer than ``LEAST_ROWS`` pairs of visits tell."""
+    visits = [row.logarithms(ours, peer) for row in rows if peer in row.walls]
+    pairs = [pair for row in visits for pair in zip(row[::2], row[1::2], strict=False)]
     if len(pairs) < LEAST_ROWS:
         return LEAST_DRIFT
     apart = torch.stack([(_middle(a) - _middle(b)).abs() for a, b in pairs])
@@ -109,7 +120,7 @@ def drift(rows: Sequence[Rounds], ours: str, peer: str) -> float:
     low, high = LEAST_DRIFT, 1.0
     while high - low > 1e-4:
         guess = (low + high) / 2
-        explained = (apart / (2 * guess**2 + noise).sqrt()).median() <= _NORMAL_MEDIAN
+        explained = (apart / (2 * guess**2 + noise).sqrt()).quantile(_EXPLAINED) <= _NORMAL_EXPLAINED
         low, high = (low, guess) if explained else (guess, high)
     return low
 
@@ -173,13 +184,18 @@ def worst_verdict(verdicts: Sequence[str]) -> str:
     return next((v for v in ("missed", "cannot tell") if v in verdicts), "met")
 
 
-def change_verdict(found: Ratio, tolerance: float = TOLERANCE) -> str:
+def rarest(chances: Sequence[float]) -> float:
+    """The chance up to which a row of so many differs: ``FALSE_DIFFERENCES`` of the rows called are expected false."""
+    ordered = sorted(chances)
+    allowed = [FALSE_DIFFERENCES * (rank + 1) / len(ordered) for rank in range(len(ordered))]
+    return max((a for chance, a in zip(ordered, allowed, strict=True) if chance <= a), default=0.0)
+
+
+def change_verdict(found: Ratio, tolerance: float = TOLERANCE, chance: float = FALSE_DIFFERENCES) -> str:
     """``slower``, ``faster``, ``no difference`` or ``cannot tell``, for the time after over the time before.
 
-    A difference is one beyond ``tolerance`` whose interval lies on one side of 1.
+    A difference is one beyond ``tolerance`` that is no likelier than ``chance`` where nothing changed.
     """
-    if found.value > 1 + tolerance and found.low > 1:
-        return "slower"
-    if found.value < 1 - tolerance and found.high < 1:
-        return "faster"
+    if abs(math.log(found.value)) > math.log1p(tolerance) and found.chance <= chance:
+        return "slower" if found.value > 1 else "faster"
     return "cannot tell" if found.noise > MOST_NOISE else "no difference"

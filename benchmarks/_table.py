@@ -145,6 +145,8 @@ class LiveTable:
 
     def finished(self, results: dict[str, Any], index: int) -> None:
         self.progress.advance(self.task)
+        done = self.progress.tasks[self.task]
+        self.progress.update(self.task, total=max(done.total or 0, done.completed))  # rows too noisy are visited again
         if self.console.is_terminal:
             fitting = max(self.console.height // 2 - 4, 3)
             self.live.update(Group(table(results, slice(max(index + 1 - fitting, 0), index + 1)), self.progress))

@@ -37,14 +37,14 @@ FORWARD = (
     (BERT_LARGE, 4, 384, ""),
     (TRANSFORMER_BASE, 16, 64, ""),
     (TRANSFORMER_BIG, 8, 64, "padding"),
-    (GPT2, 2, 1024, ""),
+    (GPT2, 1, 1024, ""),
     (VIT_BASE, 8, 197, ""),
     (WHISPER_SMALL, 1, 1500, ""),
-    (LLAMA_3_8B, 1, 1024, ""),
+    (LLAMA_3_8B, 1, 512, ""),
 )
 IN_16_BITS = (BERT_LARGE, TRANSFORMER_BIG, WHISPER_SMALL)  # whose rows in float32 would tell nothing new
-BACKWARD = ((BERT_BASE, 8, 128, ""), (BERT_BASE, 4, 512, ""), (BERT_BASE, 4, 512, "padding"), (GPT2, 1, 1024, ""))
-TRAINING = ((BERT_BASE, 4, 512, ""), (BERT_BASE, 4, 512, "padding"))
+BACKWARD = ((BERT_BASE, 8, 128, ""), (BERT_BASE, 2, 512, ""), (BERT_BASE, 2, 512, "padding"), (GPT2, 1, 1024, ""))
+TRAINING = ((BERT_BASE, 2, 512, ""), (BERT_BASE, 2, 512, "padding"))
 TARGETS = {"": 1.8, "causal": 2.5}  # of the forward in bfloat16, for BERT-base at 512
 DEFAULT = {("fwd", BERT_BASE, 512), ("bwd", BERT_BASE, 512)}
 

@@ -14,6 +14,8 @@ from pytransformer.benchmarks._case import Case, Problem, draw, dtype_name
 from pytransformer.benchmarks._models import BERT_BASE, TRANSFORMER_BASE, Model
 from pytransformer.benchmarks._op_problem import OpProblem
 
+CHECKED_SEQUENCES = 2
+
 
 def cases(device: str = "cpu") -> Iterator[Case]:
     """Forward, backward and both, of one batch."""
@@ -54,4 +56,5 @@ def build(direction: str, dtype: torch.dtype, model: Model, B: int, T: int, devi
     def peer(tokens: Tensor, weight: Tensor, positions: Tensor) -> Tensor:
         return F.embedding(tokens, weight) + positions
 
-    return OpProblem("embedding", direction, tensors, {}, peer, ("weight", "positions")).problem()
+    sampled = dict.fromkeys(("tokens", "output"), (CHECKED_SEQUENCES,)) if direction == "fwd" else {}
+    return OpProblem("embedding", direction, tensors, {}, peer, ("weight", "positions"), sampled).problem()

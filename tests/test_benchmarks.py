@@ -127,7 +127,7 @@ def test_the_project_promises_these_rows():
 def test_filters():
     cases = suite("ops")
     found = Chosen(op=["attention"], dtype=["bf16"], direction=["bwd"], shape=["S=512"]).of(cases)
-    assert {case.shape for case in found} == {"BERT-base 4x512", "BERT-base 4x512 padding"}
+    assert {case.shape for case in found} == {"BERT-base 2x512", "BERT-base 2x512 padding"}
     assert all(case.dtype == "bfloat16" for case in found)
     assert Chosen(text="Llama").of(cases)
     with pytest.raises(ValueError, match="none of the suite's"):
@@ -211,7 +211,7 @@ def test_rounds_go_on_until_they_agree():
     """A scripted sample takes 1 ms of the row's 10, whatever it says it took."""
     quiet = _timing.measure({"a": Scripted([])}, 0.01)
     wild = _timing.measure({"a": Scripted([], walls=[1.0, 3.0] * 100)}, 0.01)
-    assert len(quiet.busy) <= 10 < 15 < len(wild.busy) <= 30
+    assert len(quiet.busy) <= 10 < 12 < len(wild.busy) <= 20
     assert quiet.error() == 0
     assert wild.error() > _timing.WANTED_ERROR
 
@@ -440,6 +440,7 @@ def test_a_killed_run_leaves_what_was_done_and_resumes(tmp_path):
 
 def test_a_case_is_visited_twice_and_resumed_between(monkeypatch, tmp_path):
     monkeypatch.setattr(runner, "SECONDS", 0.01)
+    monkeypatch.setattr(runner, "too_noisy", lambda results: [])
     cases, output, seen = [tiny_case(16), tiny_case(32)], tmp_path / "results.json", []
 
     def killed(results, index):
@@ -458,6 +459,14 @@ def test_a_case_is_visited_twice_and_resumed_between(monkeypatch, tmp_path):
     for row in rows:
         assert all(len(s["wall"]) == len(s["cpu"]) == len(row["visits"]) for s in row["samples"].values())
         assert len(row["busy"]) == len(row["visits"])
+
+
+def test_a_noisy_case_is_visited_again(monkeypatch, tmp_path):
+    monkeypatch.setattr(runner, "SECONDS", 0.01)
+    cases = [tiny_case(16), tiny_case(32)]
+    monkeypatch.setattr(runner, "too_noisy", lambda results: [cases[1].name])
+    rows = run(cases, tmp_path / "results.json", "test", runner.PLAIN)["rows"]
+    assert [max(row["visits"]) + 1 for row in rows] == [runner.VISITS, runner.MOST_VISITS]
 
 
 def test_another_run_is_not_resumed(tmp_path):

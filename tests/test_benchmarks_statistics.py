@@ -121,6 +121,37 @@ def test_what_visits_differ_by_widens_every_interval():
     assert verdicts.count("slower") + verdicts.count("faster") <= 3
 
 
+def test_of_many_rows_chance_calls_none():
+    """Three hundred rows of the same code: at their own 95% intervals fifteen would differ."""
+    draw = random.Random(1)
+
+    def run(slower: dict[int, float]) -> dict:
+        def wall(i: int) -> list[float]:
+            return [slower.get(i, 1.0) * (1 + draw.gauss(0, 0.03)) for _ in range(20)]
+
+        return {
+            "rows": [
+                make_row({OURS: wall(i), PEER: [1.0] * 20}, name=str(i), visits=[0] * 10 + [1] * 10) for i in range(300)
+            ]
+        }
+
+    before = run({})
+    verdicts = [change.verdict for change in _compare.compare(before, run({}), tolerance=0.0)]
+    assert verdicts.count("slower") + verdicts.count("faster") <= 1
+    planted = dict.fromkeys(range(3), 1.15)
+    found = {change.name: change.verdict for change in _compare.compare(before, run(planted))}
+    assert [found[str(i)] for i in planted] == ["slower"] * 3
+    assert list(found.values()).count("slower") <= 4
+
+
+def test_rows_that_allow_no_verdict_are_too_noisy():
+    draw = random.Random(0)
+    wild, steady = ([draw.uniform(low, 2) for _ in range(8)] for low in (0.5, 1.95))
+    rows = [make_row({OURS: wall, PEER: [1.0] * 8}, name=name, device="cpu") for name, wall in
+            (("wild", wild), ("steady", steady))]  # fmt: skip
+    assert _figures.too_noisy({"rows": rows}) == ["wild"]
+
+
 def test_a_slower_machine_is_no_slower_kernel():
     found = [verdict(result(1.0, seed), result(1.0, seed + 50, machine=1.3)) for seed in range(40)]
     assert found.count("no difference") >= 38
