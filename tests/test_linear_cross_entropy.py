@@ -120,6 +120,17 @@ def test_stored_gradients_are_scaled_once_a_backward(backend):
             torch.testing.assert_close(factor * a, b)
 
 
+@pytest.mark.parametrize("factor", [1, 3])
+def test_the_last_backward_copies_no_stored_gradient(backend, factor):
+    tensors = make()
+    inputs = [tensors[n].requires_grad_() for n in ("input", "linear_weight", "linear_bias")]
+    loss = ops.linear_cross_entropy(**tensors, backend=backend)
+    if backend == "reference":
+        pytest.skip("the reference stores no gradients")
+    stored = {x.data_ptr() for x in loss.grad_fn.saved_tensors if x is not None}
+    assert {g.data_ptr() for g in torch.autograd.grad(factor * loss, inputs)} <= stored
+
+
 def test_parameters_own_their_gradients(backend):
     tensors = make()
     weight = tensors["linear_weight"].requires_grad_()

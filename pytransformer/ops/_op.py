@@ -213,8 +213,11 @@ class FusedOp:
     def _forward(self, *args: Any, eager: bool = False) -> tuple[Tensor, ...]:
         return self._run(self._forward_name, args, eager)
 
-    def _backward(self, *args: Any, eager: bool = False) -> tuple[Tensor, ...]:
-        return self._run(self._backward_name, args, eager and plain_eager(args))
+    def _backward(self, *args: Any) -> tuple[Tensor, ...]:
+        return self._run(self._backward_name, args, eager=False)
+
+    def _eager_backward(self, *args: Any) -> tuple[Tensor, ...]:
+        return self._run(self._backward_name, args, plain_eager(args))
 
     def _run(self, function_name: str, args: tuple[Any, ...], eager: bool) -> tuple[Tensor, ...]:
         *args_of_backend, backend = args
@@ -261,7 +264,7 @@ class FusedOp:
 
             @staticmethod
             def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-                return op._differentiate(ctx, grads, partial(op._backward, eager=True))
+                return op._differentiate(ctx, grads, op._eager_backward)
 
         Function.__name__ = Function.__qualname__ = f"{self.name}_function"
         return Function

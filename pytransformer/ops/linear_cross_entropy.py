@@ -71,7 +71,7 @@ class LinearCrossEntropyOp(FusedOp):
         twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if grad_loss is None or unstored or twice:
             return super()._differentiate(ctx, grads, run)
-        if run == self._backward and not torch._C._autograd._get_current_graph_task_keep_graph():
+        if run == self._eager_backward and not torch._C._autograd._get_current_graph_task_keep_graph():
             # Nobody will ask for the stored gradients again: they need no second copy.
             if grad_loss.device.type != "cpu" or grad_loss != 1:
                 for g in stored:
