@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from pytransformer.benchmarks import _training, _translation
+from pytransformer.benchmarks import _training, _translation, memory
 from pytransformer.benchmarks._bert import BertWorkload
 from pytransformer.benchmarks._case import AbsentError, Case, Problem, dtype_name
 from pytransformer.benchmarks._models import BERT_BASE, TRANSFORMER_BASE
@@ -62,6 +62,7 @@ def cases(device: str = "cpu") -> Iterator[Case]:
             yield _training.case(dtype, model, TRAINED_LAYERS, 8, 128, device=device, targets={"torch": target})
             yield _training.case(dtype, model, TRAINED_LAYERS, 8, 128, padded=True, device=device,
                                  targets={"torch": 1.8})  # fmt: skip
+        yield memory.encoder_layer(dtype, device)
 
 
 def bert_case(dtype: torch.dtype, B: int, S: int, padded: bool = False, device: str = "cpu", **more: Any) -> Case:
