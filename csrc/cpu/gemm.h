@@ -338,7 +338,9 @@ __attribute__((noinline)) void tile_product(const Operand* a, int64_t row_stride
   Vec acc[Rows][Vecs];
   clear(acc);
   multiply_add(a, row_stride, depth_stride, b, tile_width * depth_step<Operand>, steps, acc);
+#pragma GCC unroll 24  // an index that is not known would have the accumulators written to memory first
   for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 4
     for (int j = 0; j < Vecs; ++j) {
       float* place = c + i * block_columns + j * Vec::lanes;
       (add ? acc[i][j] + Vec::load(place) : acc[i][j]).store(place);
@@ -429,6 +431,35 @@ void multiply_block(const LeftView<Operand>& left, const Packed<Operand>& right,
   }
 }
 
+// The same over all of K, for a block of one panel whose A lies in place. There are few columns to use A for, and the
+// time is that of reading it: tiles are higher where they are narrower, and go along whole rows, as the hardware
+// expects of those who read much.
+template <class Operand, int Vecs>
+void multiply_rows(const LeftView<Operand>& left, const Packed<Operand>& right, const Block& block, int64_t run,
+                   float* sums) {
+  constexpr int step = depth_step<Operand>, most = tile_rows * tile_vecs / Vecs;
+  for (int64_t i = 0; i < block.rows;) {
+    const int64_t rows = block.rows - i;
+    const int64_t now = rows >= most ? most : rows < tile_rows ? rows : tile_rows;
+    const auto product = rows >= most ? &tile_product<Operand, most, Vecs> : tile_product_for<Operand>(int(now), Vecs);
+    for (int64_t k = 0; k < left.K; k += run) {
+      const int64_t depth = left.K - k < run ? left.K - k : run;
+      product(left.at(block.row + i, k), left.row_stride(k), left.depth_stride(), right.at(block.column, k),
+              ceil_div(depth, step), sums + i * block_columns, k > 0);
+    }
+    i += now;
+  }
+}
+
+// The instance of multiply_rows for so many vectors of columns.
+template <class Operand, int Vecs = tile_vecs>
+auto multiply_rows_for(int64_t vecs) {
+  if constexpr (Vecs > 1) {
+    if (vecs < Vecs) return multiply_rows_for<Operand, Vecs - 1>(vecs);
+  }
+  return &multiply_rows<Operand, Vecs>;
+}
+
 // A whose rows lie along k, for products with `columns` columns: in place where that serves, else packed, whole for
 // all products or, where it is too large to be kept, a strip at a time for each.
 template <class Operand, class T>
@@ -482,11 +513,15 @@ void gemm(int64_t M, int64_t N, const LeftView<Operand>& left, const Packed<Oper
     const int64_t row = task % grid.blocks_down * grid.rows, column = task / grid.blocks_down * grid.columns;
     const Block block{row, column, M - row < grid.rows ? M - row : grid.rows,
                       N - column < grid.columns ? N - column : grid.columns};
-    int64_t k = 0;
-    do {  // once even for K = 0, to clear the sums
-      multiply_block(left, right, block, k, run, sums);
-      k += block_depth;
-    } while (k < left.K);
+    if (N <= tile_width && left.stride > 0) {
+      multiply_rows_for<Operand>(ceil_div(N, Vec::lanes))(left, right, block, run, sums);
+    } else {
+      int64_t k = 0;
+      do {  // once even for K = 0, to clear the sums
+        multiply_block(left, right, block, k, run, sums);
+        k += block_depth;
+      } while (k < left.K);
+    }
     epilogue(block, sums);
   });
 }
@@ -513,9 +548,9 @@ auto by_rows(const Body& body) {
 
 // ---- Between a block [rows][block_columns] and the memory in which its columns are rows
 
-// to[column * stride + row] = from[row][column]
-template <class T>
-void store_turned(const float* from, int64_t rows, int64_t columns, T* to, int64_t stride) {
+// put(column, row, v, count): lane i of v, for i < count, is from[row + i][column], and 0 beyond.
+template <class Put>
+inline __attribute__((always_inline)) void turn(const float* from, int64_t rows, int64_t columns, const Put& put) {
   for (int64_t c = 0; c < columns; c += Vec::lanes) {
     for (int64_t r = 0; r < rows; r += Vec::lanes) {
       const int n = rows - r < Vec::lanes ? int(rows - r) : Vec::lanes;
@@ -524,9 +559,16 @@ void store_turned(const float* from, int64_t rows, int64_t columns, T* to, int64
         square[i] = i < n ? Vec::load(from + (r + i) * block_columns + c) : Vec::zero();
       }
       transpose(square);
-      for (int i = 0; i < Vec::lanes && c + i < columns; ++i) store(to + (c + i) * stride + r, square[i], n);
+      for (int i = 0; i < Vec::lanes && c + i < columns; ++i) put(c + i, r, square[i], n);
     }
   }
+}
+
+// to[column * stride + row] = from[row][column]
+template <class T>
+void store_turned(const float* from, int64_t rows, int64_t columns, T* to, int64_t stride) {
+  turn(from, rows, columns,
+       [&](int64_t column, int64_t row, Vec v, int n) { store(to + column * stride + row, v, n); });
 }
 
 // to[row][column] = from[column * stride + row]

@@ -27,46 +27,96 @@ namespace pytransformer::PYTRANSFORMER_ISA {
 
 constexpr int narrow_rows = 3, narrow_columns = tile_vecs == 4 ? 8 : 3;  // accumulators that fit in the registers
 constexpr int64_t narrow_depth = 64 * Vec::lanes;  // a lane adds up 64 products; B for the columns of a tile is 32 KB
-constexpr int64_t narrow_share = 48;               // rows of A for a task; divisible by narrow_rows
+constexpr int64_t narrow_share = 48;               // rows of A for a task; divisible by narrow_rows and by lanes
+static_assert(narrow_share % narrow_rows == 0 && narrow_share % Vec::lanes == 0);
 
 // Up to how many columns this is the faster way. Beyond, A that is not in the tile's type is worth packing.
 template <class T>
 constexpr int64_t few_columns = sizeof(T) == sizeof(operand_t<T>) ? 16 : 48;
 
-// The columns of B, each along k, padded with zeros to whole vectors.
+// B as the tiles read it: [columns in groups of narrow_columns][vectors of k][narrow_columns][lanes], with zeros
+// beyond K.
 class NarrowRight {
  public:
   // Yet to be written, by store_depths.
   NarrowRight(int64_t columns, int64_t K)
-      : stride_(round_up(K, Vec::lanes) + Vec::lanes), data_(columns * stride_), K_(K) {
-    for (int64_t j = 0; j < columns; ++j) Vec::zero().store(data_.get() + j * stride_ + K / Vec::lanes * Vec::lanes);
-  }
+      : depth_(round_up(K, Vec::lanes)), data_(round_up(columns, narrow_columns) * depth_), K_(K) {}
 
   // B = rows^T: row j of the matrix in memory is column j.
   template <class T>
   NarrowRight(const T* rows, int64_t stride, int64_t columns, int64_t K) : NarrowRight(columns, K) {
-    for (int64_t j = 0; j < columns; ++j) copy_row(rows + j * stride, K, data_.get() + j * stride_);
+    for (int64_t j = 0; j < columns; ++j) {
+      for_vectors(K, [&](int64_t k, int n) { load(rows + j * stride + k, n).store(at(j, k)); });
+    }
   }
 
-  // B[k + i, first + j] = values[i * block_columns + j] for i < depths, j < count.
+  // B[k + i, first + j] = values[i * block_columns + j] for i < depths, j < count; k begins a vector.
   void store_depths(int64_t k, int64_t depths, int64_t first, int64_t count, const float* values) const {
-    store_turned(values, depths, count, data_.get() + first * stride_ + k, stride_);
+    turn(values, depths, count, [&](int64_t j, int64_t i, Vec v, int) { v.store(at(first + j, k + i)); });
   }
 
   int64_t K() const { return K_; }
-  int64_t stride() const { return stride_; }
-  const float* at(int64_t column, int64_t k) const { return data_.get() + column * stride_ + k; }
+  // Where the vector of a column lies that begins at k.
+  float* at(int64_t column, int64_t k) const {
+    return data_.get() + column / narrow_columns * narrow_columns * depth_ + k * narrow_columns +
+           column % narrow_columns * Vec::lanes;
+  }
 
  private:
-  int64_t stride_;
+  int64_t depth_;
   Scratch<float> data_;
   int64_t K_;
 };
 
+// Lane i is the sum of the lanes of v[i]. Interleaving two vectors and adding the halves leaves one vector of both:
+// half the shuffles of adding up each by itself. `v` is overwritten.
+inline __attribute__((always_inline)) Vec sums_of_lanes(Vec (&v)[Vec::lanes]) {
+#pragma GCC unroll 4
+  for (int half = Vec::lanes / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) {
+      Vec low, high;
+      interleave(v[i], v[i + half], low, high);
+      v[i] = low + high;
+    }
+  }
+  return v[0];
+}
+
+// sums[i][j] (+)= the sum of the lanes of acc[i][j]
+template <int Rows, int Columns>
+inline __attribute__((always_inline)) void add_lanes(const Vec (&acc)[Rows][Columns], float* sums, bool add) {
+  constexpr int count = Rows * Columns, padded = (count + Vec::lanes - 1) / Vec::lanes * Vec::lanes;
+  float totals[padded];
+#pragma GCC unroll 3
+  for (int first = 0; first < padded; first += Vec::lanes) {
+    Vec together[Vec::lanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < Vec::lanes; ++i) {
+      const int at = first + i;
+      together[i] = at < count ? acc[at / Columns][at % Columns] : Vec::zero();
+    }
+    sums_of_lanes(together).store(totals + first);
+  }
+  for (int i = 0; i < Rows; ++i) {
+    if (add) add_row(totals + i * Columns, sums + i * block_columns, Columns);
+    copy_row(totals + i * Columns, Columns, sums + i * block_columns);
+  }
+}
+
+// Has the compiler load `x` once, not anew for each multiply-add that reads it: there are more of these than loads.
+inline __attribute__((always_inline)) void keep_in_register(Vec& x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x.v));
+#elif defined(PYTRANSFORMER_NEON)
+  asm("" : "+w"(x.v));
+#endif
+}
+
 // sums[i][j] (+)= the product of row i of A and column j of B over `depth` values of k.
 template <class T, int Rows, int Columns>
-__attribute__((noinline)) void narrow_product(const T* a, int64_t a_stride, const float* b, int64_t b_stride,
-                                              int64_t depth, float* sums, bool add) {
+__attribute__((noinline)) void narrow_product(const T* a, int64_t a_stride, const float* b, int64_t depth, float* sums,
+                                              bool add) {
   Vec acc[Rows][Columns];
   clear(acc);
   const auto step = [&](int64_t k, int n) __attribute__((always_inline)) {
@@ -75,7 +125,8 @@ __attribute__((noinline)) void narrow_product(const T* a, int64_t a_stride, cons
     for (int i = 0; i < Rows; ++i) row[i] = load(a + i * a_stride + k, n);
 #pragma GCC unroll 8
     for (int j = 0; j < Columns; ++j) {
-      const Vec x = Vec::load(b + j * b_stride + k);
+      Vec x = Vec::load(b + k * narrow_columns + j * Vec::lanes);
+      keep_in_register(x);
 #pragma GCC unroll 3
       for (int i = 0; i < Rows; ++i) acc[i][j] = fma(row[i], x, acc[i][j]);
     }
@@ -86,12 +137,7 @@ __attribute__((noinline)) void narrow_product(const T* a, int64_t a_stride, cons
     step(k, Vec::lanes);
   }
   if (k < depth) step(k, int(depth - k));
-  for (int i = 0; i < Rows; ++i) {
-    for (int j = 0; j < Columns; ++j) {
-      float& sum = sums[i * block_columns + j];
-      sum = add ? sum + acc[i][j].sum() : acc[i][j].sum();
-    }
-  }
+  add_lanes(acc, sums, add);
 }
 
 // The instance of narrow_product for rows x columns.
@@ -112,7 +158,7 @@ void narrow_gemm(int64_t M, int64_t N, const T* a, int64_t stride, const NarrowR
   if (M <= 0 || N <= 0) return;
   const int64_t K = right.K();
   const bool worth_sharing = double(M) * double(N) * double(K) > 1e6;
-  const int64_t share = worth_sharing ? narrow_share : block_rows;
+  const int64_t share = worth_sharing ? narrow_share : 5 * narrow_share;
   const Scratch<float> memory(max_threads() * share * block_columns);
 
   parallel_tasks(ceil_div(M, share), [&](int64_t task) {
@@ -123,8 +169,8 @@ void narrow_gemm(int64_t M, int64_t N, const T* a, int64_t stride, const NarrowR
       const int64_t now = K - k < narrow_depth ? K - k : narrow_depth;
       for (int64_t j = 0; j < N; j += narrow_columns) {
         for (int64_t i = 0; i < rows; i += narrow_rows) {
-          narrow_product_for<T>(rows - i, N - j)(a + (first + i) * stride + k, stride, right.at(j, k), right.stride(),
-                                                 now, sums + i * block_columns + j, k > 0);
+          narrow_product_for<T>(rows - i, N - j)(a + (first + i) * stride + k, stride, right.at(j, k), now,
+                                                 sums + i * block_columns + j, k > 0);
         }
       }
       k += narrow_depth;

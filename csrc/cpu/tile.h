@@ -47,7 +47,7 @@ inline __attribute__((always_inline)) void multiply_add(const float* a, int64_t 
     Vec row[Vecs];
 #pragma GCC unroll 4
     for (int j = 0; j < Vecs; ++j) row[j] = Vec::load(b + k * b_stride + j * Vec::lanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 24
     for (int i = 0; i < Rows; ++i) {
       const Vec x = Vec::set1(a[i * row_stride + k * depth_stride]);
 #pragma GCC unroll 4
@@ -65,7 +65,7 @@ inline __attribute__((always_inline)) void multiply_add(const bfloat16* a, int64
     PairVec row[Vecs];
 #pragma GCC unroll 4
     for (int j = 0; j < Vecs; ++j) row[j] = PairVec::load(b + k * b_stride + j * 2 * Vec::lanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 24
     for (int i = 0; i < Rows; ++i) {
       const PairVec x = PairVec::broadcast(a + i * row_stride + k * depth_stride);
 #pragma GCC unroll 4
