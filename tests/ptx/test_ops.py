@@ -1,12 +1,14 @@
 """The library's CUDA kernels under the runner: outputs and gradients against the float64 reference.
 
 The cases are few and small, each there for something that breaks kernels: ragged ends, every kind of mask, dropout,
-views, a row wider than a block. All run on the PTX for compute capability 8.0, plain, and again with the detectors on a
-random schedule; a part of them on that for 9.0. ``make test-ptx`` runs all of them on both, and the whole tests of the
-ops over this backend.
+views, a row wider than a block, each head width that attention is compiled for. The PTX for compute capability 8.0 runs
+plain, and with the detectors on two random schedules; that for 9.0, which ``test_architectures.py`` shows to be the
+same program, runs plain. ``make test-ptx`` runs everything on both, and the whole tests of the ops over this backend.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import test_attention as attention_cases
@@ -15,7 +17,7 @@ import test_ffn as ffn_cases
 import test_layer_norm as layer_norm_cases
 import test_linear_cross_entropy as linear_cross_entropy_cases
 import torch
-from helpers import check, skip_unless_served
+from helpers import EMULATED, check, skip_unless_served
 
 from ptx import build
 from pytransformer._parity import unwritten_is_nan
@@ -23,18 +25,18 @@ from pytransformer._parity import unwritten_is_nan
 pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=str(build.unavailable()))
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-MODES = {
-    "plain": {},
-    "detectors": {"races": True, "seed": 1},
-}
+PLAIN: dict[str, Any] = {}
+DETECTORS = {"detectors-1": {"races": True, "seed": 1}, "detectors-2": {"races": True, "seed": 2}}
+MODES = [(arch, "plain") for arch in build.ARCHS]
+MODES += [(arch, mode) for arch in (build.ARCHS if EMULATED else build.ARCHS[:1]) for mode in DETECTORS]
 
 
-@pytest.fixture(scope="module", params=[(arch, mode) for mode in MODES for arch in build.ARCHS], ids="-".join)
+@pytest.fixture(scope="module", params=MODES, ids="-".join)
 def emulated(request):
     from ptx import backend
 
     arch, mode = request.param
-    with backend.installed(arch, **MODES[mode]) as name, unwritten_is_nan():
+    with backend.installed(arch, **DETECTORS.get(mode, PLAIN)) as name, unwritten_is_nan():
         yield name
 
 
@@ -106,29 +108,59 @@ def test_linear_cross_entropy(emulated, name):
     check("linear_cross_entropy", linear_cross_entropy_cases.make(**sizes), options, emulated)
 
 
+# B, H, G, T, S, D, Dv; each head width that is compiled has one dtype here.
 ATTENTION = {
-    "one": ("none", BF16),
-    "one_query": ("causal_bottom_right", FP16),
-    "one_key": ("none", BF16),
-    "ragged": ("padding", BF16),
-    "gqa": ("causal", BF16),
-    "mqa": ("lengths", FP16),
-    "longer_keys": ("bool_full", BF16),
-    "longer_queries": ("bias_per_head", BF16),
-    "wide_heads": ("everything", FP16),
+    "32-one": ((1, 1, 1, 1, 1, 1, 1), "none", FP16, {}),
+    "32-window": ((1, 2, 1, 40, 70, 32, 24), "window_left", FP16, {}),
+    "64-one_query": ((2, 4, 2, 1, 127, 64, 64), "causal_bottom_right", BF16, {}),
+    "64-one_key": ((2, 2, 2, 65, 1, 33, 33), "none", BF16, {}),
+    "64-ragged": ((2, 3, 3, 63, 65, 33, 33), "padding", BF16, {}),
+    "64-gqa": ((1, 6, 2, 65, 65, 64, 64), "causal", BF16, {}),
+    "64-longer_keys": ((1, 2, 2, 33, 150, 64, 33), "bool_full", BF16, {}),
+    "64-dropout": ((1, 2, 1, 65, 70, 40, 40), "causal", BF16, dropped(0.3)),
+    "64-softcap": ((1, 2, 1, 65, 70, 40, 40), "causal", BF16, {"softcap": 2.0}),
+    "96-mqa": ((2, 4, 1, 127, 63, 80, 80), "lengths", FP16, {}),
+    "96-longer_queries": ((1, 2, 1, 150, 33, 8, 80), "bias_per_head", FP16, {}),
+    "128-causal": ((1, 2, 1, 33, 70, 128, 104), "causal_padding", BF16, dropped(0.1)),
+    "192-bias": ((1, 1, 1, 20, 40, 192, 136), "bias_per_key", FP16, {"softcap": 5.0}),
+    "256-everything": ((1, 1, 1, 17, 35, 160, 256), "everything", BF16, {}),
 }
 
 
-@pytest.mark.parametrize("shape", ATTENTION)
-def test_attention(emulated, shape):
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention(emulated, name):
     skip_unless_served(emulated, "attention")
-    mask, dtype = ATTENTION[shape]
-    tensors, options = attention_cases.case(shape, mask, dtype)
-    check("attention", tensors, options, emulated, magnitudes=attention_cases.cancelled(shape, mask))
+    judge_attention(emulated, *ATTENTION[name])
 
 
-@pytest.mark.parametrize("options", [{"dropout_p": 0.3}, {"softcap": 2.0}], ids=str)
-def test_attention_dropout_and_softcap(emulated, options):
+def judge_attention(backend, sizes, mask, dtype, options):
+    tensors, options = attention_tensors(sizes, mask, dtype, options)
+    # Of a softmax over one key all gradients are 0, by cancellation.
+    cancelled = dict.fromkeys(("dquery", "dkey", "dvalue"), 16.0) if sizes[4] == 1 else {}
+    check("attention", tensors, options, backend, magnitudes=cancelled)
+
+
+def attention_tensors(sizes, mask, dtype, options):
+    B, H, G, T, S, _, _ = sizes
+    tensors = attention_cases.qkv(*sizes, dtype=dtype)
+    options = attention_cases.MASKS[mask](B, H, T, S) | options | {"enable_gqa": G != H}
+    if "bias" in options:
+        tensors["bias"] = options.pop("bias").to(dtype)
+    return tensors, options
+
+
+# Few queries over keys enough to be split: the same, with a kernel of its own for each head width.
+DECODE = {
+    "32": ((1, 2, 1, 3, 520, 24, 32), "bias_per_head", FP16, {}),
+    "64": ((1, 4, 2, 1, 600, 64, 64), "causal_bottom_right", BF16, {}),
+    "96": ((2, 2, 1, 1, 530, 96, 80), "lengths", FP16, {}),
+    "128": ((1, 4, 1, 2, 515, 128, 128), "padding", BF16, {}),
+    "192": ((1, 1, 1, 1, 512, 192, 192), "none", FP16, {"softcap": 5.0}),
+    "256": ((1, 1, 1, 1, 513, 256, 136), "window_left", BF16, {}),
+}
+
+
+@pytest.mark.parametrize("name", DECODE)
+def test_decode(emulated, name):
     skip_unless_served(emulated, "attention")
-    tensors = attention_cases.qkv(1, 2, 1, 65, 70, 40, 40, BF16)
-    check("attention", tensors, {**options, "seed": 7, "is_causal": True, "enable_gqa": True}, emulated)
+    judge_attention(emulated, *DECODE[name])
