@@ -152,11 +152,12 @@ def module() -> EmulatedModule:
 def replaced(ptx: str) -> Iterator[None]:
     """Kernels launched in the block are taken from ``ptx`` where it has them: from an edited copy of the sources.
 
-    What stands in an anonymous namespace has the file's hash in its name, which is that of the library's file here.
+    What stands in an anonymous namespace has a made-up part in its name: here that of the library's file.
     """
     emulated = module()
-    tags = {stem: tag for text in emulated.ptx["80"] for tag, stem in _OF_FILE.findall(text)}
-    ptx = _OF_FILE.sub(lambda found: tags.get(found[2], found[1]), ptx)
+    tags = _tags("".join(emulated.ptx["80"]))
+    for file, tag in _tags(ptx).items():
+        ptx = ptx.replace(tag, tags.get(file, tag))
     outer = emulated.images, emulated.ptx
     emulated.images, emulated.ptx = {}, {arch: [ptx, *texts] for arch, texts in emulated.ptx.items()}
     try:
@@ -166,7 +167,10 @@ def replaced(ptx: str) -> Iterator[None]:
         sys.modules[f"{NAME}._arguments"]._counters.clear()  # a broken kernel need not leave zeros
 
 
-_OF_FILE = re.compile(r"(_GLOBAL__N__[0-9a-f]{8}_(\d+_\w+?_cu)_[0-9a-f]{8})")
+def _tags(ptx: str) -> dict[str, str]:
+    """By file, how anonymous namespaces stand in names: their length and ``_GLOBAL__N__<hash>_<length>_<file>_...``."""
+    found = re.finditer(r"(\d+)(?=_GLOBAL__N__[0-9a-f]{8}_\d+_(\w+?_cu)_)", ptx)
+    return {start[2]: ptx[start.start() : start.end() + int(start[1])] for start in found}
 
 
 @contextmanager
