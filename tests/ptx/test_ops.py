@@ -8,8 +8,11 @@ same program, runs plain. ``make test-ptx`` runs everything on both, and the who
 
 from __future__ import annotations
 
+import importlib
+import re
 from typing import Any
 
+import cuda_table
 import pytest
 import test_attention as attention_cases
 import test_embedding as embedding_cases
@@ -52,6 +55,8 @@ LAYER_NORM = {
     "odd": ((2, 1023), BF16, (True, False, True, True), {}),
     "many_rows": ((257, 24), FP32, (True,) * 4, {}),
     "bare": ((9, 40), FP16, (False,) * 4, {}),
+    "wide_odd": ((2, 4105), FP16, (True, True, True, False), {}),
+    "widest": ((2, 8200), BF16, (True,) * 4, dropped(0.1)),
 }
 
 
@@ -69,6 +74,7 @@ EMBEDDING = {
     "positions": ({"dtype": BF16}, {}),
     "wide": ({"lead": (3, 5), "E": 520, "dtype": FP32, "positions": (5, 520), "segments": False}, dropped(0.2)),
     "alone": ({"lead": (50,), "V": 3, "dtype": FP16, "positions": None}, {"scale": 2.0}),
+    "few_rows": ({"lead": (2100,), "V": 1, "E": 8, "dtype": BF16, "positions": None}, {}),  # summed in parts
 }
 
 
@@ -164,3 +170,32 @@ DECODE = {
 def test_decode(emulated, name):
     skip_unless_served(emulated, "attention")
     judge_attention(emulated, *DECODE[name])
+
+
+def test_activation_where_rows_do_not_start_at_16_bytes(emulated):
+    """The adapter never hands such a tensor over; the launcher takes it all the same."""
+    adapters, module = importlib.import_module(f"{emulated}._arguments"), backend_module()
+    x, y = (x.half()[1:].view(1, -1) for x in (torch.randn(68), torch.full((68,), torch.nan)))
+    module.ffn_activation_fwd(x, None, "relu", 0.0, y, adapters.call(x))
+    assert torch.equal(y, x.relu())
+
+
+def test_every_kernel_has_run(request):
+    """Each kernel of the module, in each form but for the dtype: head widths, rows of any length, aligned or not."""
+    if request.config.option.keyword or any("::" in argument for argument in request.config.args):
+        pytest.skip("this is a part of the tests")
+    module = backend_module()
+    names = cuda_table.readable({found[1] for text in module.ptx["80"] for found in build.ENTRY.finditer(text)})
+    launched = {form(names[name]) for _, name in module.images if name in names}
+    assert {form(name) for name in names.values()} == launched
+
+
+def form(kernel):
+    """``layer_norm_bwd_kernel<8, 16>`` of ``layer_norm_bwd_kernel<bf16, 8, 16>``; 16 bytes are 8 elements, or 4."""
+    return re.sub(r"(bf16|fp16|fp32)(, )?", "", kernel.replace("fp32, 4", "fp32, 8"))
+
+
+def backend_module():
+    from ptx import backend
+
+    return backend.module()
