@@ -1,9 +1,10 @@
 """What the compiled CUDA kernels take, read from the module as it was built: ``make cuda-table``.
 
 A row names an architecture, a kernel with its template arguments, and what the compiler made of it: registers of a
-thread, bytes of stack (a spill; must be 0) and of static shared memory. The table is committed, so that a change of a
-kernel shows in review; ``test_cuda_table.py`` compares it with the module at hand. What a launch adds in dynamic shared
-memory is decided by the host and not seen here.
+thread, bytes of stack (a spill; must be 0) and of static shared memory. The last column is the most dynamic shared
+memory that a launch asks for: that is up to the host's code, which is made to launch over the stand-in for the CUDA
+runtime (``ptx/shared_memory.py``). The table is committed, so that a change of a kernel shows in review;
+``test_cuda_table.py`` compares it with the module at hand, ``ptx/test_shared_memory.py`` the last column.
 
 cuobjdump and nvdisasm come with the CUDA toolkit, and in triton's wheel; c++filt with binutils.
 """
@@ -14,13 +15,15 @@ import importlib.util
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 TABLE = Path(__file__).parent.parent / "docs" / "cuda-kernels.txt"
 ROW = "{:6} {:66} {:>4} {:>5} {:>6}"
-HEADER = ROW.format("arch", "kernel", "regs", "stack", "static")
+HEADER = ROW.format("arch", "kernel", "regs", "stack", "static") + " dynamic"
+ARCH_AND_FIGURES = r"^sm_\w+ +| +\d+ +\d+ +\d+$"
 SHORT = {"__nv_bfloat16": "bf16", "__half": "fp16", "float": "fp32"}
 
 
@@ -118,4 +121,11 @@ def _dump(*options: str) -> str:
 if __name__ == "__main__":
     if (reason := missing()) is not None:
         raise SystemExit(f"no table: {reason}")
-    TABLE.write_text("\n".join([compiler(), HEADER, *rows()]) + "\n")
+    sys.path.insert(0, str(Path(__file__).parent))
+    from ptx import build, shared_memory
+
+    if (reason := build.unavailable()) is not None:
+        raise SystemExit(f"no table: {reason}")
+    asked = shared_memory.largest()
+    lines = [f"{row} {asked[re.sub(ARCH_AND_FIGURES, '', row)]:>7}" for row in rows()]
+    TABLE.write_text("\n".join([compiler(), HEADER, *lines]) + "\n")

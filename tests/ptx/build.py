@@ -18,7 +18,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -109,6 +109,20 @@ def ptx_of(source: Path, arch: str, defines: Sequence[str] = (), text: str | Non
     return path.read_text()
 
 
+def ptx_of_edited(unit: str, edited: Mapping[str, str], change: Callable[[str], str]) -> str:
+    """The PTX for 8.0 of a .cu file of the library, in a copy where ``edited`` gives some files' text, and ``change``
+    is made to all of them."""
+    paths = sorted(path for path in (ROOT / "csrc" / "cuda").iterdir() if path.suffix in (".cu", ".cuh", ".h"))
+    texts = {path.name: change(edited.get(path.name, path.read_text())) for path in paths}
+    include = ROOT / "csrc" / "include"
+    flags = [*NVCC, "-arch=compute_80", f"-I{include}"]
+    path = CACHE / f"{unit}-{digest(*texts.values(), contents(include), flags)}.ptx"
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in texts.items():
+            Path(folder, name).write_text(text)
+        return made(path, [*flags, "-ptx", f"{folder}/{unit}", "-o", "{}"]).read_text()
+
+
 @cache
 def headers(flags: tuple[str, ...]) -> Path:
     """A folder with the runtime's headers, the larger one compiled ahead: kernels are small beside it."""
@@ -127,6 +141,7 @@ def module() -> tuple[Path, dict[str, list[str]]]:
     csrc = ROOT / "csrc"
     common = contents(csrc / "include"), contents_of_headers(csrc / "cuda", csrc / "bindings")
     sources = sorted((csrc / "cuda").glob("*.cu"))
+    _pybind()
     with ThreadPoolExecutor(JOBS) as pool:
         halves = list(pool.map(lambda source: _host_and_device(source, common), sources))
         objects = list(pool.map(lambda source: _binding(source, common), _bindings()))
@@ -159,14 +174,26 @@ def _host_and_device(source: Path, common: Sequence[str]) -> tuple[Path, dict[st
 
 
 def _binding(source: Path, common: Sequence[str]) -> Path:
-    import pybind11
-
     csrc = ROOT / "csrc"
-    flags = [*CXX[:-1], "-O1", "-w", "-fvisibility=hidden", "-DPYTRANSFORMER_CUDA_MODULE"]
-    flags += [f"-I{csrc / folder}" for folder in ("include", "cuda", "bindings")]
-    flags += [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
+    flags, ahead = _pybind()
+    flags = [*flags, f"-include{ahead}", *(f"-I{csrc / folder}" for folder in ("include", "cuda", "bindings"))]
     path = CACHE / f"{source.stem}-{digest(source.read_text(), *common, flags)}.o"
     return made(path, [*flags, "-c", str(source), "-o", "{}"])
+
+
+@cache
+def _pybind() -> tuple[list[str], Path]:
+    """The flags for bindings, and pybind11's headers compiled ahead: they are most of the work."""
+    import pybind11
+
+    flags = [*CXX[:-1], "-O0", "-w", "-fvisibility=hidden", "-DPYTRANSFORMER_CUDA_MODULE"]
+    flags += [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
+    folder = CACHE / f"pybind-{digest(pybind11.__version__, sys.version, flags)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    header = folder / "pybind.h"
+    header.write_text("#include <pybind11/pybind11.h>\n#include <pybind11/stl.h>\n")
+    made(folder / "pybind.h.gch", [*flags, "-x", "c++-header", str(header), "-o", "{}"])
+    return flags, header
 
 
 def _bindings() -> list[Path]:
@@ -189,8 +216,28 @@ def _cuda_include() -> str:
     return found[1]
 
 
+def in_words_of_80(ptx: str) -> str:
+    """PTX for a later architecture as the one for 8.0 would say it: what is equal then is translated once.
+
+    Later ones have an instruction that widens bfloat16, where for 8.0 nvcc moves the bits. In all else the library's
+    kernels are equal, which ``test_architectures.py`` holds.
+    """
+    return _WIDENING.sub(r"mov.b32 \1, {0,\2};", _TARGET.sub(".target sm_80", ptx))
+
+
+_TARGET = re.compile(r"^\.target sm_\w+", re.M)
+_WIDENING = re.compile(r"cvt\.f32\.bf16 (%f\d+), (%rs\d+);")
+ENTRY = re.compile(r"^(?:\.\w+ )*\.entry ([\w$]+)\(.*?^}$", re.M | re.S)
+
+
+def alone(ptx: str, name: str) -> str:
+    """The PTX with the other kernels blanked, so that lines keep their numbers."""
+    return ENTRY.sub(lambda found: found[0] if found[1] == name else "\n" * found[0].count("\n"), ptx)
+
+
 def kernel(ptx: str, name: str) -> tuple[Path, dict[int, tuple[str, str]]]:
     """The shared library of one kernel, and what its lines are."""
+    ptx = alone(ptx, name)
     translator = "".join(path.read_text() for path in sorted((HERE / "translate").glob("*.py")))
     stem = digest(ptx, name, headers(SMALL), headers(LARGE), translator)
     library, table = CACHE / f"{stem}.so", CACHE / f"{stem}.json"

@@ -33,11 +33,12 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Use:
-    """What one instruction moved: wavefronts of shared memory, sectors of 32 bytes of global memory."""
+    """What one instruction moved: wavefronts of shared memory, sectors of 32 bytes of a tensor."""
 
     kernel: str
-    line: int
+    instruction: str
     space: str
+    tensor: str  # of global memory
     bytes: int
     requests: int
     moved: int
@@ -96,7 +97,10 @@ def clear() -> None:
 
 def uses() -> list[Use]:
     rows = (line.split("\t") for line in library().ptx_counts().decode().splitlines())
-    return [Use(kernel, int(line), space, *map(int, rest)) for kernel, line, space, *rest in rows]
+    return [
+        Use(kernel, _known[kernel].lines.get(int(line), ("", ""))[1], space, tensor, *map(int, figures))
+        for kernel, line, space, tensor, *figures in rows
+    ]
 
 
 class Findings(list[str]):
@@ -104,6 +108,22 @@ class Findings(list[str]):
 
     def __repr__(self) -> str:
         return "\n" + "\n".join(self)
+
+
+@contextmanager
+def recorded() -> Iterator[dict[str, int]]:
+    """Launches in the block are not run: the largest dynamic shared memory that each kernel was asked for, in bytes."""
+    largest: dict[str, int] = {}
+
+    def record(name: bytes, dynamic_bytes: int) -> None:
+        largest[name.decode()] = max(largest.get(name.decode(), 0), dynamic_bytes)
+
+    function = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_uint64)(record)
+    library().ptx_set_recorder(function)
+    try:
+        yield largest
+    finally:
+        library().ptx_set_recorder(None)
 
 
 @contextmanager

@@ -1,13 +1,18 @@
 """The library's CUDA kernels under the runner: outputs and gradients against the float64 reference.
 
 The cases are few and small, each there for something that breaks kernels: ragged ends, every kind of mask, dropout,
-views, a row wider than a block. All run on the PTX for compute capability 8.0, plain, and again with the detectors on a
-random schedule; a part of them on that for 9.0. ``make test-ptx`` runs all of them on both, and the whole tests of the
-ops over this backend.
+views, a row wider than a block, each head width that attention is compiled for. The PTX for compute capability 8.0 runs
+plain, and with the detectors on two random schedules; that for 9.0, which ``test_architectures.py`` shows to be the
+same program, runs plain. ``make test-ptx`` runs everything on both, and the whole tests of the ops over this backend.
 """
 
 from __future__ import annotations
 
+import importlib
+import re
+from typing import Any
+
+import cuda_table
 import pytest
 import test_attention as attention_cases
 import test_embedding as embedding_cases
@@ -15,7 +20,7 @@ import test_ffn as ffn_cases
 import test_layer_norm as layer_norm_cases
 import test_linear_cross_entropy as linear_cross_entropy_cases
 import torch
-from helpers import check, skip_unless_served
+from helpers import EMULATED, check, skip_unless_served
 
 from ptx import build
 from pytransformer._parity import unwritten_is_nan
@@ -23,18 +28,18 @@ from pytransformer._parity import unwritten_is_nan
 pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=str(build.unavailable()))
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-MODES = {
-    "plain": {},
-    "detectors": {"races": True, "seed": 1},
-}
+PLAIN: dict[str, Any] = {}
+DETECTORS = {"detectors-1": {"races": True, "seed": 1}, "detectors-2": {"races": True, "seed": 2}}
+MODES = [(arch, "plain") for arch in build.ARCHS]
+MODES += [(arch, mode) for arch in (build.ARCHS if EMULATED else build.ARCHS[:1]) for mode in DETECTORS]
 
 
-@pytest.fixture(scope="module", params=[(arch, mode) for mode in MODES for arch in build.ARCHS], ids="-".join)
+@pytest.fixture(scope="module", params=MODES, ids="-".join)
 def emulated(request):
     from ptx import backend
 
     arch, mode = request.param
-    with backend.installed(arch, **MODES[mode]) as name, unwritten_is_nan():
+    with backend.installed(arch, **DETECTORS.get(mode, PLAIN)) as name, unwritten_is_nan():
         yield name
 
 
@@ -50,6 +55,8 @@ LAYER_NORM = {
     "odd": ((2, 1023), BF16, (True, False, True, True), {}),
     "many_rows": ((257, 24), FP32, (True,) * 4, {}),
     "bare": ((9, 40), FP16, (False,) * 4, {}),
+    "wide_odd": ((2, 4105), FP16, (True, True, True, False), {}),
+    "widest": ((2, 8200), BF16, (True,) * 4, dropped(0.1)),
 }
 
 
@@ -67,6 +74,7 @@ EMBEDDING = {
     "positions": ({"dtype": BF16}, {}),
     "wide": ({"lead": (3, 5), "E": 520, "dtype": FP32, "positions": (5, 520), "segments": False}, dropped(0.2)),
     "alone": ({"lead": (50,), "V": 3, "dtype": FP16, "positions": None}, {"scale": 2.0}),
+    "few_rows": ({"lead": (2100,), "V": 1, "E": 8, "dtype": BF16, "positions": None}, {}),  # summed in parts
 }
 
 
@@ -106,29 +114,88 @@ def test_linear_cross_entropy(emulated, name):
     check("linear_cross_entropy", linear_cross_entropy_cases.make(**sizes), options, emulated)
 
 
+# B, H, G, T, S, D, Dv; each head width that is compiled has one dtype here.
 ATTENTION = {
-    "one": ("none", BF16),
-    "one_query": ("causal_bottom_right", FP16),
-    "one_key": ("none", BF16),
-    "ragged": ("padding", BF16),
-    "gqa": ("causal", BF16),
-    "mqa": ("lengths", FP16),
-    "longer_keys": ("bool_full", BF16),
-    "longer_queries": ("bias_per_head", BF16),
-    "wide_heads": ("everything", FP16),
+    "32-one": ((1, 1, 1, 1, 1, 1, 1), "none", FP16, {}),
+    "32-window": ((1, 2, 1, 40, 70, 32, 24), "window_left", FP16, {}),
+    "64-one_query": ((2, 4, 2, 1, 127, 64, 64), "causal_bottom_right", BF16, {}),
+    "64-one_key": ((2, 2, 2, 65, 1, 33, 33), "none", BF16, {}),
+    "64-ragged": ((2, 3, 3, 63, 65, 33, 33), "padding", BF16, {}),
+    "64-gqa": ((1, 6, 2, 65, 65, 64, 64), "causal", BF16, {}),
+    "64-longer_keys": ((1, 2, 2, 33, 150, 64, 33), "bool_full", BF16, {}),
+    "64-dropout": ((1, 2, 1, 65, 70, 40, 40), "causal", BF16, dropped(0.3)),
+    "64-softcap": ((1, 2, 1, 65, 70, 40, 40), "causal", BF16, {"softcap": 2.0}),
+    "96-mqa": ((2, 4, 1, 127, 63, 80, 80), "lengths", FP16, {}),
+    "96-longer_queries": ((1, 2, 1, 150, 33, 8, 80), "bias_per_head", FP16, {}),
+    "128-causal": ((1, 2, 1, 33, 70, 128, 104), "causal_padding", BF16, dropped(0.1)),
+    "192-bias": ((1, 1, 1, 20, 40, 192, 136), "bias_per_key", FP16, {"softcap": 5.0}),
+    "256-everything": ((1, 1, 1, 17, 35, 160, 256), "everything", BF16, {}),
 }
 
 
-@pytest.mark.parametrize("shape", ATTENTION)
-def test_attention(emulated, shape):
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention(emulated, name):
     skip_unless_served(emulated, "attention")
-    mask, dtype = ATTENTION[shape]
-    tensors, options = attention_cases.case(shape, mask, dtype)
-    check("attention", tensors, options, emulated, magnitudes=attention_cases.cancelled(shape, mask))
+    judge_attention(emulated, *ATTENTION[name])
 
 
-@pytest.mark.parametrize("options", [{"dropout_p": 0.3}, {"softcap": 2.0}], ids=str)
-def test_attention_dropout_and_softcap(emulated, options):
+def judge_attention(backend, sizes, mask, dtype, options):
+    tensors, options = attention_tensors(sizes, mask, dtype, options)
+    # Of a softmax over one key all gradients are 0, by cancellation.
+    cancelled = dict.fromkeys(("dquery", "dkey", "dvalue"), 16.0) if sizes[4] == 1 else {}
+    check("attention", tensors, options, backend, magnitudes=cancelled)
+
+
+def attention_tensors(sizes, mask, dtype, options):
+    B, H, G, T, S, _, _ = sizes
+    tensors = attention_cases.qkv(*sizes, dtype=dtype)
+    options = attention_cases.MASKS[mask](B, H, T, S) | options | {"enable_gqa": G != H}
+    if "bias" in options:
+        tensors["bias"] = options.pop("bias").to(dtype)
+    return tensors, options
+
+
+# Few queries over keys enough to be split: the same, with a kernel of its own for each head width.
+DECODE = {
+    "32": ((1, 2, 1, 3, 520, 24, 32), "bias_per_head", FP16, {}),
+    "64": ((1, 4, 2, 1, 600, 64, 64), "causal_bottom_right", BF16, {}),
+    "96": ((2, 2, 1, 1, 530, 96, 80), "lengths", FP16, {}),
+    "128": ((1, 4, 1, 2, 515, 128, 128), "padding", BF16, {}),
+    "192": ((1, 1, 1, 1, 512, 192, 192), "none", FP16, {"softcap": 5.0}),
+    "256": ((1, 1, 1, 1, 513, 256, 136), "window_left", BF16, {}),
+}
+
+
+@pytest.mark.parametrize("name", DECODE)
+def test_decode(emulated, name):
     skip_unless_served(emulated, "attention")
-    tensors = attention_cases.qkv(1, 2, 1, 65, 70, 40, 40, BF16)
-    check("attention", tensors, {**options, "seed": 7, "is_causal": True, "enable_gqa": True}, emulated)
+    judge_attention(emulated, *DECODE[name])
+
+
+def test_activation_where_rows_do_not_start_at_16_bytes(emulated):
+    """The adapter never hands such a tensor over; the launcher takes it all the same."""
+    adapters, module = importlib.import_module(f"{emulated}._arguments"), backend_module()
+    x, y = (x.half()[1:].view(1, -1) for x in (torch.randn(68), torch.full((68,), torch.nan)))
+    module.ffn_activation_fwd(x, None, "relu", 0.0, y, adapters.call(x))
+    assert torch.equal(y, x.relu())
+
+
+def test_every_kernel_has_run(request):
+    """Each kernel of the module, in each form but for the dtype: head widths, rows of any length, aligned or not."""
+    if request.config.option.keyword or any("::" in argument for argument in request.config.args):
+        pytest.skip("this is a part of the tests")
+    module = backend_module()
+    names = cuda_table.readable({found[1] for text in module.ptx["80"] for found in build.ENTRY.finditer(text)})
+    launched = {form(names[name]) for _, name in module.images if name in names}
+    assert {form(name) for name in names.values()} == launched
+
+
+def form(kernel):
+    """``layer_norm_bwd_kernel<8, 16>`` of ``layer_norm_bwd_kernel<bf16, 8, 16>``; 16 bytes are 8 elements, or 4."""
+    return re.sub(r"(bf16|fp16|fp32)(, )?", "", kernel.replace("fp32, 4", "fp32, 8"))
+
+
+def backend_module():
+    from ptx import backend
+
+    return backend.module()

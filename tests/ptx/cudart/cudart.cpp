@@ -19,6 +19,7 @@ struct Image;
 
 extern "C" {
 const ptx::Image* ptx_find(const char* name);
+int ptx_recorded(const char* name, size_t dynamic_bytes);
 int ptx_launch(const ptx::Image* image, const uint32_t* grid, const uint32_t* threads, size_t dynamic_bytes,
                void* const* arguments);
 uint32_t ptx_static_shared(const ptx::Image* image);
@@ -60,6 +61,8 @@ thread_local Configuration pushed;
 cudaError_t launch(const void* function, dim3 grid, dim3 block, void** arguments, size_t shared) {
   const auto found = kernels().find(function);
   if (found == kernels().end()) return failed(cudaErrorInvalidDeviceFunction);
+  if (shared > found->second.dynamic_limit) return failed(cudaErrorInvalidValue);
+  if (ptx_recorded(found->second.name.c_str(), shared)) return cudaSuccess;
   const ptx::Image* const image = ptx_find(found->second.name.c_str());
   if (image == nullptr) return failed(cudaErrorInvalidKernelImage);
   const uint64_t threads = uint64_t(block.x) * block.y * block.z, blocks = uint64_t(grid.x) * grid.y * grid.z;

@@ -23,6 +23,9 @@ std::mutex one_at_a_time;
 // Given a kernel's name, its image: found, and translated when first asked for, by Python.
 using Finder = const Image* (*)(const char* name);
 Finder finder = nullptr;
+// Told of a launch and its dynamic shared memory in place of running it.
+using Recorder = void (*)(const char* name, uint64_t dynamic_bytes);
+Recorder recorder = nullptr;
 }  // namespace
 
 }  // namespace ptx
@@ -64,6 +67,16 @@ void ptx_clear() {
 
 void ptx_set_finder(Finder function) {
   finder = function;
+}
+
+void ptx_set_recorder(Recorder function) {
+  recorder = function;
+}
+
+int ptx_recorded(const char* name, size_t dynamic_bytes) {
+  if (recorder == nullptr) return 0;
+  recorder(name, dynamic_bytes);
+  return 1;
 }
 
 const Image* ptx_find(const char* name) {

@@ -57,7 +57,7 @@ bool reported(const char* kind);
 
 // -- counts.cpp
 namespace counts {
-void access(uint64_t address, uint32_t bytes, bool shared, Line line);
+void access(uint64_t address, uint32_t bytes, bool shared, Line line, const std::string* tensor = nullptr);
 void matrix_row_group(const uint32_t* addresses, Line line, bool first);
 void end_of_block();
 }  // namespace counts

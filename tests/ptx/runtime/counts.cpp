@@ -2,11 +2,13 @@
 //
 // The lanes of a warp that execute an instruction for the n-th time since their last meeting count as one request.
 // Shared memory serves 32 banks of 4 bytes in a wavefront, in phases of as many lanes as fill 128 bytes; a request
-// takes as many wavefronts as its busiest bank has different words. Global memory moves sectors of 32 bytes.
+// takes as many wavefronts as its busiest bank has different words. Global memory moves sectors of 32 bytes; caches are
+// not modelled, so that what is asked for twice counts twice. Uses are counted by instruction and tensor.
 #include <algorithm>
 #include <cstdio>
 #include <map>
 #include <string>
+#include <tuple>
 #include <unordered_map>
 
 #include "block.h"
@@ -20,13 +22,14 @@ struct Use {
   uint64_t requests = 0, moved = 0, ideal = 0;
 };
 struct Request {
+  const std::string* tensor = nullptr;
   uint64_t address[32];
   uint32_t lanes = 0, bytes = 0;
   bool shared = false;
   Line line = 0;
 };
 
-std::map<std::pair<std::string, Line>, Use> uses;
+std::map<std::tuple<std::string, Line, std::string>, Use> uses;  // of (kernel, line, tensor)
 std::unordered_map<uint64_t, Request> open;
 std::unordered_map<uint64_t, std::pair<uint32_t, uint32_t>> occurrences;  // of (thread, line): phase and count
 std::string text;
@@ -45,7 +48,7 @@ uint32_t wavefronts(std::vector<uint64_t> words) {
 }
 
 void close(const Request& request) {
-  Use& use = uses[{block.image->name, request.line}];
+  Use& use = uses[{block.image->name, request.line, request.tensor ? *request.tensor : ""}];
   use.shared = request.shared;
   use.bytes = request.bytes;
   ++use.requests;
@@ -77,7 +80,7 @@ void close(const Request& request) {
 
 }  // namespace
 
-void access(uint64_t address, uint32_t bytes, bool shared, Line line) {
+void access(uint64_t address, uint32_t bytes, bool shared, Line line, const std::string* tensor) {
   const Thread& thread = *current;
   auto& [phase, count] = occurrences[uint64_t(thread.number) << 33 | uint64_t(shared) << 32 | line];
   if (phase != thread.phase) count = 0;
@@ -86,6 +89,7 @@ void access(uint64_t address, uint32_t bytes, bool shared, Line line) {
                        (uint64_t(shared) << 63);
   Request& request = open[key];
   request.line = line;
+  request.tensor = tensor;
   request.bytes = bytes;
   request.shared = shared;
   request.address[thread.lane] = address;
@@ -97,7 +101,7 @@ void matrix_row_group(const uint32_t* addresses, Line line, bool first) {
   for (int row = 0; row < 8; ++row) {
     for (uint32_t i = 0; i < 16; i += 4) words.push_back((addresses[row] + i) / 4);
   }
-  Use& use = uses[{std::string(block.image->name), line}];
+  Use& use = uses[{block.image->name, line, ""}];
   use.shared = true;
   use.bytes = 16;
   use.requests += first;
@@ -111,11 +115,12 @@ void end_of_block() {
   occurrences.clear();
 }
 
-// One line for each instruction that touches memory: kernel, line, space, bytes of a lane, requests, moved, ideal.
+// One line for each use: kernel, line, space, tensor, bytes of a lane, requests, moved, ideal.
 const char* table() {
   text.clear();
   for (const auto& [where, use] : uses) {
-    text += where.first + "\t" + std::to_string(where.second) + "\t" + (use.shared ? "shared" : "global") + "\t" +
+    const auto& [kernel, line, tensor] = where;
+    text += kernel + "\t" + std::to_string(line) + "\t" + (use.shared ? "shared" : "global") + "\t" + tensor + "\t" +
             std::to_string(use.bytes) + "\t" + std::to_string(use.requests) + "\t" + std::to_string(use.moved) + "\t" +
             std::to_string(use.ideal) + "\n";
   }

@@ -124,7 +124,7 @@ uint8_t* at_global(uint64_t address, uint32_t bytes, bool write, Access kind, Li
     order::access_global(extent->cells, extent->granule, address - extent->low, extent->name.c_str(), address, bytes,
                          write, kind, order::self(), line, changes);
   }
-  if (options.counts) counts::access(address, bytes, false, line);
+  if (options.counts) counts::access(address, bytes, false, line, &extent->name);
   return memory;
 }
 

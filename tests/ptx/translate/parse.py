@@ -95,7 +95,7 @@ _INLINED = re.compile(r"inlined_at\s+(\d+)\s+(\d+)")
 _FILE = re.compile(r'\.file\s+(\d+)\s+"([^"]+)"')
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*(\([^)]*\))?([^{]*)\{")
 _FUNCTION = re.compile(r"\.func\b[^{;]*[{;]")
-_MODULE_VARIABLE = re.compile(r"^\s*(?:\.(?:visible|extern|weak|common)\s+)*\.(?:shared|global|const)\s[^;]*;", re.M)
+_MODULE_VARIABLE = re.compile(r"^[ \t]*(?:\.(?:visible|extern|weak|common)\s+)*\.(?:shared|global|const)\s[^;]*;", re.M)
 _GUARD = re.compile(r"@(!?[\w$%]+)\s+(.*)", re.S)
 
 

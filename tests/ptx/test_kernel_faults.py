@@ -1,0 +1,159 @@
+"""Faults planted in the library's own kernels: each edit of ``csrc/cuda`` breaks a kernel, and must be noticed.
+
+A fault is an edit of one file of a copy; ``unit`` is the .cu that is compiled then, for one dtype and one head width.
+The launchers stay those of the library, and find the broken kernels by name. ``noticed`` is a kind of finding, with the
+detectors on, ``result``, where only the numbers are wrong, or ``conflict``, where only the banks of shared memory tell.
+``make test`` has a few of them, and the longer session all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import test_embedding as embedding_cases
+import test_ffn as ffn_cases
+import test_layer_norm as layer_norm_cases
+import test_linear_cross_entropy as linear_cross_entropy_cases
+import torch
+from helpers import EMULATED, check
+
+from ptx import build
+from ptx.test_ops import judge_attention
+from pytransformer._parity import unwritten_is_nan
+
+pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=str(build.unavailable()))
+
+FP16, WIDTH = torch.float16, 32
+
+
+@dataclass(frozen=True)
+class Fault:
+    call: str  # of CALLS
+    unit: str
+    file: str  # that is edited
+    what: str
+    old: str
+    new: str
+    noticed: str
+
+
+def attention(mask: str, *, T: int = 40, S: int = 70, **options: float) -> Callable[[str], None]:
+    return lambda backend: judge_attention(backend, (1, 2, 1, T, S, WIDTH, WIDTH), mask, FP16, options)
+
+
+def layer_norm(shape: tuple[int, int]) -> Callable[[str], None]:
+    def call(backend: str) -> None:
+        for _ in range(2):  # the second finds the counters as the first has left them
+            check("layer_norm", layer_norm_cases.make(shape, FP16), {}, backend)
+
+    return call
+
+
+CALLS: dict[str, Callable[[str], None]] = {
+    "attention": attention("window_left"),
+    "attention, masked": attention("bool_full"),
+    "attention, dropout": attention("none", dropout_p=0.3, seed=7),
+    "decode": attention("none", T=3, S=520),
+    "layer_norm": layer_norm((100, 520)),
+    "layer_norm, wide": layer_norm((3, 1032)),
+    "embedding": lambda backend: check("embedding", embedding_cases.make(dtype=FP16), {}, backend),
+    "ffn": lambda backend: check("ffn", ffn_cases.make((9,), 16, 41, 9, dtype=FP16), {}, backend),
+    "linear_cross_entropy": lambda backend: check(
+        "linear_cross_entropy", linear_cross_entropy_cases.make((9,), V=130, dtype=FP16), {}, backend
+    ),
+}
+
+FULL = "__syncthreads();  // this tile is here, and nobody reads the other buffer any more"
+ARRIVED = f"ptx::wait_for_copies<0>();\n{{}}{FULL}"
+FWD, FWD_H = "attention_fwd.cu", "attention_fwd.cuh"
+TILE, SCORES, MASKS = "attention_tile.cuh", "attention_scores.cuh", "attention_masks.cu"
+KEY, QUERY, DECODE = "attention_bwd_key.cu", "attention_bwd_query.cu", "attention_decode.cu"
+NORM, NORM_BWD, REDUCE = "layer_norm.cu", "layer_norm_bwd.cu", "reduce.cuh"
+CROSS, EMBEDDING, FFN = "linear_cross_entropy.cu", "embedding.cu", "ffn.cu"
+FAULTS = [
+    Fault("attention", FWD, FWD_H, "the copies are not waited for",
+          ARRIVED.format(" " * 4), f"ptx::wait_for_copies<1>();\n{FULL}", "race"),
+    Fault("attention", FWD, FWD_H, "no barrier when the tile is here", FULL, "", "race"),
+    Fault("attention", FWD, TILE, "a row too many", "first + row < end ?", "first + row <= end ?", "out-of-bounds"),
+    Fault("attention", FWD, TILE, "fragments of the right operand swapped",
+          "left[m], right[0], right[1])", "left[m], right[1], right[0])", "result"),
+    Fault("attention", FWD, TILE, "ldmatrix of the wrong row", "lane() / 16 * 8, lane() / 8 % 2",
+          "lane() / 16 * 4, lane() / 8 % 2", "result"),
+    Fault("attention", FWD, TILE, "chunks that are not permuted", "index ^ twist", "index", "conflict"),
+    Fault("attention", FWD, SCORES, "a band that is a key short", "t + upper + 1, length", "t + upper, length",
+          "result"),
+    Fault("attention", FWD, SCORES, "the wrong bit of the mask", "n & 3) << 2) <<", "n & 3) << 1) <<", "result"),
+    Fault("attention, dropout", FWD, SCORES, "bits of dropout from the wrong lane",
+          "__shfl_xor_sync(all_lanes, drawn, 1)", "__shfl_xor_sync(all_lanes, drawn, 2)", "result"),
+    Fault("attention, masked", MASKS, MASKS, "a word kept by the wrong lane", "lane == i)", "lane == i + 1)", "result"),
+    Fault("attention, masked", MASKS, MASKS, "a key too many", "key < a.S &&", "key <= a.S &&", "out-of-bounds"),
+    Fault("attention", KEY, KEY, "no barrier when the tile is here", FULL, "", "race"),
+    Fault("attention", KEY, KEY, "half of the statistics", "if (i < N) ptx", "if (i < N / 2) ptx", "uninitialised"),
+    Fault("attention", QUERY, TILE, "results stored before the warp has met",
+          "__syncwarp();\n  uint16_t* head", "uint16_t* head", "race"),
+    Fault("attention", QUERY, QUERY, "statistics of a query too many", "row + 8 * i < a.T ?",
+          "row + 8 * i <= a.T ?", "out-of-bounds"),
+    Fault("decode", DECODE, FWD_H, "a share of one tile", "(block + 1) * a.share / Cut::keys);",
+          "block * a.share / Cut::keys + 1);", "result"),
+    Fault("layer_norm, wide", NORM, REDUCE, "no barrier before the sums are read",
+          "__syncthreads();\n#pragma unroll\n  for (int n = 0; n < N; ++n) {\n    x[n] = 0;",
+          "#pragma unroll\n  for (int n = 0; n < N; ++n) {\n    x[n] = 0;", "race"),
+    Fault("layer_norm", NORM_BWD, REDUCE, "no fence before the count", "__threadfence();\n    last", "last", "race"),
+    Fault("layer_norm", NORM_BWD, REDUCE, "the counter is not reset", "if (last) *counter = 0;", "", "result"),
+    Fault("layer_norm", NORM_BWD, NORM_BWD, "one scratch for all rows", "turn ^= 1;", "", "race"),
+    Fault("layer_norm", NORM_BWD, NORM_BWD, "no barrier between the kinds of sums",
+          "__syncthreads();\n#pragma unroll\n    for (int i = 0; i < COUNT; ++i) {\n      if (column_of<N>(i) >= sums",
+          "#pragma unroll\n    for (int i = 0; i < COUNT; ++i) {\n      if (column_of<N>(i) >= sums", "race"),
+    Fault("linear_cross_entropy", CROSS, CROSS, "no barrier before the maxima are read",
+          "__syncthreads();\n  for (int i = 0; i < row", "for (int i = 0; i < row", "race"),
+    Fault("linear_cross_entropy", CROSS, CROSS, "a class too many", "threadIdx.x < classes - end)",
+          "threadIdx.x <= classes - end)", "out-of-bounds"),
+    Fault("embedding", EMBEDDING, EMBEDDING, "the segment of two rows", "a.ends[row + 1]", "a.ends[row + 2]",
+          "out-of-bounds"),
+    Fault("ffn", FFN, FFN, "elements past the end", "if (place + N <= a.count)", "if (place < a.count)",
+          "out-of-bounds"),
+    Fault("ffn", FFN, FFN, "no barrier before the rows are added up", "__syncthreads();\n  BlockSums", "BlockSums",
+          "race"),
+]  # fmt: skip
+FIRST = {fault.unit: fault for fault in reversed(FAULTS)}
+CHOSEN = FAULTS if EMULATED else [FIRST[unit] for unit in (FWD, MASKS, NORM_BWD, CROSS)]
+UNBROKEN = dict.fromkeys((fault.unit, fault.call) for fault in (CHOSEN if EMULATED else CHOSEN[:1]))
+
+
+def narrowed(text: str) -> str:
+    """For one dtype and one head width."""
+    text = re.sub(r"by_dtype<(?:\w+, )+\w+>", "by_dtype<__half>", text)
+    text = re.sub(r"^template void \w+<__nv_bfloat16>.*;\n", "", text, flags=re.M)
+    return re.sub(rf"^  if \(width <= (?!{WIDTH}\)).*\n", "", text, flags=re.M)
+
+
+def wrong(name: str, unit: str, file: str, old: str, new: str, counts: bool = False) -> str:
+    """What is wrong with a call on a copy of the kernels with ``old`` replaced; nothing if it is right."""
+    from ptx import backend
+
+    text = (build.ROOT / "csrc" / "cuda" / file).read_text()
+    assert old in text, f"{file} has no {old!r}"
+    ptx = build.ptx_of_edited(unit, {file: text.replace(old, new, 1)}, narrowed)
+    with backend.installed("80", races=True, counts=counts) as installed, backend.replaced(ptx), unwritten_is_nan():
+        try:
+            CALLS[name](installed)
+        except backend.FaultyKernelError as error:
+            return str(error)
+        except AssertionError as error:
+            return f"result: {error}"
+        tiles = [use for use in backend.module().uses if use.instruction.startswith("ldmatrix")]
+    return "".join(f"conflict: {use}\n" for use in tiles if use.moved > use.ideal)
+
+
+@pytest.mark.parametrize("fault", CHOSEN, ids=[f"{f.unit}: {f.what}" for f in CHOSEN])
+def test_a_fault_is_noticed(fault):
+    found = wrong(fault.call, fault.unit, fault.file, fault.old, fault.new, fault.noticed == "conflict")
+    assert re.search(rf"^{fault.noticed}\b", found, re.M), found or "nothing was noticed"
+
+
+@pytest.mark.parametrize(("unit", "name"), UNBROKEN, ids=[f"{unit}: {name}" for unit, name in UNBROKEN])
+def test_nothing_is_noticed_without_a_fault(unit, name):
+    assert not wrong(name, unit, unit, "", "")
