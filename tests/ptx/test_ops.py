@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pytest
 import test_attention as attention_cases
+import test_attention_decode as decode_cases
 import test_embedding as embedding_cases
 import test_ffn as ffn_cases
 import test_layer_norm as layer_norm_cases
@@ -132,3 +133,10 @@ def test_attention_dropout_and_softcap(emulated, options):
     skip_unless_served(emulated, "attention")
     tensors = attention_cases.qkv(1, 2, 1, 65, 70, 40, 40, BF16)
     check("attention", tensors, {**options, "seed": 7, "is_causal": True, "enable_gqa": True}, emulated)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("queries_in_a_window", BF16), ("odd_page", FP16)])
+def test_attention_in_pages(emulated, name, dtype):
+    skip_unless_served(emulated, "attention")
+    case = decode_cases.CASES[name]
+    decode_cases.check(case, case.tensors(dtype), emulated)
