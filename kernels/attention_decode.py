@@ -81,13 +81,14 @@ def split_kernel(
         if table_ptr is not None:
             there = (s < length) & (s >= lower)
             page = tl.load(table_ptr + s // PAGE, mask=there, other=0).to(tl.int64)
-            k_row = page * stride_kb * UNIT + s % PAGE * stride_ks
-            v_row = page * stride_vb * UNIT + s % PAGE * stride_vs
+            k_row = page * (stride_kb * UNIT) + s % PAGE * stride_ks
+            v_row = page * (stride_vb * UNIT) + s % PAGE * stride_vs
         else:
             there = s < S
             k_row, v_row = s * stride_ks, s * stride_vs
-        k = tl.load(k_ptr + k_row[None, :] + d[:, None], mask=there[None, :] & (d < D)[:, None], other=0.0)
+        # Values first: the other way round ptxas spills some bytes, for float32 in pages.
         v = tl.load(v_ptr + v_row[:, None] + dv[None, :], mask=there[:, None] & (dv < Dv)[None, :], other=0.0)
+        k = tl.load(k_ptr + k_row[None, :] + d[:, None], mask=there[None, :] & (d < D)[:, None], other=0.0)
         s = s[None, :]
         product = dot(q, k, PRECISION)
         x, _ = scores(

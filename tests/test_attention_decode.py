@@ -89,6 +89,7 @@ CASES = {
     "odd_page": Case((5, 43), 4, 2, 2, 40, 40, 7, {"scale": 0.4}),
     "large_page": Case((5, 300), 2, 1, 1, 80, 80, 256),
     "long": Case((1100, 37), 2, 1, 3, 24, 40, 16),
+    "long_of_odd_pages": Case((1100,), 2, 1, 2, 16, 16, 7),
     "long_window": Case((1100, 600), 2, 1, 1, 16, 16, 16, {"window": 100}),
     "most_queries": Case((70, 64), 8, 1, 8, 128, 128, 32, {"softcap": 20.0}),
 }
