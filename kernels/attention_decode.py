@@ -81,14 +81,13 @@ def split_kernel(
         if table_ptr is not None:
             there = (s < length) & (s >= lower)
             page = tl.load(table_ptr + s // PAGE, mask=there, other=0).to(tl.int64)
-            k_row = page * (stride_kb * UNIT) + s % PAGE * stride_ks
-            v_row = page * (stride_vb * UNIT) + s % PAGE * stride_vs
+            k_row = page * stride_kb * UNIT + s % PAGE * stride_ks
+            v_row = page * stride_vb * UNIT + s % PAGE * stride_vs
         else:
             there = s < S
             k_row, v_row = s * stride_ks, s * stride_vs
-        # Values first: the other way round ptxas spills some bytes, for float32 in pages.
-        v = tl.load(v_ptr + v_row[:, None] + dv[None, :], mask=there[:, None] & (dv < Dv)[None, :], other=0.0)
         k = tl.load(k_ptr + k_row[None, :] + d[:, None], mask=there[None, :] & (d < D)[:, None], other=0.0)
+        v = tl.load(v_ptr + v_row[:, None] + dv[None, :], mask=there[:, None] & (dv < Dv)[None, :], other=0.0)
         s = s[None, :]
         product = dot(q, k, PRECISION)
         x, _ = scores(
@@ -171,8 +170,11 @@ def attention_decode(
     B, H, T, D = query.shape
     G, _, Dv = value.shape[1:]
     S = key_count(key, block_table)
-    config = _configs.attention("decode", query.dtype, max(D, Dv), True, _configs.architecture(query.device))
+    arch = _configs.architecture(query.device)
+    config = _configs.attention("decode", query.dtype, max(D, Dv), True, arch)
     (block_s,) = config.tile
+    # Left alone, ptxas spills some bytes of a kernel with pages to fit in one more program.
+    limit = {"maxnreg": 255} if block_table is not None and arch.startswith("sm") else {}
     share = triton.cdiv(triton.cdiv(S, block_s), splits) * block_s
     splits = triton.cdiv(S, share)
     parts = torch.empty(splits, B, H, T, Dv, dtype=torch.float32, device=query.device)
@@ -188,7 +190,7 @@ def attention_decode(
         H, T, S, share, masks.lower, masks.upper, softmax.scale, softmax.softcap,
         **shape, BLOCK_R=_configs.power_of_2(H // G * T), BLOCK_S=block_s, SOFTCAP=softmax.softcap > 0,
         PRECISION=float32_precision(), UNIT=unit, BIAS_UNIT=bias_unit,
-        PAGE=0 if block_table is None else key.shape[2], **config.options,
+        PAGE=0 if block_table is None else key.shape[2], **limit, **config.options,
     )  # fmt: skip
     out = torch.empty(B, H, T, Dv, dtype=query.dtype, device=query.device)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=query.device)
