@@ -30,12 +30,6 @@ namespace {
 
 constexpr float nan = std::numeric_limits<float>::quiet_NaN();
 
-int64_t size_of(DType dtype) {
-  if (dtype == DType::int64) return 8;
-  if (dtype == DType::float32 || dtype == DType::int32) return 4;
-  return dtype == DType::boolean ? 1 : 2;
-}
-
 // A contiguous tensor that owns its memory.
 class Tensor {
  public:
@@ -283,9 +277,12 @@ int main() {
     check("attention", attention(T, 70, 24, false, false));
     check("attention, causal", attention(T, 131, 33, true, false));
     check("attention, masked", attention(T, 67, 16, false, true));
-    check("attention, pages", attention_in_pages(T, 16, 33, 1, 0));
-    check("attention, odd pages", attention_in_pages(T, 5, 24, 3, 7));
-    check("attention, large pages", attention_in_pages(T, 200, 16, 2, 0));
+  }
+  for (const DType T : {DType::float32, DType::float16, DType::bfloat16}) {
+    const std::string type = std::string(" ") + name_of(T);
+    failed += !run("attention, pages" + type, attention_in_pages(T, 16, 33, 1, 0));
+    failed += !run("attention, odd pages" + type, attention_in_pages(T, 5, 24, 3, 7));
+    failed += !run("attention, large pages" + type, attention_in_pages(T, 200, 16, 2, 0));
   }
   std::printf(failed ? "%d cases FAILED\n" : "all cases ok\n", failed);
   return failed ? 1 : 0;
