@@ -39,7 +39,7 @@ TARGETS = {
 }
 # Bytes that one program may take.
 SHARED_MEMORY = {"sm80": 166912, "sm86": 101376, "sm90": 232448, "sm100": 232448, "gfx942": 65536}
-_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 _DTYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",

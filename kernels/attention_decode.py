@@ -5,7 +5,10 @@ each would read keys and values that the query heads of a group share once for e
 queries of a group, GROUP x T rows of one tile, over one share of the keys; a second kernel weighs the shares' outputs
 by exp(lse of the share - lse of all). Shares are added up in order: the same bits in every run.
 
-Source: Dao et al., "Flash-Decoding for long-context inference", 2023.
+Keys and values may lie in pages of a pool: the place of each key of a tile is looked up in a table, an integer for each
+page. The table is often far wider than a sequence is long, so shares are then cut from the keys that are there.
+
+Source: Dao et al., "Flash-Decoding for long-context inference", 2023; Kwon et al., "PagedAttention", 2023, sec. 4.1.
 """
 
 from __future__ import annotations
@@ -25,25 +28,31 @@ SHORTEST = 512  # keys; below, there is nothing to split
 MOST_SPLITS = 128
 
 
-@triton.jit(do_not_specialize=[*LENGTHS, "share"])
+@triton.jit(do_not_specialize=[*LENGTHS, "share", "stride_table"])
 def split_kernel(
-    q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, bits_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, bits_ptr, table_ptr, out_ptr, lse_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_bias_b, stride_bias_h, stride_bias_t, stride_bias_s, stride_bits_b, stride_bits_h, stride_bits_t,
-    H, T, S, share, lower, upper, scale, softcap,
+    stride_table, H, T, S, share, lower, upper, scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-    UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
+    UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """Output [splits,B,H,T,Dv] and lse [splits,B,H,T], float32, of the queries of a group over one share of keys."""
+    """Output [splits,B,H,T,Dv] and lse [splits,B,H,T], float32, of the queries of a group over one share of keys.
+
+    With a table, keys and values are [pages,G,PAGE,D], and the band counts from the end of the sequence.
+    """
     batch, group = (tl.program_id(1) // (H // GROUP)).to(tl.int64), (tl.program_id(1) % (H // GROUP)).to(tl.int64)
     r, d, dv = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     inside = r < GROUP * T
     head, t = group * GROUP + r // T, (r % T)[:, None]
     q_at = q_ptr + (batch * stride_qb + head[:, None] * stride_qh) * UNIT + t * stride_qt + d[None, :]
     q = tl.load(q_at, mask=inside[:, None] & (d < D)[None, :], other=0.0)
-    k_ptr += (batch * stride_kb + group * stride_kh) * UNIT
-    v_ptr += (batch * stride_vb + group * stride_vh) * UNIT
+    if table_ptr is None:
+        k_ptr += batch * stride_kb * UNIT
+        v_ptr += batch * stride_vb * UNIT
+    k_ptr += group * stride_kh * UNIT
+    v_ptr += group * stride_vh * UNIT
     bias_row, bits_row = bias_ptr, bits_ptr
     if bias_ptr is not None:
         rows_head = tl.where(inside, head, 0)[:, None]
@@ -54,6 +63,13 @@ def split_kernel(
     if lengths_ptr is not None:
         length = tl.minimum(tl.load(lengths_ptr + batch), S).to(tl.int32)
     first = tl.program_id(0) * share
+    if table_ptr is not None:
+        table_ptr += batch * stride_table
+        lower += length - T
+        upper += length - T
+        start = tl.maximum(lower, 0) // BLOCK_S * BLOCK_S
+        share = tl.cdiv(tl.cdiv(length - start, BLOCK_S), tl.num_programs(0)) * BLOCK_S
+        first = start + tl.program_id(0) * share
     last = tl.minimum(tl.minimum(first + share, length), T + upper)
     first = tl.maximum(first, tl.maximum(lower, 0) // BLOCK_S * BLOCK_S)
 
@@ -62,8 +78,16 @@ def split_kernel(
     largest = tl.full((BLOCK_R,), float("-inf"), tl.float32)
     for s0 in range(first, last, BLOCK_S):
         s = s0 + tl.arange(0, BLOCK_S)
-        k = tl.load(k_ptr + s[None, :] * stride_ks + d[:, None], mask=(s < S)[None, :] & (d < D)[:, None], other=0.0)
-        v = tl.load(v_ptr + s[:, None] * stride_vs + dv[None, :], mask=(s < S)[:, None] & (dv < Dv)[None, :], other=0.0)
+        if table_ptr is not None:
+            there = (s < length) & (s >= lower)
+            page = tl.load(table_ptr + s // PAGE, mask=there, other=0).to(tl.int64)
+            k_row = page * stride_kb * UNIT + s % PAGE * stride_ks
+            v_row = page * stride_vb * UNIT + s % PAGE * stride_vs
+        else:
+            there = s < S
+            k_row, v_row = s * stride_ks, s * stride_vs
+        k = tl.load(k_ptr + k_row[None, :] + d[:, None], mask=there[None, :] & (d < D)[:, None], other=0.0)
+        v = tl.load(v_ptr + v_row[:, None] + dv[None, :], mask=there[:, None] & (dv < Dv)[None, :], other=0.0)
         s = s[None, :]
         product = dot(q, k, PRECISION)
         x, _ = scores(
@@ -114,10 +138,15 @@ def combine_kernel(
     tl.store(lse_ptr + row, tl.where(total == 0, float("-inf"), pivot + tl.log(total)))
 
 
-def splits_of(query: Tensor, key: Tensor, softmax: Softmax) -> int:
+def key_count(key: Tensor, block_table: Tensor | None) -> int:
+    """How many keys a sequence can have."""
+    return key.shape[2] * (1 if block_table is None else block_table.shape[1])
+
+
+def splits_of(query: Tensor, key: Tensor, softmax: Softmax, block_table: Tensor | None = None) -> int:
     """Into how many shares the keys of a call should be split; 1 where the forward kernel should serve it."""
     B, H, T, _ = query.shape
-    G, S = key.shape[1:3]
+    G, S = key.shape[1], key_count(key, block_table)
     if softmax.rng is not None or H // G * T > LARGEST_TILE or S < SHORTEST:
         return 1
     wanted = triton.cdiv(2 * processors(query.device), B * G)
@@ -125,13 +154,27 @@ def splits_of(query: Tensor, key: Tensor, softmax: Softmax) -> int:
 
 
 def attention_decode(
-    query: Tensor, key: Tensor, value: Tensor, masks: Masking, softmax: Softmax, splits: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    masks: Masking,
+    softmax: Softmax,
+    splits: int,
+    block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As ``attention_fwd``, without dropout, for at most ``LARGEST_TILE`` queries a group of heads."""
+    """As ``attention_fwd``, without dropout, for at most ``LARGEST_TILE`` queries a group of heads.
+
+    With ``block_table``, int32 [B,P] of unit stride, key and value are [pages,G,page,D], and a query stands at the end
+    of its sequence.
+    """
     B, H, T, D = query.shape
-    G, S, Dv = value.shape[1:]
-    config = _configs.attention("decode", query.dtype, max(D, Dv), True, _configs.architecture(query.device))
+    G, _, Dv = value.shape[1:]
+    S = key_count(key, block_table)
+    arch = _configs.architecture(query.device)
+    config = _configs.attention("decode", query.dtype, max(D, Dv), True, arch)
     (block_s,) = config.tile
+    # Left alone, ptxas spills some bytes of a kernel with pages to fit in one more program.
+    limit = {"maxnreg": 255} if block_table is not None and arch.startswith("sm") else {}
     share = triton.cdiv(triton.cdiv(S, block_s), splits) * block_s
     splits = triton.cdiv(S, share)
     parts = torch.empty(splits, B, H, T, Dv, dtype=torch.float32, device=query.device)
@@ -141,11 +184,13 @@ def attention_decode(
     outer, unit = outer_strides(query, key, value)
     of_bias, bias_unit = bias_strides(masks.bias)
     split_kernel[(splits, B * G)](
-        query, key, value, masks.bias, masks.lengths, bits, parts, parts_lse,
+        query, key, value, masks.bias, masks.lengths, bits, block_table, parts, parts_lse,
         *outer, *of_bias, *bits_strides,
+        0 if block_table is None else block_table.stride(0),
         H, T, S, share, masks.lower, masks.upper, softmax.scale, softmax.softcap,
         **shape, BLOCK_R=_configs.power_of_2(H // G * T), BLOCK_S=block_s, SOFTCAP=softmax.softcap > 0,
-        PRECISION=float32_precision(), UNIT=unit, BIAS_UNIT=bias_unit, **config.options,
+        PRECISION=float32_precision(), UNIT=unit, BIAS_UNIT=bias_unit,
+        PAGE=0 if block_table is None else key.shape[2], **limit, **config.options,
     )  # fmt: skip
     out = torch.empty(B, H, T, Dv, dtype=query.dtype, device=query.device)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=query.device)

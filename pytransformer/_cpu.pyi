@@ -18,6 +18,7 @@ def attention_fwd(
     scale: float,
     softcap: float,
     dropout_p: float,
+    block_table: Tensor | None,
     out: Tensor,
     lse: Tensor,
     rng: Tensor | None,

@@ -20,6 +20,7 @@ def attention_fwd(
     scale: float,
     softcap: float,
     dropout_p: float,
+    block_table: Tensor | None,
     out: Tensor,
     lse: Tensor,
     call: Call,
@@ -46,7 +47,13 @@ def attention_bwd(
     call: Call,
 ) -> None: ...
 def attention_workspace(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, backward: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    block_table: Tensor | None,
+    dropout_p: float,
+    backward: bool,
 ) -> int: ...
 def multiprocessors(device: int) -> int: ...
 def layer_norm_fwd(

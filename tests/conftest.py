@@ -96,6 +96,7 @@ def _under_the_ptx_runner(arch):
 INTERPRETED_PART = {
     "test_every_combination": 17,
     "test_every_tail": 5,
+    "test_pages": 2,
     "test_rows": 3,
     "test_dropout_is_the_references": 3,
     "test_views": 2,

@@ -494,7 +494,7 @@ def test_gradcheck_of_the_library_op_on_the_reference():
     keep = dense(1, 1, 4, 5).expand(1, 2, 4, 5)
 
     def function(q, k, v, b):
-        return _op.library_forward(q, k, v, keep, b, None, None, None, 0, 0.5, 0.0, 0.0, "reference")[0]
+        return _op.library_forward(q, k, v, keep, b, None, None, None, 0, 0.5, 0.0, 0.0, None, "reference")[0]
 
     assert torch.autograd.gradcheck(function, (*leaves, bias))
 
@@ -515,9 +515,9 @@ def test_what_the_cuda_kernels_do_not_serve():
     pytest.importorskip("pytransformer._cuda", reason="the CUDA module is not built")
     from pytransformer.backends.cuda import attention as adapter
 
-    def reason(dtype=torch.bfloat16, D=64, bias=None):
-        q = torch.empty(1, 1, 2, D, dtype=dtype)
-        return adapter.why_not(q, q, q, None, bias)
+    def reason(dtype=torch.bfloat16, D=64, bias=None, T=2, table=None):
+        q = torch.empty(1, 1, T, D, dtype=dtype)
+        return adapter.why_not(q, q, q, None, bias, None, None, None, None, 1.0, 0.0, 0.0, table)
 
     assert reason() is None
     assert reason(torch.float16, 256, torch.empty(1, 1, 2, 2)) is None
@@ -526,6 +526,10 @@ def test_what_the_cuda_kernels_do_not_serve():
     assert reason(bias=torch.empty(2, dtype=torch.float16)) == (
         "bias must be float32 or torch.bfloat16, not torch.float16"
     )
+    table = torch.zeros(1, 1, dtype=torch.int32)
+    assert reason(T=64, table=table) is None
+    assert reason(T=65, table=table) == "pages are read for up to 64 queries a key head, not 65"
+    assert reason(D=36, table=table) == "in pages head dims must be multiples of 8, got 36 and 36"
 
 
 Q = torch.ones(2, 4, 5, 8)

@@ -95,7 +95,7 @@ BAD_DECODE = [
     ({"cache_lengths": torch.tensor([0, 3])}, ValueError, "between T = 1 and S = 8, got [0, 3]"),
     ({"cache_lengths": torch.tensor([3])}, TypeError, "cache_lengths must be integer [2], got int64 [1]"),
     ({"key_cache": CACHE[:1]}, ValueError, "key_cache must be [B,G,S,D] with B = 2, got float32 [1, 2, 8, 4]"),
-    ({"block_table": torch.tensor([[0], [2]])}, ValueError, "block_table must name pages 0 to 1, got 0 to 2"),
+    ({"key_cache": CACHE[:, :, 0]}, ValueError, "key_cache must be [B,G,S,D] with B = 2, got float32 [2, 2, 4]"),
     ({"window": -1}, ValueError, "window must be a non-negative integer or None, got -1"),
 ]
 

@@ -31,7 +31,7 @@ def layer_norm_args():
 def attention_args():
     q, k, v = randn(2, 4, 5, 8), randn(2, 2, 6, 8), randn(2, 2, 6, 8)
     mask = (torch.rand(2, 1, 1, 6) < 0.8).expand(2, 4, 5, 6)
-    return (q, k, v, mask, randn(1, 4, 1, 6), torch.tensor([6, 4]), None, -3, 2, 0.3, 0.0, 0.0)
+    return (q, k, v, mask, randn(1, 4, 1, 6), torch.tensor([6, 4]), None, -3, 2, 0.3, 0.0, 0.0, None)
 
 
 def ffn_args():

@@ -104,6 +104,17 @@ def decode(S):
     attention_decode.attention_decode(q, k, k, masks, softmax, max(1, S // 64))
 
 
+def decode_in_pages(P):
+    from pytransformer.kernels import attention as kernels
+    from pytransformer.kernels import attention_decode
+
+    q, pool = empty(2, 8, 1, 64, dtype=torch.bfloat16), empty(7 * P, 4, 16, 64, dtype=torch.bfloat16)
+    masks = kernels.masking(None, None, empty(2, dtype=torch.int64), None, 0)
+    table = empty(2, P, dtype=torch.int32)
+    softmax = kernels.Softmax(0.1, 0.0, 0.0, None)
+    attention_decode.attention_decode(q, pool, pool, masks, softmax, max(1, P // 4), table)
+
+
 def norm(N):
     from pytransformer.kernels import layer_norm
 
@@ -141,7 +152,7 @@ def embed(N):
         embedding.position_gradient(y, rng(), 0.1)
 
 
-@pytest.mark.parametrize("call", [norm, feed_forward, loss, embed, decode])
+@pytest.mark.parametrize("call", [norm, feed_forward, loss, embed, decode, decode_in_pages])
 def test_rows_do_not_compile_anew(call):
     found = specialisations(lambda n=n: call(n) for n in (*LENGTHS, 2500, 8192))
     shared = {"forward_kernel"} if call is embed else set()  # positions that all share, and each its own

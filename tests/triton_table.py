@@ -60,6 +60,16 @@ def attention(dtype: torch.dtype, head_dim: int, everything: bool) -> None:
         attention_bwd.attention_dbias(bias.shape, q, q, q, q, lse, delta, masks, softmax)
 
 
+def decode_in_pages(dtype: torch.dtype, head_dim: int) -> None:
+    """One query, grouped heads, lengths, pages of 16 keys."""
+    from pytransformer.kernels import attention, attention_decode
+
+    q, pool = empty(4, 32, 1, head_dim, dtype=dtype), empty(1024, 16, 8, head_dim, dtype=dtype).transpose(1, 2)
+    masks = attention.masking(None, None, empty(4, dtype=torch.int64), None, 0)
+    softmax, table = attention.Softmax(0.1, 0.0, 0.0, None), empty(4, 256, dtype=torch.int32)
+    attention_decode.attention_decode(q, pool, pool, masks, softmax, 16, table)
+
+
 def decode(dtype: torch.dtype, head_dim: int) -> None:
     """One query, grouped heads, with a mask, a bias, lengths and a soft cap."""
     from pytransformer.kernels import attention, attention_decode
@@ -133,6 +143,7 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     for name, dtype in DTYPES.items():
         for head_dim in (64, 128, 256):
             yield f"attention_decode {name} D={head_dim}", lambda d=dtype, n=head_dim: decode(d, n)
+            yield f"attention_pages {name} D={head_dim}", lambda d=dtype, n=head_dim: decode_in_pages(d, n)
         yield f"linear_cross_entropy {name}", lambda d=dtype: linear_cross_entropy(d)
         yield f"embedding {name}", lambda d=dtype: embedding(d)
         for width in (256, 768, 4096, 8192, 16384):

@@ -22,12 +22,24 @@ void check_heads(const TensorView& view, const TensorView& like, int64_t b, int6
                       name_of(like.dtype), " with unit stride in the last dimension");
 }
 
+void check_pages(const AttentionProblem& a) {
+  const TensorView &q = a.query, &k = a.key, &table = a.block_table;
+  PYTRANSFORMER_CHECK(table.dtype == DType::int32 && table.ndim == 2 && table.shape[0] == q.shape[0] &&
+                          (table.stride[1] == 1 || table.shape[1] <= 1),
+                      "attention: block_table must be int32 [B,P] with unit stride in the last dimension");
+  PYTRANSFORMER_CHECK(!a.mask && !a.bias && a.dropout_p == 0, "attention: pages are read without mask, bias, dropout");
+  PYTRANSFORMER_CHECK(k.shape[1] > 0 && q.shape[1] / k.shape[1] * q.shape[2] <= most_paged_rows,
+                      "attention: pages are read for up to ", most_paged_rows, " queries a key head");
+}
+
 void check_problem(const AttentionProblem& a) {
   const TensorView &q = a.query, &k = a.key, &v = a.value;
   PYTRANSFORMER_CHECK(q.ndim == 4 && k.ndim == 4 && v.ndim == 4, "attention: query, key, value must be 4-dimensional");
+  const int64_t first = a.block_table ? k.shape[0] : q.shape[0];
   check_heads(q, q, q.shape[0], q.shape[1], q.shape[2], q.shape[3], "query");
-  check_heads(k, q, q.shape[0], k.shape[1], k.shape[2], q.shape[3], "key");
-  check_heads(v, q, q.shape[0], k.shape[1], k.shape[2], v.shape[3], "value");
+  check_heads(k, q, first, k.shape[1], k.shape[2], q.shape[3], "key");
+  check_heads(v, q, first, k.shape[1], k.shape[2], v.shape[3], "value");
+  if (a.block_table) check_pages(a);
   PYTRANSFORMER_CHECK(k.shape[1] > 0 ? q.shape[1] % k.shape[1] == 0 : q.shape[1] == 0,
                       "attention: query heads must be a multiple of key heads");
   for (const TensorView* t : {&a.mask, &a.bias}) {
@@ -50,7 +62,7 @@ void check_lse(const TensorView& lse, const TensorView& query) {
 AttentionProblem problem(const TensorView& query, const TensorView& key, const TensorView& value,
                          const TensorView& mask, const TensorView& bias, const TensorView& key_lengths,
                          std::optional<int64_t> band_lower, std::optional<int64_t> band_upper, float scale,
-                         float softcap, float dropout_p, const Call& call) {
+                         float softcap, float dropout_p, const TensorView& block_table, const Call& call) {
   AttentionProblem a{query,
                      key,
                      value,
@@ -63,17 +75,18 @@ AttentionProblem problem(const TensorView& query, const TensorView& key, const T
                      softcap,
                      dropout_p,
                      call.seed(),
-                     call.offset()};
+                     call.offset(),
+                     block_table};
   check_problem(a);
   return a;
 }
 
 void forward(const TensorView& query, const TensorView& key, const TensorView& value, const TensorView& mask,
              const TensorView& bias, const TensorView& key_lengths, std::optional<int64_t> band_lower,
-             std::optional<int64_t> band_upper, float scale, float softcap, float dropout_p, const TensorView& out,
-             const TensorView& lse, const Call& call) {
-  const AttentionProblem a =
-      problem(query, key, value, mask, bias, key_lengths, band_lower, band_upper, scale, softcap, dropout_p, call);
+             std::optional<int64_t> band_upper, float scale, float softcap, float dropout_p,
+             const TensorView& block_table, const TensorView& out, const TensorView& lse, const Call& call) {
+  const AttentionProblem a = problem(query, key, value, mask, bias, key_lengths, band_lower, band_upper, scale, softcap,
+                                     dropout_p, block_table, call);
   const TensorView& q = a.query;
   check_heads(out, q, q.shape[0], q.shape[1], q.shape[2], a.value.shape[3], "out");
   check_lse(lse, q);
@@ -86,7 +99,7 @@ void backward(const TensorView& query, const TensorView& key, const TensorView& 
               const TensorView& lse, const TensorView& grad_out, const TensorView& grad_query,
               const TensorView& grad_key, const TensorView& grad_value, const TensorView& grad_bias, const Call& call) {
   const AttentionProblem a =
-      problem(query, key, value, mask, bias, key_lengths, band_lower, band_upper, scale, softcap, dropout_p, call);
+      problem(query, key, value, mask, bias, key_lengths, band_lower, band_upper, scale, softcap, dropout_p, {}, call);
   const TensorView &q = a.query, &k = a.key, &v = a.value;
   const int64_t B = q.shape[0], H = q.shape[1], T = q.shape[2], G = k.shape[1], S = k.shape[2];
   check_heads(out, q, B, H, T, v.shape[3], "out");
@@ -105,9 +118,10 @@ void backward(const TensorView& query, const TensorView& key, const TensorView& 
 #ifdef PYTRANSFORMER_CUDA_MODULE
 
 int64_t workspace(const TensorView& query, const TensorView& key, const TensorView& value, const TensorView& mask,
-                  float dropout_p, bool backward) {
+                  const TensorView& block_table, float dropout_p, bool backward) {
   AttentionProblem a{query, key, value, mask};
   a.dropout_p = dropout_p;
+  a.block_table = block_table;
   check_problem(a);
   return backward ? cuda::attention_bwd_workspace(a) : cuda::attention_fwd_workspace(a);
 }

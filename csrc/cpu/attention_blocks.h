@@ -336,7 +336,7 @@ struct Dimensions {
         heads(a.query.shape[1]),
         kv_heads(a.key.shape[1]),
         query_count(a.query.shape[2]),
-        key_count(a.key.shape[2]),
+        key_count(a.key_count()),
         depth(a.query.shape[3]),
         columns(a.value.shape[3]),
         group(heads / kv_heads),
@@ -366,6 +366,7 @@ struct Rows {
 struct Keys {
   int64_t begin = 0, end = 0;
   const uint8_t* keep = nullptr;  // indexed from key 0
+  int64_t shift = 0;              // at which key query 0 stands
 };
 
 // Scores beyond scale * query * key: what the mask and bias tensors add, in units of log2.
@@ -441,14 +442,15 @@ class Visibility {
         addends_(a, mask_in_keys_),
         batches_(a.query.shape[0]),
         keys_(batches_),
-        keep_(mask_in_keys_ ? batches_ * a.key.shape[2] : 0) {
-    const int64_t length = a.key.shape[2], reach = length + a.query.shape[2];
+        keep_(mask_in_keys_ ? batches_ * a.key_count() : 0) {
+    const int64_t length = a.key_count(), reach = length + a.query.shape[2];
     lower_ = clamp(a.band_lower, -reach, reach);
     upper_ = clamp(a.band_upper, -reach, reach);
     for (int64_t b = 0; b < batches_; ++b) {
       Keys& keys = keys_.data()[b];
       keys = Keys{};
       keys.end = a.key_lengths ? clamp(a.key_lengths.ptr<int64_t>()[b], 0, length) : length;
+      if (a.block_table) keys.shift = keys.end - a.query.shape[2];
       if (mask_in_keys_) apply_mask(a.mask, b, length, keys);
     }
   }
@@ -457,8 +459,8 @@ class Visibility {
   const Addends& addends() const { return addends_; }
 
   // The keys [lower, upper) that the band and Keys leave to query t; both grow with t.
-  int64_t lower(const Keys& keys, int64_t t) const { return clamp(t + lower_, keys.begin, keys.end); }
-  int64_t upper(const Keys& keys, int64_t t) const { return clamp(t + upper_ + 1, keys.begin, keys.end); }
+  int64_t lower(const Keys& keys, int64_t t) const { return clamp(t + keys.shift + lower_, keys.begin, keys.end); }
+  int64_t upper(const Keys& keys, int64_t t) const { return clamp(t + keys.shift + upper_ + 1, keys.begin, keys.end); }
   // The queries [first, last) of [0, length) whose band includes key s.
   int64_t first_query(int64_t s, int64_t length) const { return clamp(s - upper_, 0, length); }
   int64_t last_query(int64_t s, int64_t length) const { return clamp(s - lower_ + 1, 0, length); }
@@ -542,7 +544,7 @@ class Scoring : protected Dimensions {
 
 }  // namespace
 
-// attention_fwd for few queries and without dropout: attention_decode.cpp.
+// attention_fwd for few queries and without dropout, keys in pages or not: attention_decode.cpp.
 void attention_decode(const AttentionForward& a);
 
 }  // namespace pytransformer::PYTRANSFORMER_ISA

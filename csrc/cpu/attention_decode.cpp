@@ -5,6 +5,9 @@
 // Scores are formed for as many keys at a time as there are lanes; values go through L1 in chunks, as the
 // panel of a tile.
 //
+// Keys and values in pages are read in place too, a stretch of rows at a time that lies in one page: as many keys as
+// there are lanes where the size of a page is a multiple of these, fewer where it is not.
+//
 // Parallelism. The keys are split into parts, whose number depends on nothing but the number of keys, so
 // that equal inputs give equal bits at any number of threads. A task is one part of one key/value head;
 // its sums, relative to its own maximum, are combined afterwards, in order.
@@ -18,11 +21,13 @@ namespace {
 
 constexpr int64_t split = 1024;  // keys of a task
 constexpr int64_t value_chunk = 64;
+// Scores of a row: with pages a vector of them may begin anywhere, and so end behind the last key.
+constexpr int64_t score_stride = split + lanes;
 
 // One thread's scratch.
 struct Part {
   float* query;             // [rows][depth_stride]
-  float *scores, *addends;  // [rows][split], [split]
+  float *scores, *addends;  // [rows][score_stride], [split]
   float* value;             // a chunk of values, pack_rows
 };
 // What a task leaves: sum(2^(score - top) value), not normalised.
@@ -59,7 +64,7 @@ class Decode : Scoring {
     Part s;
     Carver carver(base);
     carver.take(s.query, rows_ * depth_stride);
-    carver.take(s.scores, rows_ * split);
+    carver.take(s.scores, rows_ * score_stride);
     carver.take(s.addends, split);
     carver.take(s.value, value_chunk * columns_stride);
     return {s, carver.used()};
@@ -78,6 +83,15 @@ class Decode : Scoring {
   int64_t head_of(int64_t g, int64_t r) const { return g * group + r / query_count; }
   int64_t query_of(int64_t r) const { return r % query_count; }
 
+  // Key s of head (b, g), or its value, and how many of `count` keys from there on follow at the stride of rows.
+  const T* row_at(const TensorView& x, int64_t b, int64_t g, int64_t s) const {
+    if (!a_.block_table) return row_of<const T>(x, b, g, s);
+    const int32_t* pages = a_.block_table.ptr<const int32_t>() + b * a_.block_table.stride[0];
+    return row_of<const T>(x, pages[s / page()], g, s % page());
+  }
+  int64_t stretch(int64_t s, int64_t count) const { return a_.block_table ? least(count, page() - s % page()) : count; }
+  int64_t page() const { return a_.key.shape[2]; }
+
   // Keys [first, first + split) of head (b, g), as far as some row sees them.
   void attend(int64_t b, int64_t g, int64_t first, const Part& s, const Partial& result) const {
     for (int64_t i = 0; i < rows_ * columns_stride; ++i) result.out[i] = 0;
@@ -91,16 +105,18 @@ class Decode : Scoring {
     const int64_t begin = most(first, visibility_.lower(keys, 0));
     const int64_t end = least(first + split, visibility_.upper(keys, query_count - 1));
     if (begin >= end) return;
-    for (int64_t n = begin; n < end; n += lanes) score(b, g, n, least(lanes, end - n), s.scores + (n - begin), s);
+    for (int64_t n = begin, count; n < end; n += count) {
+      count = stretch(n, least(lanes, end - n));
+      score(row_at(a_.key, b, g, n), count, s.scores + (n - begin), s);
+    }
     for (int64_t r = 0; r < rows_; ++r) weigh(b, g, r, begin, end, s, result);
     for (int64_t n = begin; n < end; n += value_chunk) {
       add_values(b, g, n, least(value_chunk, end - n), s.scores + (n - begin), s, result);
     }
   }
 
-  // scores[r][i] = query r . key n + i, for up to `lanes` keys.
-  void score(int64_t b, int64_t g, int64_t n, int64_t count, float* scores, const Part& s) const {
-    const T* key = row_of<const T>(a_.key, b, g, n);
+  // scores[r][i] = query r . key i, for up to `lanes` keys.
+  void score(const T* key, int64_t count, float* scores, const Part& s) const {
     if constexpr (sizeof(T) == sizeof(float)) {
       score_in_order(key, count, scores, s);
     } else {
@@ -122,14 +138,14 @@ class Decode : Scoring {
       for (int i = lanes / 2; i > 0; i /= 2) {
         for (int k = 0; k < i; ++k) square[k] = square[k] + square[k + i];
       }
-      square[0].store(scores + r * split);
+      square[0].store(scores + r * score_stride);
     }
   }
 
   // Feature by feature, keys in lanes: the order, and so the bits, in which the backward forms its scores.
   // Any other would make its probabilities, exp(score - lse), relatively wrong by the rounding of a score.
   void score_in_order(const T* key, int64_t count, float* scores, const Part& s) const {
-    for (int64_t r = 0; r < rows_; ++r) Vec::zero().store(scores + r * split);
+    for (int64_t r = 0; r < rows_; ++r) Vec::zero().store(scores + r * score_stride);
     for (int64_t j = 0; j < depth; j += lanes) {
       Vec square[lanes];
 #pragma GCC unroll 16
@@ -137,9 +153,9 @@ class Decode : Scoring {
       transpose(square);
       for (int64_t r = 0; r < rows_; ++r) {
         const float* query = s.query + r * depth_stride + j;
-        Vec sum = Vec::load(scores + r * split);
+        Vec sum = Vec::load(scores + r * score_stride);
         for (int i = 0; i < least(lanes, depth - j); ++i) sum = fma(Vec::set1(query[i]), square[i], sum);
-        sum.store(scores + r * split);
+        sum.store(scores + r * score_stride);
       }
     }
   }
@@ -156,7 +172,7 @@ class Decode : Scoring {
     const Keys& keys = visibility_.keys(b);
     const int64_t t = query_of(r), low = visibility_.lower(keys, t) - begin;
     const int64_t high = least(visibility_.upper(keys, t), end) - begin;
-    float* scores = s.scores + r * split;
+    float* scores = s.scores + r * score_stride;
     const bool mapped = maps(b);
     if (mapped) {
       visibility_.addends().fill(b, head_of(g, r), t, begin, false, 1, end - begin,
@@ -178,14 +194,25 @@ class Decode : Scoring {
   void add_values(int64_t b, int64_t g, int64_t n, int64_t count, const float* weights, const Part& s,
                   const Partial& result) const {
     const Keys& keys = visibility_.keys(b);
-    const T* value = row_of<const T>(a_.value, b, g, n);
     const int64_t stride = a_.value.stride[2];
-    const bool flagged = pack_rows(value, stride, 0, count, value_chunk, columns,
-                                   keys.keep != nullptr ? keys.keep + n : nullptr, s.value);
-    const Left<float> left = {weights, split, 1};
+    const auto each_stretch = [&](const auto& body) {
+      for (int64_t i = 0, some; i < count; i += some) {
+        some = stretch(n + i, count - i);
+        body(i, some, row_at(a_.value, b, g, n + i));
+      }
+    };
+    bool flagged = false;
+    each_stretch([&](int64_t i, int64_t some, const T* value) {
+      const uint8_t* keep = keys.keep != nullptr ? keys.keep + n + i : nullptr;
+      flagged |= pack_rows(value, stride, i, some, value_chunk, columns, keep, s.value);
+    });
     if (flagged) {
-      multiply_rows_nonzero(left, rows_, value, stride, columns, count, result.out, columns_stride);
+      each_stretch([&](int64_t i, int64_t some, const T* value) {
+        const Left<float> left = {weights + i, score_stride, 1};
+        multiply_rows_nonzero(left, rows_, value, stride, columns, some, result.out, columns_stride);
+      });
     } else {
+      const Left<float> left = {weights, score_stride, 1};
       const auto all = [&](int64_t, int64_t) { return std::make_pair(int64_t(0), count); };
       multiply_rows<float>(left, rows_, s.value, value_chunk, 0, columns, all, result.out, columns_stride);
     }

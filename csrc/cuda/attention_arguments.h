@@ -54,7 +54,7 @@ AttentionArguments attention_arguments(const char* name, const AttentionProblem&
                                        char* memory);
 
 // How the keys of few queries are split (attention_decode.cu): into `splits` shares of `share` keys; one share where
-// the forward kernel serves the call.
+// the forward kernel serves the call, which it does not where keys and values lie in pages.
 struct DecodeSplit {
   int64_t splits, share;
 };

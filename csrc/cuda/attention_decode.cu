@@ -6,7 +6,9 @@
 // outputs by exp(lse of the share - lse of all). How many shares there are depends on the shapes alone, not on the GPU
 // and what else it does, and they are added up in order: the same bits in every run, on every machine.
 //
-// Source: Dao et al., "Flash-Decoding for long-context inference", 2023.
+// Keys and values in pages always come here, in as many shares as their table may hold keys for.
+//
+// Source: Dao et al., "Flash-Decoding for long-context inference", 2023; Kwon et al., "PagedAttention", 2023, sec. 4.1.
 #include <algorithm>
 
 #include "attention_fwd.cuh"
@@ -15,7 +17,8 @@ namespace pytransformer::cuda {
 namespace {
 
 constexpr const char* name = "attention_decode";
-constexpr int64_t largest_tile = 64;     // rows; beyond, the forward kernel has work enough
+constexpr int64_t largest_tile = 64;  // rows; beyond, the forward kernel has work enough
+static_assert(most_paged_rows <= largest_tile);
 constexpr int64_t shortest_share = 256;  // keys; each costs a row of float32 output
 constexpr int64_t enough_blocks = 264;   // two for each multiprocessor of the largest GPUs
 constexpr int64_t most_splits = 128;
@@ -67,7 +70,7 @@ int64_t rows_of(const AttentionProblem& p) {
 }  // namespace
 
 DecodeSplit decode_split(const AttentionProblem& p) {
-  const int64_t B = p.query.shape[0], T = p.query.shape[2], G = p.key.shape[1], S = p.key.shape[2];
+  const int64_t B = p.query.shape[0], T = p.query.shape[2], G = p.key.shape[1], S = p.key_count();
   const int64_t group = p.query.shape[1] / G;
   if (p.dropout_p > 0 || group * T > largest_tile || S < 2 * shortest_share) return {1, S};
   const int64_t most = std::min(most_splits, ceil_div(S, shortest_share));
@@ -86,6 +89,7 @@ void attention_decode(const AttentionForward& p, const DecodeSplit& split, const
   a.mask.states = nullptr;  // a tile has rows of several heads
   a.splits = int(split.splits);
   a.share = int(split.share);
+  if (p.block_table) a.pages = {p.block_table.ptr<const int32_t>(), p.block_table.stride[0], int(p.key.shape[2])};
   a.parts = reinterpret_cast<float*>(workspace);
   a.lse = a.parts + split.splits * rows_of(p) * p.value.shape[3];
   const CombineArguments combine{a.parts, a.lse,   unaligned_heads(p.out), p.lse.ptr<float>(), rows_of(p), a.H,

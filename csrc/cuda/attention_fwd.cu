@@ -19,13 +19,13 @@ void forward(const ForwardArguments& a, const AttentionForward& p, const Launch&
 
 int64_t attention_fwd_workspace(const AttentionProblem& p) {
   const DecodeSplit split = decode_split(p);
-  return packed_mask_bytes(p) + (split.splits > 1 ? attention_decode_workspace(p, split) : 0);
+  return packed_mask_bytes(p) + (split.splits > 1 || p.block_table ? attention_decode_workspace(p, split) : 0);
 }
 
 void attention_fwd(const AttentionForward& p, const Launch& launch) {
   check_workspace(name, launch, attention_fwd_workspace(p));
   const DecodeSplit split = decode_split(p);
-  if (split.splits > 1) return attention_decode(p, split, launch);
+  if (split.splits > 1 || p.block_table) return attention_decode(p, split, launch);
   ForwardArguments a{attention_arguments(name, p, launch, launch.workspace.ptr<char>())};
   a.out = result_heads(name, "out", p.out);
   a.lse = p.lse.ptr<float>();

@@ -18,7 +18,8 @@
 // queries that do see an unclean key are set to NaN.
 //
 // `Grouped` serves decoding: rows are the few queries of all heads that share a key head, one head after the other; a
-// block takes one share of the keys and leaves float32 results for attention_decode.cu to combine.
+// block takes one share of the keys and leaves float32 results for attention_decode.cu to combine. Keys and values may
+// then lie in pages: who copies a row of a tile looks up its page first, and no row is copied that nobody sees.
 //
 // Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao, "FlashAttention-2", 2023.
 #pragma once
@@ -38,11 +39,29 @@ struct ForwardCut {
   static constexpr int shared_bytes = tiles_bytes + 2 * int(sizeof(uint32_t));  // and a bit for each key
 };
 
+// Where keys and values lie in pages of a pool: key s in row s % size of page table[batch * stride + s / size].
+struct Pages {
+  const int32_t* table = nullptr;  // null where they lie in one piece
+  int64_t stride = 0;
+  int size = 1, shift = 0;
+  uint32_t multiplier = 0;
+
+  Pages() = default;
+  Pages(const int32_t* table, int64_t stride, int size) : table(table), stride(stride), size(size), shift(31) {
+    while (int64_t(1) << (shift - 31) < size) ++shift;
+    multiplier = uint32_t(((uint64_t(1) << shift) + size - 1) / size);
+  }
+
+  // key / size by a multiplication (Granlund and Montgomery, 1994), exact for keys below 2^31.
+  __device__ int index(int key) const { return int(uint64_t(uint32_t(key)) * multiplier >> shift); }
+};
+
 struct ForwardArguments : AttentionArguments {
   Heads out;                  // not Grouped
   float* lse;                 // [B,H,T]; Grouped: [splits,B,H,T]
   float* parts;               // Grouped: [splits,B,H,T,Dv]
   int splits = 1, share = 0;  // Grouped: keys of a split, a multiple of the tile
+  Pages pages;                // Grouped: Heads::batch of keys and values is the distance of pages
 };
 
 // The queries of a block: of one head, or of all heads that share a key head.
@@ -207,6 +226,20 @@ __device__ inline void drop_weights(float (&x)[M][N / 8][4], const Dropout& drop
   }
 }
 
+// Keys [first, first + ROWS) of one head, or their values; those outside of [from, end), which nobody sees, are zeros.
+template <int ROWS, int D>
+__device__ inline void load_keys(Tile<D> tile, const Heads& x, int64_t head_offset, const Pages& pages, int batch,
+                                 int first, int from, int end) {
+  const uint16_t* head = static_cast<const uint16_t*>(x.data) + head_offset;
+  load_tile<ROWS>(tile, x.width, head, [&](int row) -> const uint16_t* {
+    const int key = first + row;
+    if (key < from || key >= end) return nullptr;
+    if (pages.table == nullptr) return head + x.row * key;
+    const int index = pages.index(key);
+    return head + x.batch * pages.table[batch * pages.stride + index] + x.row * (key - index * pages.size);
+  });
+}
+
 // One pass of a block over its keys.
 template <class T, int D, bool Grouped>
 __device__ inline void attend(RunningSoftmax<ForwardCut<D, Grouped>::M, D>& softmax, const ForwardArguments& a,
@@ -219,14 +252,20 @@ __device__ inline void attend(RunningSoftmax<ForwardCut<D, Grouped>::M, D>& soft
   const Tile<D> queries{memory};
   const auto buffer = [&](int i) { return Tile<D>{memory + tile_bytes<D>(Cut::queries + i * N)}; };
   const int key_head = rows.head / a.group, t = rows.query(rows.first, a.T);
-  const int64_t key_offset = rows.batch * a.key.batch + key_head * a.key.head;
-  const int64_t value_offset = rows.batch * a.value.batch + key_head * a.value.head;
+  const int place = Grouped && a.pages.table != nullptr ? 0 : rows.batch;  // a pool belongs to all sequences
+  const int64_t key_offset = place * a.key.batch + key_head * a.key.head;
+  const int64_t value_offset = place * a.value.batch + key_head * a.value.head;
   const auto kind = [&](int tile) { return v.kind<Cut::queries, N>(t, tile * N); };
   const auto find = [&](int tile) {
     while (tile < range.end && kind(tile) == TileKind::empty) ++tile;
     return tile;
   };
   const auto load = [&](int tile, int stage) {
+    if constexpr (Grouped) {
+      load_keys<N>(buffer(2 * stage), a.key, key_offset, a.pages, rows.batch, tile * N, v.lower, v.length);
+      load_keys<N>(buffer(2 * stage + 1), a.value, value_offset, a.pages, rows.batch, tile * N, v.lower, v.length);
+      return;
+    }
     load_rows<N>(buffer(2 * stage), a.key, key_offset, tile * N, a.S);
     load_rows<N>(buffer(2 * stage + 1), a.value, value_offset, tile * N, a.S);
   };
@@ -286,11 +325,16 @@ __global__ void __launch_bounds__(threads, 2) attention_fwd_kernel(const __grid_
   const int group = Grouped ? a.group : 1, line = blockIdx.x / blocks * group;
   const BlockRows<Grouped> rows{line / a.H, line % a.H, Grouped ? 0 : block * Cut::queries, group * a.T};
 
-  const Visibility v(a, rows.batch, rows.head);
+  Visibility v(a, rows.batch, rows.head);
+  if (Grouped && a.pages.table != nullptr) v.stand_at_end();
   Range range = key_tiles<Cut::queries, Cut::keys>(v, rows.query(rows.first, a.T));
   if (Grouped) {
-    range.tile = max(range.tile, block * a.share / Cut::keys);
-    range.end = min(range.end, (block + 1) * a.share / Cut::keys);
+    // A table of pages is often far wider than the sequence is long: shares are then cut from what is there.
+    const bool paged = a.pages.table != nullptr;
+    const int from = paged ? range.tile : 0, count = max(range.end - range.tile, 0);
+    const int share = paged ? (count + blocks - 1) / blocks : a.share / Cut::keys;
+    range.tile = max(range.tile, from + block * share);
+    range.end = min(range.end, from + (block + 1) * share);
   }
   const uint16_t* query = static_cast<const uint16_t*>(a.query.data) + rows.batch * a.query.batch;
   load_tile<Cut::queries>(Tile<D>{memory}, a.query.width, query, [&](int i) -> const uint16_t* {

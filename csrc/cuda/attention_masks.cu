@@ -147,7 +147,7 @@ AttentionArguments attention_arguments(const char* name, const AttentionProblem&
   a.H = int(p.query.shape[1]);
   a.group = int(p.query.shape[1] / p.key.shape[1]);
   a.T = int(p.query.shape[2]);
-  a.S = int(p.key.shape[2]);
+  a.S = int(p.key_count());
   a.lower = int(std::max(p.band_lower, int64_t(-band_limit)));
   a.upper = int(std::min(p.band_upper, int64_t(band_limit)));
   a.scale = p.scale;

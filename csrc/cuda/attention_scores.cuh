@@ -49,6 +49,12 @@ struct Visibility {
     }
   }
 
+  // Lets the band count from the end of the sequence: query t stands at key length - T + t.
+  __device__ void stand_at_end() {
+    lower += length - T;
+    upper += length - T;
+  }
+
   // Which of keys [s, s + 32) query t sees; s is a multiple of 32.
   __device__ uint32_t word(int t, int s, int member = 0) const {
     if (t >= T) return 0;

@@ -9,6 +9,12 @@
 // c tanh(s / c) for softcap = c > 0, and s for 0. Dropout draws its bits by the index of a score in [B,H,T,S].
 // A query that sees no key has output 0, lse -inf and no gradients; what lies behind a mask is never
 // used, NaN and Inf included.
+//
+// Pages. With a block_table, int32 [B,P] of unit stride, key and value are pools [pages,G,page,D] and
+// [pages,G,page,Dv]: key s of sequence b is row s % page of page block_table[b][s / page], and S = P * page. The band
+// then counts from the end of each sequence: query t stands at key length - T + t, length being key_lengths[b], or S
+// without. Only entries of keys that some query sees are read. Pages are for the forward of few queries, without mask,
+// bias and dropout.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +33,13 @@ struct AttentionProblem {
   int64_t band_lower = unbounded_lower, band_upper = unbounded_upper;
   float scale = 1, softcap = 0, dropout_p = 0;
   uint64_t seed = 0, offset = 0;
+  TensorView block_table;  // optional
+
+  int64_t key_count() const { return block_table ? block_table.shape[1] * key.shape[2] : key.shape[2]; }
 };
+
+// Queries that share a key/value head, at most, where keys and values lie in pages.
+constexpr int64_t most_paged_rows = 64;
 
 struct AttentionForward : AttentionProblem {
   TensorView out;  // [B,H,T,Dv], last stride 1

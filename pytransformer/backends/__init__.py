@@ -48,7 +48,10 @@ class BackendError(ValueError):
 
 @dataclass(frozen=True)
 class Decision:
-    """One call's selection: the backend that ran, and the reason against each one before it."""
+    """One call's selection: the backend that ran, and the reason against each one before it.
+
+    Of a step before a call (``note``): how it was done, and why not in another way.
+    """
 
     op: str
     backend: str
@@ -90,6 +93,11 @@ def record_decisions() -> Iterator[list[Decision]]:
         yield decisions
     finally:
         _state.decisions = outer
+
+
+def note(step: str, how: str, reasons: dict[str, str]) -> None:
+    """Puts a step that no backend was chosen for among the decisions."""
+    _record(step, how, reasons)
 
 
 def settled() -> str | None:

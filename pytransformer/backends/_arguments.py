@@ -7,6 +7,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
+MOST_PAGED_ROWS = 64  # queries that share a key/value head, where keys and values lie in pages
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -37,6 +38,25 @@ def contiguous(x: Tensor | None) -> Tensor | None:
 def over_scores(x: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
     """A mask or bias as [B,H,T,S], the scores it is laid over."""
     return None if x is None else x.expand(*query.shape[:3], key.shape[2])
+
+
+def unpaged(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    dropout_p: float,
+    block_table: Tensor | None,
+) -> str | None:
+    """Why no kernel reads keys and values of this call from pages, or None."""
+    if block_table is None:
+        return None
+    rows = query.shape[1] // max(key.shape[1], 1) * query.shape[2]
+    if rows > MOST_PAGED_ROWS:
+        return f"pages are read for up to {MOST_PAGED_ROWS} queries a key head, not {rows}"
+    if mask is not None or bias is not None or dropout_p > 0:
+        return "pages are read without mask, bias and dropout"
+    return None
 
 
 @overload

@@ -40,7 +40,7 @@ class AttentionOp(FusedOp):
     masks_at: ClassVar[dict[str, int]] = {"fwd": 3, "bwd": 6}
     forward_schema = (
         "(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, Tensor? key_lengths, Tensor? rng,"
-        " SymInt? band_lower, SymInt? band_upper, float scale, float softcap, float dropout_p)"
+        " SymInt? band_lower, SymInt? band_upper, float scale, float softcap, float dropout_p, Tensor? block_table)"
         " -> (Tensor, Tensor)"
     )
     backward_schema = (
@@ -63,7 +63,9 @@ class AttentionOp(FusedOp):
 
     @staticmethod
     def save(args: Any, outputs: Any) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
-        query, key, value, *rest = args
+        query, key, value, *rest, block_table = args
+        if block_table is not None:
+            raise ValueError("attention: keys and values in pages have no gradient, nor has their query: gather them")
         tensors, extra = rest[:4], rest[4:]
         return (query, key, value, *outputs, *tensors), tuple(extra)
 
@@ -75,7 +77,7 @@ class AttentionOp(FusedOp):
     def input_grads(grads: Any, needs: Any) -> tuple[Tensor | None, ...]:
         query, key, value, bias = grads
         found = (query, key, value, None, bias)
-        return (*(g if needed else None for g, needed in zip(found, needs, strict=False)), *(None,) * 7)
+        return (*(g if needed else None for g, needed in zip(found, needs, strict=False)), *(None,) * 8)
 
 
 _op = AttentionOp()
@@ -146,7 +148,7 @@ def attention(
         query, key, value, attn_mask, bias = _as_batches(query, key, value, attn_mask, bias)
     if known is None:
         _check_inputs(query, key, value, enable_gqa)
-        _check_options(dropout_p, scale, softcap, causal_align)
+        check_options(dropout_p, scale, softcap, causal_align)
     full = (*query.shape[:3], key.shape[2])
     mask, added = _combine(attn_mask, bias, is_causal, window, key_lengths, causal_align, query, full)
     if known is None and not autocast_off(query.device.type):
@@ -159,12 +161,12 @@ def attention(
     added = None if added is None else _four_dimensional(added)
     scale = 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else float(scale)
     tensors = (query, key, value, keep, added, mask.key_lengths, rng)
-    args = (*tensors, *mask.band(*full[2:]), scale, float(softcap or 0.0), float(dropout_p))
+    args = (*tensors, *mask.band(*full[2:]), scale, float(softcap or 0.0), float(dropout_p), None)
     name = known
     if name is None:
         name = select("attention", query.device.type, backend, args, _obstacle(args, return_lse, return_weights))
         remember(signature, name)
-    out, lse, weights = _run(name, args, return_weights)
+    out, lse, weights = run(name, args, return_weights)
     return _returned(out, lse if return_lse else None, weights, lead)
 
 
@@ -195,7 +197,8 @@ def _obstacle(args: tuple[Any, ...], return_lse: bool, return_weights: bool) -> 
     return obstacle((query, key, value, mask, bias))
 
 
-def _run(name: str, args: tuple[Any, ...], return_weights: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def run(name: str, args: tuple[Any, ...], return_weights: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``(out, lse, weights)`` by backend ``name``, the weights where they are wanted."""
     if name == "reference":
         out, lse, weights = reference.attention(*args)
         return out, lse, weights.to(out.dtype) if return_weights else None
@@ -205,7 +208,7 @@ def _run(name: str, args: tuple[Any, ...], return_weights: bool) -> tuple[Tensor
 
 def _weights(args: tuple[Any, ...], lse: Tensor) -> Tensor:
     """The attention weights, recomputed from the lse that the kernel returned."""
-    query, key, _, mask, bias, key_lengths, rng, band_lower, band_upper, scale, softcap, dropout_p = args
+    query, key, _, mask, bias, key_lengths, rng, band_lower, band_upper, scale, softcap, dropout_p, _ = args
     visible = visible_keys(query, key, mask, key_lengths, band_lower, band_upper)
     weights = attention_weights(attention_scores(query, key, visible, bias, scale, softcap), lse)
     if dropout_p > 0:
@@ -248,7 +251,7 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
         raise ValueError(f"attention: query's heads must be a multiple of key's, got {H} and {G}")
 
 
-def _check_options(dropout_p: float, scale: float | None, softcap: float | None, causal_align: str) -> None:
+def check_options(dropout_p: float, scale: float | None, softcap: float | None, causal_align: str) -> None:
     check_probability("attention", "dropout_p", dropout_p)
     if scale is not None:
         check_finite("attention", "scale", scale)

@@ -5,6 +5,9 @@
 Source: Vaswani et al., "Attention Is All You Need", 2017, eq. 1; grouped query heads: Ainslie et al., 2023;
 soft capping: Gemma 2, 2024, sec. 2. A query that sees no key has output 0, lse -inf and no gradient, and
 what lies behind a mask is never used, NaN and Inf included.
+
+With a block table keys and values are pools of pages, which are gathered into a copy first; Kwon et al.,
+"PagedAttention", 2023, sec. 4.1. Each query then stands where it is the end of its sequence.
 """
 
 from __future__ import annotations
@@ -23,12 +26,19 @@ def visible_keys(
     key_lengths: Tensor | None,
     band_lower: int | None,
     band_upper: int | None,
+    at_end: bool = False,
 ) -> Tensor | None:
-    """bool, broadcastable to [B,H,T,S]: may query t attend to key s? None where nothing is masked."""
+    """bool, broadcastable to [B,H,T,S]: may query t attend to key s? None where nothing is masked.
+
+    The band is that of s - t, or with ``at_end`` that of s - (length - T + t), the length being the sequence's own.
+    """
     T, S = query.shape[-2], key.shape[-2]
     visible = mask
     if band_lower is not None or band_upper is not None:
-        distance = torch.arange(S, device=query.device) - torch.arange(T, device=query.device)[:, None]
+        at = torch.arange(T, device=query.device)[:, None]
+        if at_end:
+            at = at + (S if key_lengths is None else key_lengths.clamp(0, S)[:, None, None, None]) - T
+        distance = torch.arange(S, device=query.device) - at
         if band_upper is not None:
             visible = _and(visible, distance <= band_upper)
         if band_lower is not None:
@@ -66,6 +76,14 @@ def attention_weights(scores: Tensor, lse: Tensor) -> Tensor:
     return torch.exp(scores - torch.where(lse == -torch.inf, 0, lse)[..., None])
 
 
+def gather_pages(pool: Tensor, block_table: Tensor) -> Tensor:
+    """[pages,G,page,D] as [B,G,P * page,D]. A number that is no page's stands for any page: nobody may see its keys."""
+    if pool.shape[0] == 0:
+        return pool.new_zeros(block_table.shape[0], pool.shape[1], block_table.shape[1] * pool.shape[2], pool.shape[3])
+    pages = block_table.to(torch.int64).clamp(0, pool.shape[0] - 1)
+    return pool.transpose(1, 2)[pages].flatten(1, 2).transpose(1, 2)
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -79,9 +97,17 @@ def attention(
     scale: float,
     softcap: float,
     dropout_p: float,
+    block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(out, lse, weights)``, differentiable; the weights are those after dropout."""
-    visible = visible_keys(query, key, mask, key_lengths, band_lower, band_upper)
+    """``(out, lse, weights)``, differentiable; the weights are those after dropout.
+
+    With a ``block_table``, integer [B,P], key and value are [pages,G,page,D], and the band counts from each sequence's
+    end (``visible_keys``).
+    """
+    paged = block_table is not None
+    if block_table is not None:
+        key, value = gather_pages(key, block_table), gather_pages(value, block_table)
+    visible = visible_keys(query, key, mask, key_lengths, band_lower, band_upper, at_end=paged)
     scores = attention_scores(query, key, visible, bias, scale, softcap)
     if visible is None:
         lse = torch.logsumexp(scores, -1)

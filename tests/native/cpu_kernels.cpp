@@ -30,10 +30,6 @@ namespace {
 
 constexpr float nan = std::numeric_limits<float>::quiet_NaN();
 
-int64_t size_of(DType dtype) {
-  return dtype == DType::int64 ? 8 : dtype == DType::float32 ? 4 : dtype == DType::boolean ? 1 : 2;
-}
-
 // A contiguous tensor that owns its memory.
 class Tensor {
  public:
@@ -60,6 +56,7 @@ class Tensor {
     if (view_.dtype == DType::float16) view_.ptr<float16>()[i] = from_float<float16>(x);
     if (view_.dtype == DType::bfloat16) view_.ptr<bfloat16>()[i] = from_float<bfloat16>(x);
     if (view_.dtype == DType::int64) view_.ptr<int64_t>()[i] = int64_t(x);
+    if (view_.dtype == DType::int32) view_.ptr<int32_t>()[i] = int32_t(x);
     if (view_.dtype == DType::boolean) view_.ptr<bool>()[i] = x != 0;
   }
   float get(int64_t i) const {
@@ -238,6 +235,26 @@ Case attention(DType T, int64_t S, int64_t D, bool causal, bool masked) {
   };
 }
 
+// Two sequences of a shared pool; what the table says beyond their ends is no page's number.
+Case attention_in_pages(DType T, int64_t page, int64_t D, int64_t queries, int64_t window) {
+  constexpr int64_t B = 2, H = 4, G = 2, P = 9;
+  const Tensor q = random(T, {B, H, queries, D}), k = random(T, {B * P, G, page, D}),
+               v = random(T, {B * P, G, page, D});
+  const Tensor table(DType::int32, {B, P}), lengths(DType::int64, {B});
+  lengths.set(0, float(P * page)), lengths.set(1, float(2 * page + queries));
+  for (int64_t i = 0; i < B * P; ++i) table.set(i, i < P + 3 + queries / page ? float(B * P - 1 - i) : -1e9f);
+  return [=] {
+    AttentionForward a;
+    a.query = q, a.key = k, a.value = v, a.key_lengths = lengths, a.block_table = table;
+    a.scale = 1 / std::sqrt(float(D)), a.band_upper = 0;
+    if (window > 0) a.band_lower = -window;
+    const Tensor out = output(T, {B, H, queries, D}), lse = output(DType::float32, {B, H, queries});
+    a.out = out, a.lse = lse;
+    kernels().attention_fwd(a);
+    return std::vector<Tensor>{out, lse};
+  };
+}
+
 }  // namespace
 
 int main() {
@@ -260,6 +277,12 @@ int main() {
     check("attention", attention(T, 70, 24, false, false));
     check("attention, causal", attention(T, 131, 33, true, false));
     check("attention, masked", attention(T, 67, 16, false, true));
+  }
+  for (const DType T : {DType::float32, DType::float16, DType::bfloat16}) {
+    const std::string type = std::string(" ") + name_of(T);
+    failed += !run("attention, pages" + type, attention_in_pages(T, 16, 33, 1, 0));
+    failed += !run("attention, odd pages" + type, attention_in_pages(T, 5, 24, 3, 7));
+    failed += !run("attention, large pages" + type, attention_in_pages(T, 200, 16, 2, 0));
   }
   std::printf(failed ? "%d cases FAILED\n" : "all cases ok\n", failed);
   return failed ? 1 : 0;

@@ -15,6 +15,7 @@ from typing import Any
 import cuda_table
 import pytest
 import test_attention as attention_cases
+import test_attention_decode as decode_cases
 import test_embedding as embedding_cases
 import test_ffn as ffn_cases
 import test_layer_norm as layer_norm_cases
@@ -170,6 +171,13 @@ DECODE = {
 def test_decode(emulated, name):
     skip_unless_served(emulated, "attention")
     judge_attention(emulated, *DECODE[name])
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("queries_in_a_window", BF16), ("odd_page", FP16)])
+def test_attention_in_pages(emulated, name, dtype):
+    skip_unless_served(emulated, "attention")
+    case = decode_cases.CASES[name]
+    decode_cases.check(case, case.tensors(dtype), emulated)
 
 
 def test_activation_where_rows_do_not_start_at_16_bytes(emulated):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pytransformer import _cpu
-from pytransformer.backends._arguments import contiguous, over_scores, unsupported_dtype
+from pytransformer.backends._arguments import contiguous, over_scores, unpaged, unsupported_dtype
 
 
 def why_not(
@@ -22,12 +22,13 @@ def why_not(
     scale: float,
     softcap: float,
     dropout_p: float,
+    block_table: Tensor | None = None,
 ) -> str | None:
     if (reason := unsupported_dtype(query)) is not None:
         return reason
     if bias is not None and bias.dtype not in (query.dtype, torch.float32):
         return f"bias must be float32 or {query.dtype}, not {bias.dtype}"
-    return None
+    return unpaged(query, key, mask, bias, dropout_p, block_table)
 
 
 def attention_fwd(
@@ -43,6 +44,7 @@ def attention_fwd(
     scale: float,
     softcap: float,
     dropout_p: float,
+    block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     B, H, T, _ = query.shape
     out = query.new_empty(B, H, T, value.shape[-1])
@@ -59,6 +61,7 @@ def attention_fwd(
         scale,
         softcap,
         dropout_p,
+        None if block_table is None else _unit_stride(block_table),
         out,
         lse,
         contiguous(rng),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pytransformer import _cuda
-from pytransformer.backends._arguments import contiguous, over_scores
+from pytransformer.backends._arguments import contiguous, over_scores, unpaged
 from pytransformer.backends.cuda._arguments import Call, call
 
 WIDEST_HEAD = 256
@@ -20,7 +20,14 @@ def why_not(
     value: Tensor,
     mask: Tensor | None,
     bias: Tensor | None,
-    *rest: object,
+    key_lengths: Tensor | None,
+    rng: Tensor | None,
+    band_lower: int | None,
+    band_upper: int | None,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+    block_table: Tensor | None = None,
 ) -> str | None:
     if query.dtype not in (torch.float16, torch.bfloat16):
         return f"it takes float16 and bfloat16, not {query.dtype}; Triton's kernels serve float32"
@@ -28,9 +35,12 @@ def why_not(
         return f"bias must be float32 or {query.dtype}, not {bias.dtype}"
     if max(query.shape[-1], value.shape[-1]) > WIDEST_HEAD:
         return f"head dims go up to {WIDEST_HEAD}, got {query.shape[-1]} and {value.shape[-1]}"
-    if max(query.shape[2], key.shape[2]) > LONGEST:
-        return f"lengths go up to {LONGEST}, got {query.shape[2]} and {key.shape[2]}"
-    return None
+    longest = max(query.shape[2], key.shape[2] * (1 if block_table is None else block_table.shape[1]))
+    if longest > LONGEST:
+        return f"lengths go up to {LONGEST}, got {longest}"
+    if block_table is not None and (query.shape[-1] % CHUNK or value.shape[-1] % CHUNK):
+        return f"in pages head dims must be multiples of {CHUNK}, got {query.shape[-1]} and {value.shape[-1]}"
+    return unpaged(query, key, mask, bias, dropout_p, block_table)
 
 
 def attention_fwd(
@@ -46,6 +56,7 @@ def attention_fwd(
     scale: float,
     softcap: float,
     dropout_p: float,
+    block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     B, H, T, _ = query.shape
     out = torch.empty(B, H, T, value.shape[-1], dtype=query.dtype, device=query.device)
@@ -53,6 +64,8 @@ def attention_fwd(
     query, scale = _positive(query, scale)
     query, key, value = (_aligned(x) for x in (query, key, value))
     mask = over_scores(mask, query, key)
+    if block_table is not None and block_table.stride(-1) != 1:
+        block_table = block_table.contiguous()
     _cuda.attention_fwd(
         query,
         key,
@@ -65,9 +78,10 @@ def attention_fwd(
         scale,
         softcap,
         dropout_p,
+        block_table,
         out,
         lse,
-        _call(query, key, value, mask, rng, dropout_p, backward=False),
+        _call(query, key, value, mask, rng, dropout_p, block_table),
     )
     return out, lse
 
@@ -133,9 +147,10 @@ def _call(
     mask: Tensor | None,
     rng: Tensor | None,
     dropout_p: float,
-    backward: bool,
+    block_table: Tensor | None = None,
+    backward: bool = False,
 ) -> Call:
-    needed = _cuda.attention_workspace(query, key, value, mask, dropout_p, backward)
+    needed = _cuda.attention_workspace(query, key, value, mask, block_table, dropout_p, backward)
     workspace = torch.empty(-(-needed // 4), dtype=torch.int32, device=query.device) if needed else None
     return call(query, contiguous(rng), workspace)
 

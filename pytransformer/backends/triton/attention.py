@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytransformer.backends._arguments import over_scores, unsupported_dtype
+from pytransformer.backends._arguments import over_scores, unpaged, unsupported_dtype
 from pytransformer.kernels import attention as forward_kernels
 from pytransformer.kernels import attention_bwd as backward_kernels
 from pytransformer.kernels import attention_decode as decode_kernels
@@ -22,7 +22,14 @@ def why_not(
     value: Tensor,
     mask: Tensor | None,
     bias: Tensor | None,
-    *rest: object,
+    key_lengths: Tensor | None,
+    rng: Tensor | None,
+    band_lower: int | None,
+    band_upper: int | None,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+    block_table: Tensor | None = None,
 ) -> str | None:
     if (reason := unsupported_dtype(query)) is not None:
         return reason
@@ -30,18 +37,20 @@ def why_not(
         return f"bias must be float32 or {query.dtype}, not {bias.dtype}"
     if max(query.shape[-1], value.shape[-1]) > WIDEST_HEAD:
         return f"head dims go up to {WIDEST_HEAD}, got {query.shape[-1]} and {value.shape[-1]}"
-    return None
+    return unpaged(query, key, mask, bias, dropout_p, block_table)
 
 
 def attention_fwd(
-    query: Tensor, key: Tensor, value: Tensor, *rest: Any, packed: dict[Any, Any] | None = None
+    query: Tensor, key: Tensor, value: Tensor, *options: Any, packed: dict[Any, Any] | None = None
 ) -> tuple[Tensor, Tensor]:
     """The arguments of ``reference.attention``; returns ``(out, lse)``."""
+    *rest, block_table = options
     query, key, value = (_unit_stride(x) for x in (query, key, value))
     query, masks, softmax = _arguments(query, key, packed, *rest)
-    splits = decode_kernels.splits_of(query, key, softmax)
-    if splits > 1:
-        out, lse = decode_kernels.attention_decode(query, key, value, masks, softmax, splits)
+    table = None if block_table is None else _unit_stride(block_table)
+    splits = decode_kernels.splits_of(query, key, softmax, table)
+    if splits > 1 or table is not None:
+        out, lse = decode_kernels.attention_decode(query, key, value, masks, softmax, splits, table)
     else:
         out, lse = forward_kernels.attention_fwd(query, key, value, masks, softmax)
     return out, lse
