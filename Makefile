@@ -46,7 +46,7 @@ test-library: setup
 	OMP_WAIT_POLICY=passive $(BIN)/pytest tests --ignore=tests/ptx
 
 test-gpu-kernels: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/ptx
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/ptx --numprocesses=2 --dist=loadfile
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest
 
 # The tests of the ops over the CUDA kernels, whose PTX runs on the CPU (tests/ptx): needs nvcc, no GPU; some minutes.

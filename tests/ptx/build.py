@@ -18,8 +18,9 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -135,9 +136,25 @@ def headers(flags: tuple[str, ...]) -> Path:
     return folder
 
 
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Of the processes that run the tests together: the next finds what this one has made."""
+    import fcntl
+
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 @cache
 def module() -> tuple[Path, dict[str, list[str]]]:
     """The module ``_cuda`` over the stand-in runtime, and the PTX of all its kernels by architecture."""
+    with one_at_a_time():
+        return _made_module()
+
+
+def _made_module() -> tuple[Path, dict[str, list[str]]]:
     csrc = ROOT / "csrc"
     common = contents(csrc / "include"), contents_of_headers(csrc / "cuda", csrc / "bindings")
     sources = sorted((csrc / "cuda").glob("*.cu"))
