@@ -44,6 +44,7 @@ class BertWorkload:
 
     op = "models"
     direction = "fwd"
+    traceable = True
     weights = ()
 
     @property

@@ -50,6 +50,8 @@ class OpProblem:
     random: bool = False
     _kept: dict[str, Any] = field(default_factory=dict, repr=False)
 
+    traceable = True
+
     @property
     def names(self) -> list[str]:
         """The arguments whose gradients are asked for."""

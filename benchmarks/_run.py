@@ -29,7 +29,7 @@ from pytransformer.benchmarks._timing import Provider, flusher, measure
 
 SECONDS, QUICK_SECONDS = 0.2, 0.1  # of timing, for each visit of a case
 VISITS = 2  # of a case in a run, so that two runs can be compared
-MOST_VISITS = 4  # of one that is still too noisy for that
+MOST_VISITS = 3  # of one that is still too noisy for that
 PEER_SLACK = 4.0  # a peer a little less exact than eager torch is not wrong; ours is held to the rule itself
 
 Starting = Callable[[Case], None]

@@ -35,6 +35,7 @@ class TranslationWorkload:
     target: int
 
     op = "translation"
+    traceable = False  # a loop whose steps hang on the tokens before: no engine that compiles a graph takes it
     direction = "fwd"
     dtype = torch.float32
 

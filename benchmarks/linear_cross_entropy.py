@@ -18,7 +18,7 @@ from pytransformer.benchmarks._models import TRANSFORMER_BASE, Model
 from pytransformer.benchmarks._op_problem import OpProblem
 
 MINILM = Model("MiniLM", 12, 32, 1536, 8192)  # the vocabulary cut: the short row
-ROWS = ((MINILM, 256), (TRANSFORMER_BASE, 128))
+ROWS = ((MINILM, 256), (TRANSFORMER_BASE, 64))
 
 
 def cases(device: str = "cpu") -> Iterator[Case]:

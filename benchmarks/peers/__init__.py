@@ -85,7 +85,7 @@ class Peers:
         providers: dict[str, Provider] = {}
         absent: dict[str, str] = {}
         for peer in self.peers if workload is not None and not case.alone else ():
-            if not peer.adapters.keys() & {workload.op, "*"}:
+            if not peer.adapters.keys() & ({workload.op, "*"} if workload.traceable else {workload.op}):
                 continue  # the op is no concern of this peer
             if case.device == "cuda" and not peer.automatic and peer.name not in case.targets:
                 continue  # it compiles for many seconds: in the rows that hold us against it
