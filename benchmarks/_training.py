@@ -136,7 +136,7 @@ def _module(library: Any, model: Model, layers: int) -> Any:
             raise AbsentError("this version has no nn.Transformer")
         return library.Transformer(model.width, model.heads, layers, layers, model.hidden, **options).train()
     layer = library.TransformerEncoderLayer(model.width, model.heads, model.hidden, **options)
-    return library.TransformerEncoder(layer, layers, enable_nested_tensor=False).train()
+    return library.TransformerEncoder(layer, layers).train()
 
 
 def _step(module: Any, x: Tensor, weight: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
