@@ -63,7 +63,7 @@ def test_shapes(backend_isa, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("tokens", [2, 9, 17, 49])
+@pytest.mark.parametrize("tokens", [2, 9, 17, 33, 49, 64])
 def test_few_tokens(backend_isa, tokens, dtype):
     """Around where the CPU kernels take another product; the hidden layer is deeper than one of its blocks."""
     check("ffn", make((tokens,), 129, 2051, 50, dtype, gated=True), {"activation": "silu"}, backend_isa)
