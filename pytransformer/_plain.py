@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -121,10 +122,47 @@ def attention_saving_lse(
     return out
 
 
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    *,
+    is_causal: bool = False,
+    window: int | tuple[int | None, int | None] | None = None,
+    causal_align: str = "top_left",
+    spelling: Callable[..., Any] = attention,
+    **options: Any,
+) -> Tensor:
+    """``spelling`` of the sequences side by side in a batch, with one mask that says all."""
+    queries, keys = cu_seq_q.diff().tolist(), cu_seq_k.diff().tolist()
+    left, right = window if isinstance(window, tuple) else (window, window)
+    right = 0 if is_causal else right
+    seen = torch.zeros(len(queries), 1, max(queries), max(keys), dtype=torch.bool)
+    for n, (T, S) in enumerate(zip(queries, keys, strict=True)):
+        shift = S - T if causal_align == "bottom_right" else 0
+        distance = torch.arange(S) - torch.arange(T)[:, None] - shift
+        near = torch.ones_like(distance, dtype=torch.bool) if left is None else distance >= -left
+        seen[n, 0, :T, :S] = near if right is None else near & (distance <= right)
+    batch = (_side_by_side(x, n) for x, n in ((query, queries), (key, keys), (value, keys)))
+    out = spelling(*batch, seen, **options)
+    return torch.cat([out[n, :, :T].transpose(0, 1) for n, T in enumerate(queries)])
+
+
+def _side_by_side(x: Tensor, lengths: list[int]) -> Tensor:
+    """[T,H,D] of sequences end to end as [N,H,longest,D]."""
+    padded = [F.pad(part, (0, 0, 0, 0, 0, max(lengths) - part.shape[0])) for part in torch.split(x, lengths)]
+    return torch.stack(padded).transpose(1, 2)
+
+
 def spellings(op: str, options: Mapping[str, Any]) -> tuple[Callable[..., Any], ...]:
     """The ways of writing ``op`` in plain PyTorch whose errors are the measure of a kernel's."""
-    if op == "attention" and not options.keys() & {"dropout_p", "softcap", "seed", "return_lse", "return_weights"}:
+    saved = not options.keys() & {"dropout_p", "softcap", "seed", "return_lse", "return_weights"}
+    if op == "attention" and saved:
         return attention, attention_saving_lse
+    if op == "attention_varlen" and saved:
+        return attention_varlen, partial(attention_varlen, spelling=attention_saving_lse)
     return (globals()[op],)
 
 

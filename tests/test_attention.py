@@ -19,7 +19,7 @@ from helpers import (
 )
 
 from pytransformer import masks, ops, reference
-from pytransformer.ops.attention import _op
+from pytransformer.ops.attention import UNPACKED, _op
 
 # B, H, G, T, S, D, Dv
 SHAPES = {
@@ -494,7 +494,8 @@ def test_gradcheck_of_the_library_op_on_the_reference():
     keep = dense(1, 1, 4, 5).expand(1, 2, 4, 5)
 
     def function(q, k, v, b):
-        return _op.library_forward(q, k, v, keep, b, None, None, None, 0, 0.5, 0.0, 0.0, None, "reference")[0]
+        numbers = (None, 0, 0.5, 0.0, 0.0)
+        return _op.library_forward(q, k, v, keep, b, None, None, *numbers, None, *UNPACKED, "reference")[0]
 
     assert torch.autograd.gradcheck(function, (*leaves, bias))
 

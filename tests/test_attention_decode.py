@@ -1,4 +1,4 @@
-"""attention_decode over a cache in pages: each sequence by itself, in one piece, is what it must give.
+"""attention_decode, over a cache in pages above all: each sequence by itself, in one piece, is what it must give.
 
 Whatever no query sees is poisoned: the rest of the pool with NaN, the rest of the table with numbers of no page.
 """
@@ -204,6 +204,29 @@ def test_nothing_cached(backend_isa):
     assert lse.shape == (2, 2, 0)
 
 
+@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("paged", [False, True])
+def test_decode_is_the_end_of_attention(T, window, paged):
+    B, H, G, S, D, page = 3, 4, 2, 32, 16, 8
+    lengths = torch.tensor([T, 17, 32])
+    q, k, v = randn(B, H, T, D), randn(B, G, S, D), randn(B, G, S, D)
+    caches, options = (k, v), {}
+    if paged:
+        table = torch.randperm(B * S // page).view(B, -1)
+        pools = [torch.empty(B * S // page, page, G, D) for _ in range(2)]
+        for pool, x in zip(pools, (k, v), strict=True):
+            pool[table] = x.transpose(1, 2).unflatten(1, (-1, page))
+        caches, options = pools, {"block_table": table}
+    out, lse = ops.attention_decode(q, *caches, lengths, window=window, return_lse=True, **options)
+    for b in range(B):
+        one = (q[b : b + 1], k[b : b + 1, :, : lengths[b]], v[b : b + 1, :, : lengths[b]])
+        same = {"is_causal": True, "causal_align": "bottom_right", "window": window, "enable_gqa": True}
+        wanted, wanted_lse = ops.attention(*one, **same, return_lse=True, backend="reference")
+        torch.testing.assert_close(out[b : b + 1], wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(lse[b : b + 1], wanted_lse, rtol=1e-4, atol=1e-5)
+
+
 ONE = CASES["one_query"]
 
 
@@ -278,11 +301,25 @@ def test_opcheck(backend):
     case = CASES["odd_page"]
     given = case.paged(case.tensors(torch.float32))
     pools = (given[name].transpose(1, 2) for name in ("key_cache", "value_cache"))
-    args = (given["query"], *pools, None, None, given["cache_lengths"], None, -4, 0, 0.3, 0.0, 0.0)
+    args = (
+        given["query"],
+        *pools,
+        None,
+        None,
+        given["cache_lengths"],
+        None,
+        -4,
+        0,
+        0.3,
+        0.0,
+        0.0,
+        given["block_table"],
+    )
+    args = (*args, None, None, 0, 0, True)
     forward = torch.ops.pytransformer.attention_fwd.default
-    torch.library.opcheck(forward, (*args, given["block_table"], backend))
+    torch.library.opcheck(forward, (*args, backend))
     with pytest.raises(ValueError, match="keys and values in pages have no gradient"):
-        forward(args[0].requires_grad_(), *args[1:], given["block_table"], backend)
+        forward(args[0].requires_grad_(), *args[1:], backend)
 
 
 @needs_cpu
@@ -317,4 +354,21 @@ def test_bad_input(change, error, message):
     good = {"query": QUERY, "key_cache": POOL, "value_cache": POOL, "block_table": table}
     good["cache_lengths"] = torch.tensor([8, 3])
     ops.attention_decode(**good)
+    assert_rejects(ops.attention_decode, good | change, error, message)
+
+
+CACHE = torch.ones(2, 2, 8, 4)
+ONE_QUERY = torch.ones(2, 2, 1, 4)
+BAD_UNPAGED = [
+    ({"cache_lengths": torch.tensor([0, 3])}, ValueError, "between T = 1 and S = 8, got [0, 3]"),
+    ({"cache_lengths": torch.tensor([3])}, TypeError, "cache_lengths must be integer [2], got int64 [1]"),
+    ({"key_cache": CACHE[:1]}, ValueError, "key_cache must be [B,G,S,D] with B = 2, got float32 [1, 2, 8, 4]"),
+    ({"key_cache": CACHE[:, :, 0]}, ValueError, "key_cache must be [B,G,S,D] with B = 2, got float32 [2, 2, 4]"),
+    ({"window": -1}, ValueError, "window must be a non-negative integer or None, got -1"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD_UNPAGED, ids=[m[:40] for *_, m in BAD_UNPAGED])
+def test_bad_input_without_pages(change, error, message):
+    good = {"query": ONE_QUERY, "key_cache": CACHE, "value_cache": CACHE, "cache_lengths": torch.tensor([8, 3])}
     assert_rejects(ops.attention_decode, good | change, error, message)

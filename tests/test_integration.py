@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pytransformer import backends, ops
 from pytransformer.ops._op import FusedOp
+from pytransformer.ops.attention import UNPACKED
 
 RNG = torch.tensor([3, 1])
 
@@ -31,7 +32,7 @@ def layer_norm_args():
 def attention_args():
     q, k, v = randn(2, 4, 5, 8), randn(2, 2, 6, 8), randn(2, 2, 6, 8)
     mask = (torch.rand(2, 1, 1, 6) < 0.8).expand(2, 4, 5, 6)
-    return (q, k, v, mask, randn(1, 4, 1, 6), torch.tensor([6, 4]), None, -3, 2, 0.3, 0.0, 0.0, None)
+    return (q, k, v, mask, randn(1, 4, 1, 6), torch.tensor([6, 4]), None, -3, 2, 0.3, 0.0, 0.0, None, *UNPACKED)
 
 
 def ffn_args():

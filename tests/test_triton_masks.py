@@ -10,6 +10,7 @@ from helpers import randn
 
 from pytransformer import backends, masks, ops
 from pytransformer.ops import _packed
+from pytransformer.ops.attention import UNPACKED
 
 pytestmark = pytest.mark.interpreted
 B, H, S, D = 2, 1, 40, 16
@@ -105,7 +106,7 @@ def test_compiled_code_packs_for_itself(made):
     """Its buffers are written to behind the version counter's back."""
     mask = torch.rand(B, 1, S, S) < 0.7
     q = _query()
-    args = (q, q, q, mask, None, None, None, None, None, 0.25, 0.0, 0.0, None, "triton")
+    args = (q, q, q, mask, None, None, None, None, None, 0.25, 0.0, 0.0, None, *UNPACKED, "triton")
     for _ in range(2):
         torch.ops.pytransformer.attention_fwd(*args)
     assert made["pack"] == 2

@@ -28,8 +28,19 @@ void check_pages(const AttentionProblem& a) {
                           (table.stride[1] == 1 || table.shape[1] <= 1),
                       "attention: block_table must be int32 [B,P] with unit stride in the last dimension");
   PYTRANSFORMER_CHECK(!a.mask && !a.bias && a.dropout_p == 0, "attention: pages are read without mask, bias, dropout");
+  PYTRANSFORMER_CHECK(a.at_end && !a.cu_seq_q, "attention: with pages the band counts from the end of each sequence");
   PYTRANSFORMER_CHECK(k.shape[1] > 0 && q.shape[1] / k.shape[1] * q.shape[2] <= most_paged_rows,
                       "attention: pages are read for up to ", most_paged_rows, " queries a key head");
+}
+
+void check_packing(const AttentionProblem& a) {
+  for (const TensorView* t : {&a.cu_seq_q, &a.cu_seq_k}) {
+    PYTRANSFORMER_CHECK(
+        t->dtype == DType::int32 && t->ndim == 1 && t->shape[0] == a.query.shape[0] + 1 && t->contiguous(),
+        "attention: cu_seq_q and cu_seq_k must be contiguous int32 [B+1]");
+  }
+  PYTRANSFORMER_CHECK(!a.mask && !a.bias && !a.key_lengths,
+                      "attention: sequences end to end are read without mask, bias and key_lengths");
 }
 
 void check_problem(const AttentionProblem& a) {
@@ -40,6 +51,7 @@ void check_problem(const AttentionProblem& a) {
   check_heads(k, q, first, k.shape[1], k.shape[2], q.shape[3], "key");
   check_heads(v, q, first, k.shape[1], k.shape[2], v.shape[3], "value");
   if (a.block_table) check_pages(a);
+  if (a.cu_seq_q || a.cu_seq_k) check_packing(a);
   PYTRANSFORMER_CHECK(k.shape[1] > 0 ? q.shape[1] % k.shape[1] == 0 : q.shape[1] == 0,
                       "attention: query heads must be a multiple of key heads");
   for (const TensorView* t : {&a.mask, &a.bias}) {
@@ -53,16 +65,19 @@ void check_problem(const AttentionProblem& a) {
                       "attention: key_lengths must be contiguous int64 [B]");
 }
 
-void check_lse(const TensorView& lse, const TensorView& query) {
-  PYTRANSFORMER_CHECK(lse.dtype == DType::float32 && lse.contiguous() &&
-                          lse.numel() == query.shape[0] * query.shape[1] * query.shape[2],
+void check_lse(const TensorView& lse, const AttentionProblem& a) {
+  const TensorView& q = a.query;
+  const bool shaped =
+      lse.ndim == 3 && lse.shape[0] == q.shape[0] && lse.shape[1] == q.shape[1] && lse.shape[2] == q.shape[2];
+  PYTRANSFORMER_CHECK(lse.dtype == DType::float32 && shaped && (a.cu_seq_q || lse.contiguous()),
                       "attention: lse must be contiguous float32 [B,H,T]");
 }
 
 AttentionProblem problem(const TensorView& query, const TensorView& key, const TensorView& value,
                          const TensorView& mask, const TensorView& bias, const TensorView& key_lengths,
                          std::optional<int64_t> band_lower, std::optional<int64_t> band_upper, float scale,
-                         float softcap, float dropout_p, const TensorView& block_table, const Call& call) {
+                         float softcap, float dropout_p, const TensorView& block_table, const TensorView& cu_seq_q,
+                         const TensorView& cu_seq_k, bool at_end, const Call& call) {
   AttentionProblem a{query,
                      key,
                      value,
@@ -76,7 +91,10 @@ AttentionProblem problem(const TensorView& query, const TensorView& key, const T
                      dropout_p,
                      call.seed(),
                      call.offset(),
-                     block_table};
+                     block_table,
+                     cu_seq_q,
+                     cu_seq_k,
+                     at_end};
   check_problem(a);
   return a;
 }
@@ -84,22 +102,24 @@ AttentionProblem problem(const TensorView& query, const TensorView& key, const T
 void forward(const TensorView& query, const TensorView& key, const TensorView& value, const TensorView& mask,
              const TensorView& bias, const TensorView& key_lengths, std::optional<int64_t> band_lower,
              std::optional<int64_t> band_upper, float scale, float softcap, float dropout_p,
-             const TensorView& block_table, const TensorView& out, const TensorView& lse, const Call& call) {
+             const TensorView& block_table, const TensorView& cu_seq_q, const TensorView& cu_seq_k, bool at_end,
+             const TensorView& out, const TensorView& lse, const Call& call) {
   const AttentionProblem a = problem(query, key, value, mask, bias, key_lengths, band_lower, band_upper, scale, softcap,
-                                     dropout_p, block_table, call);
+                                     dropout_p, block_table, cu_seq_q, cu_seq_k, at_end, call);
   const TensorView& q = a.query;
   check_heads(out, q, q.shape[0], q.shape[1], q.shape[2], a.value.shape[3], "out");
-  check_lse(lse, q);
+  check_lse(lse, a);
   call(PYTRANSFORMER_KERNEL(attention_fwd), AttentionForward{a, out, lse});
 }
 
 void backward(const TensorView& query, const TensorView& key, const TensorView& value, const TensorView& mask,
               const TensorView& bias, const TensorView& key_lengths, std::optional<int64_t> band_lower,
-              std::optional<int64_t> band_upper, float scale, float softcap, float dropout_p, const TensorView& out,
+              std::optional<int64_t> band_upper, float scale, float softcap, float dropout_p,
+              const TensorView& cu_seq_q, const TensorView& cu_seq_k, bool at_end, const TensorView& out,
               const TensorView& lse, const TensorView& grad_out, const TensorView& grad_query,
               const TensorView& grad_key, const TensorView& grad_value, const TensorView& grad_bias, const Call& call) {
-  const AttentionProblem a =
-      problem(query, key, value, mask, bias, key_lengths, band_lower, band_upper, scale, softcap, dropout_p, {}, call);
+  const AttentionProblem a = problem(query, key, value, mask, bias, key_lengths, band_lower, band_upper, scale, softcap,
+                                     dropout_p, {}, cu_seq_q, cu_seq_k, at_end, call);
   const TensorView &q = a.query, &k = a.key, &v = a.value;
   const int64_t B = q.shape[0], H = q.shape[1], T = q.shape[2], G = k.shape[1], S = k.shape[2];
   check_heads(out, q, B, H, T, v.shape[3], "out");
@@ -107,7 +127,7 @@ void backward(const TensorView& query, const TensorView& key, const TensorView& 
   check_heads(grad_query, q, B, H, T, q.shape[3], "grad_query");
   check_heads(grad_key, q, B, G, S, q.shape[3], "grad_key");
   check_heads(grad_value, q, B, G, S, v.shape[3], "grad_value");
-  check_lse(lse, q);
+  check_lse(lse, a);
   PYTRANSFORMER_CHECK(!grad_bias || (a.bias && grad_bias.dtype == DType::float32 && grad_bias.ndim == 4 &&
                                      grad_bias.contiguous() && grad_bias.numel() == B * H * T * S),
                       "attention: grad_bias must be contiguous float32 [B,H,T,S]");
@@ -122,6 +142,7 @@ int64_t workspace(const TensorView& query, const TensorView& key, const TensorVi
   AttentionProblem a{query, key, value, mask};
   a.dropout_p = dropout_p;
   a.block_table = block_table;
+  a.at_end = bool(block_table);
   check_problem(a);
   return backward ? cuda::attention_bwd_workspace(a) : cuda::attention_fwd_workspace(a);
 }

@@ -91,7 +91,7 @@ class Forward : Scoring {
         const QueryBlock<Op> scratch = block(thread_index());
         pack(b, g, 0, key_count, packed);
         for (int64_t h = g * group; h < (g + 1) * group; ++h)
-          for (int64_t i = 0; i < blocks; ++i) query_rows(b, h, i * query_block, packed, scratch);
+          for (int64_t t = 0; t < queries_in(b); t += query_block) query_rows(b, h, t, packed, scratch);
       });
       return;
     }
@@ -103,6 +103,7 @@ class Forward : Scoring {
     parallel_tasks(batches * heads * blocks, [&](int64_t task) {
       const int64_t i = blocks - 1 - task / (batches * heads), bh = task % (batches * heads);
       const int64_t b = bh / heads, h = bh % heads;
+      if (i * query_block >= queries_in(b)) return;
       query_rows(b, h, i * query_block, head(b * kv_heads + h / group), block(thread_index()));
     });
   }
@@ -144,9 +145,9 @@ class Forward : Scoring {
     for (int64_t s = from; s < to; s += key_chunk) {
       const int64_t rows = least(key_chunk, to - s);
       const uint8_t* keep = keys.keep != nullptr ? keys.keep + s : nullptr;
-      pack_columns(row_of<const T>(a_.key, b, g, s), a_.key.stride[2], rows, depth, keep,
+      pack_columns(key_row<const T>(a_.key, b, g, s), a_.key.stride[2], rows, depth, keep,
                    packed.key + s * round_up(depth, depth_step<Op>));
-      packed.flagged[s / key_chunk] = pack_rows(row_of<const T>(a_.value, b, g, s), a_.value.stride[2], s, rows,
+      packed.flagged[s / key_chunk] = pack_rows(key_row<const T>(a_.value, b, g, s), a_.value.stride[2], s, rows,
                                                 key_count, columns, keep, packed.value);
     }
   }
@@ -160,8 +161,8 @@ class Forward : Scoring {
   // A block of queries, from t on, of query head (b, h).
   void query_rows(int64_t b, int64_t h, int64_t t, const PackedHead<Op>& packed, const QueryBlock<Op>& s) const {
     const Keys& keys = visibility_.keys(b);
-    const Rows rows{b, h, t, least(query_block, query_count - t)};
-    copy_rows(row_of<const T>(a_.query, b, h, t), a_.query.stride[2], rows.count, depth, nullptr, s.query,
+    const Rows rows{b, h, t, least(query_block, queries_in(b) - t)};
+    copy_rows(query_row<const T>(a_.query, b, h, t), a_.query.stride[2], rows.count, depth, nullptr, s.query,
               depth_stride);
     for (int64_t i = 0; i < rows.count * columns_stride; ++i) s.out[i] = 0;
     for (int64_t i = 0; i < rows.count * lanes; ++i) s.sums[i] = 0;
@@ -284,7 +285,7 @@ class Forward : Scoring {
         const Left<Op> weights = {s.weights + r * score_stride + (first - n), score_stride, depth_step<Op>};
         float* out = s.out + r * columns_stride + c;
         if (flagged) {
-          multiply_rows_nonzero(weights, tile, row_of<const T>(a_.value, rows.b, rows.h / group, first),
+          multiply_rows_nonzero(weights, tile, key_row<const T>(a_.value, rows.b, rows.h / group, first),
                                 a_.value.stride[2], columns, last - first, out, columns_stride);
         } else {
           const Op* value = packed.value + c * round_up(key_count, depth_step<Op>) + first * width;

@@ -341,17 +341,32 @@ struct Dimensions {
         columns(a.value.shape[3]),
         group(heads / kv_heads),
         depth_stride(round_up(depth, lanes)),
-        columns_stride(round_up(columns, lanes)) {}
+        columns_stride(round_up(columns, lanes)),
+        cu_seq_q(a.cu_seq_q ? a.cu_seq_q.ptr<const int32_t>() : nullptr),
+        cu_seq_k(a.cu_seq_k ? a.cu_seq_k.ptr<const int32_t>() : nullptr) {}
 
   // Where row (b, h, t) of the [B,H,T,S] scores begins: the index that dropout counts by.
   uint64_t score_index(int64_t b, int64_t h, int64_t t) const {
     return uint64_t((b * heads + h) * query_count + t) * uint64_t(key_count);
   }
 
-  int64_t batches, heads, kv_heads, query_count, key_count;
-  int64_t depth, columns;  // of query and key, of value
-  int64_t group;           // query heads that share a key/value head
+  // Of sequence b: how many queries and keys, and row t of head h of what lies like the queries, or like the keys.
+  int64_t queries_in(int64_t b) const { return cu_seq_q == nullptr ? query_count : cu_seq_q[b + 1] - cu_seq_q[b]; }
+  int64_t keys_in(int64_t b) const { return cu_seq_k == nullptr ? key_count : cu_seq_k[b + 1] - cu_seq_k[b]; }
+  template <class T>
+  T* query_row(const TensorView& x, int64_t b, int64_t h, int64_t t) const {
+    return row_of<T>(x, b, h, cu_seq_q == nullptr ? t : cu_seq_q[b] + t);
+  }
+  template <class T>
+  T* key_row(const TensorView& x, int64_t b, int64_t g, int64_t s) const {
+    return row_of<T>(x, b, g, cu_seq_k == nullptr ? s : cu_seq_k[b] + s);
+  }
+
+  int64_t batches, heads, kv_heads, query_count, key_count;  // counts of the longest sequence
+  int64_t depth, columns;                                    // of query and key, of value
+  int64_t group;                                             // query heads that share a key/value head
   int64_t depth_stride, columns_stride;
+  const int32_t *cu_seq_q, *cu_seq_k;  // null unless sequences lie end to end
 };
 
 // Queries [t, t + count) of head (b, h).
@@ -437,21 +452,20 @@ class Addends {
 // (key padding) is merged with key_lengths into Keys and costs nothing per score where it has no holes.
 class Visibility {
  public:
-  explicit Visibility(const AttentionProblem& a)
+  Visibility(const AttentionProblem& a, const Dimensions& d)
       : mask_in_keys_(bool(a.mask) && broadcast(a.mask, 1) && broadcast(a.mask, 2)),
         addends_(a, mask_in_keys_),
-        batches_(a.query.shape[0]),
-        keys_(batches_),
-        keep_(mask_in_keys_ ? batches_ * a.key_count() : 0) {
-    const int64_t length = a.key_count(), reach = length + a.query.shape[2];
+        keys_(d.batches),
+        keep_(mask_in_keys_ ? d.batches * d.key_count : 0) {
+    const int64_t reach = d.key_count + d.query_count;
     lower_ = clamp(a.band_lower, -reach, reach);
     upper_ = clamp(a.band_upper, -reach, reach);
-    for (int64_t b = 0; b < batches_; ++b) {
+    for (int64_t b = 0; b < d.batches; ++b) {
       Keys& keys = keys_.data()[b];
       keys = Keys{};
-      keys.end = a.key_lengths ? clamp(a.key_lengths.ptr<int64_t>()[b], 0, length) : length;
-      if (a.block_table) keys.shift = keys.end - a.query.shape[2];
-      if (mask_in_keys_) apply_mask(a.mask, b, length, keys);
+      keys.end = a.key_lengths ? clamp(a.key_lengths.ptr<int64_t>()[b], 0, d.key_count) : d.keys_in(b);
+      if (a.at_end) keys.shift = keys.end - d.queries_in(b);
+      if (mask_in_keys_) apply_mask(a.mask, b, d.key_count, keys);
     }
   }
 
@@ -461,9 +475,9 @@ class Visibility {
   // The keys [lower, upper) that the band and Keys leave to query t; both grow with t.
   int64_t lower(const Keys& keys, int64_t t) const { return clamp(t + keys.shift + lower_, keys.begin, keys.end); }
   int64_t upper(const Keys& keys, int64_t t) const { return clamp(t + keys.shift + upper_ + 1, keys.begin, keys.end); }
-  // The queries [first, last) of [0, length) whose band includes key s.
-  int64_t first_query(int64_t s, int64_t length) const { return clamp(s - upper_, 0, length); }
-  int64_t last_query(int64_t s, int64_t length) const { return clamp(s - lower_ + 1, 0, length); }
+  // The queries [first, last) whose band includes key s.
+  int64_t first_query(const Keys& keys, int64_t s) const { return most(s - keys.shift - upper_, 0); }
+  int64_t last_query(const Keys& keys, int64_t s) const { return most(s - keys.shift - lower_ + 1, 0); }
 
  private:
   static bool broadcast(const TensorView& x, int dim) { return x.stride[dim] == 0 || x.shape[dim] == 1; }
@@ -486,7 +500,6 @@ class Visibility {
 
   bool mask_in_keys_;
   Addends addends_;
-  int64_t batches_;
   Buffer<Keys> keys_;
   Buffer<uint8_t> keep_;
   int64_t lower_ = 0, upper_ = 0;
@@ -498,7 +511,7 @@ class Scoring : protected Dimensions {
  protected:
   explicit Scoring(const AttentionProblem& a)
       : Dimensions(a),
-        visibility_(a),
+        visibility_(a, *this),
         score_map_(a),
         scale_(a.scale),
         scale_first_(visibility_.addends().any() || a.softcap > 0 || !(a.scale > 0)) {}
@@ -528,9 +541,9 @@ class Scoring : protected Dimensions {
   void store_query(const AttentionForward& a, int64_t b, int64_t h, int64_t t, const float* values, float top,
                    float sum, float rescale) const {
     const Vec inverse = Vec::set1(sum == 0 ? 0.0f : rescale / sum);
-    T* out = row_of<T>(a.out, b, h, t);
+    T* out = query_row<T>(a.out, b, h, t);
     for (int64_t c = 0; c < columns; c += lanes) store_some(out + c, Vec::load(values + c) * inverse, columns - c);
-    a.lse.template ptr<float>()[(b * heads + h) * query_count + t] =
+    *query_row<float>(a.lse, b, h, t) =
         sum == 0 ? negative_infinity : float(double(top) * unit(b) + std::log(double(sum)));
   }
 

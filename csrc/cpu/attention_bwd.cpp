@@ -91,8 +91,9 @@ class Backward : Scoring {
       const HeadSums total = sums(task * parts);
       for (int64_t part = 1; part < parts; ++part) {
         const HeadSums other = sums(task * parts + part);
-        for (int64_t i = 0; i < key_count * depth_stride; ++i) total.grad_key[i] += other.grad_key[i];
-        for (int64_t i = 0; i < key_count * columns_stride; ++i) total.grad_value[i] += other.grad_value[i];
+        const int64_t keys = keys_in(task / kv_heads);
+        for (int64_t i = 0; i < keys * depth_stride; ++i) total.grad_key[i] += other.grad_key[i];
+        for (int64_t i = 0; i < keys * columns_stride; ++i) total.grad_value[i] += other.grad_value[i];
       }
       store_sums(task / kv_heads, task % kv_heads, total);
     });
@@ -142,12 +143,12 @@ class Backward : Scoring {
   // Every parts-th block of queries, of all query heads that read key/value head (b, g).
   void kv_head(int64_t b, int64_t g, int64_t part, int64_t parts, const Head<Op>& head, const HeadSums& sums,
                const Block<Op>& s) const {
-    for (int64_t i = 0; i < key_count * depth_stride; ++i) sums.grad_key[i] = 0;
-    for (int64_t i = 0; i < key_count * columns_stride; ++i) sums.grad_value[i] = 0;
+    for (int64_t i = 0; i < keys_in(b) * depth_stride; ++i) sums.grad_key[i] = 0;
+    for (int64_t i = 0; i < keys_in(b) * columns_stride; ++i) sums.grad_value[i] = 0;
     const bool flagged = pack_head(b, g, head);
     for (int64_t h = g * group; h < (g + 1) * group; ++h) {
-      for (int64_t t = part * query_block; t < query_count; t += parts * query_block) {
-        query_rows({b, h, t, least(query_block, query_count - t)}, flagged, head, sums, s);
+      for (int64_t t = part * query_block; t < queries_in(b); t += parts * query_block) {
+        query_rows({b, h, t, least(query_block, queries_in(b) - t)}, flagged, head, sums, s);
       }
     }
   }
@@ -158,9 +159,9 @@ class Backward : Scoring {
     const int64_t first = round_down(keys.begin, step), rows = keys.end - first;
     if (rows <= 0) return false;
     const uint8_t* keep = keys.keep != nullptr ? keys.keep + first : nullptr;
-    const T* key = row_of<const T>(a_.key, b, g, first);
+    const T* key = key_row<const T>(a_.key, b, g, first);
     copy_rows(key, a_.key.stride[2], rows, depth, keep, head.key + first * depth_stride, depth_stride);
-    copy_rows(row_of<const T>(a_.value, b, g, first), a_.value.stride[2], rows, columns, keep,
+    copy_rows(key_row<const T>(a_.value, b, g, first), a_.value.stride[2], rows, columns, keep,
               head.value + first * columns_stride, columns_stride);
     return pack_rows(key, a_.key.stride[2], first, rows, key_count, depth, keep, head.key_rows);
   }
@@ -182,13 +183,13 @@ class Backward : Scoring {
     }
     const Vec scale = Vec::set1(a_.scale);
     for (int64_t r = 0; r < rows.count; ++r) {
-      store_row(row_of<T>(a_.grad_query, rows.b, rows.h, rows.t + r), s.grad_query + r * depth_stride, depth, scale);
+      store_row(query_row<T>(a_.grad_query, rows.b, rows.h, rows.t + r), s.grad_query + r * depth_stride, depth, scale);
     }
   }
 
   void pack_queries(const Rows& block, const Block<Op>& s) const {
     const auto [b, h, t, rows] = block;
-    const float* lse = a_.lse.template ptr<float>() + (b * heads + h) * query_count + t;
+    const float* lse = query_row<const float>(a_.lse, b, h, t);
     for (int64_t r = 0; r < query_block; ++r) {
       s.live[r] = r < rows && lse[r] != negative_infinity;
       // Half an ulp of lse would scale all weights of the row: the conversion keeps what it rounds away.
@@ -197,8 +198,8 @@ class Backward : Scoring {
       s.lse_low[r] = s.live[r] ? float(exact - double(s.lse[r])) : 0.0f;
       s.delta[r] = s.live[r] ? row_product(b, h, t + r) : 0.0f;
     }
-    const T* query = row_of<const T>(a_.query, b, h, t);
-    const T* grad = row_of<const T>(a_.grad_out, b, h, t);
+    const T* query = query_row<const T>(a_.query, b, h, t);
+    const T* grad = query_row<const T>(a_.grad_out, b, h, t);
     const int64_t query_stride = a_.query.stride[2], grad_stride = a_.grad_out.stride[2];
     pack_columns(query, query_stride, rows, depth, s.live, s.query_columns);
     pack_columns(grad, grad_stride, rows, columns, s.live, s.grad_columns);
@@ -207,7 +208,7 @@ class Backward : Scoring {
   }
 
   float row_product(int64_t b, int64_t h, int64_t t) const {
-    const T *out = row_of<const T>(a_.out, b, h, t), *grad = row_of<const T>(a_.grad_out, b, h, t);
+    const T *out = query_row<const T>(a_.out, b, h, t), *grad = query_row<const T>(a_.grad_out, b, h, t);
     Vec sum = Vec::zero();
     for (int64_t c = 0; c < columns; c += lanes) {
       sum = fma(load_some(out + c, columns - c), load_some(grad + c, columns - c), sum);
@@ -217,8 +218,9 @@ class Backward : Scoring {
 
   // Which queries [first, last) of the block see some of the keys [s, s + count); `first` begins a vector.
   std::pair<int64_t, int64_t> query_range(const Rows& rows, int64_t s, int64_t count) const {
-    const int64_t first = clamp(visibility_.first_query(s, query_count) - rows.t, 0, rows.count);
-    const int64_t last = clamp(visibility_.last_query(s + count - 1, query_count) - rows.t, 0, rows.count);
+    const Keys& keys = visibility_.keys(rows.b);
+    const int64_t first = clamp(visibility_.first_query(keys, s) - rows.t, 0, rows.count);
+    const int64_t last = clamp(visibility_.last_query(keys, s + count - 1) - rows.t, 0, rows.count);
     return {round_down(first, lanes), last};
   }
 
@@ -264,8 +266,8 @@ class Backward : Scoring {
   void mask_row(const Keys& keys, const Rows& rows, int64_t n, int64_t row, std::pair<int64_t, int64_t> seen,
                 bool mapped, const Block<Op>& s, float* slopes) const {
     const int64_t key = n + row;
-    const int64_t high = clamp(visibility_.last_query(key, query_count) - rows.t, 0, rows.count);
-    const int64_t low = key < keys.begin ? high : clamp(visibility_.first_query(key, query_count) - rows.t, 0, high);
+    const int64_t high = clamp(visibility_.last_query(keys, key) - rows.t, 0, rows.count);
+    const int64_t low = key < keys.begin ? high : clamp(visibility_.first_query(keys, key) - rows.t, 0, high);
     if (!mapped && low <= seen.first && high >= round_up(seen.second, lanes)) return;
     float* scores = s.scores + row * query_block;
     const float* addends = s.addends + row * query_block;
@@ -339,7 +341,7 @@ class Backward : Scoring {
     if constexpr (step == 2) pair_keys(count, s);
     const Left<Op> turned = {step == 2 ? s.grad_score_pairs : s.grad_scores, step, step * query_block};
     if (flagged) {
-      const T* key = row_of<const T>(a_.key, rows.b, rows.h / group, n);
+      const T* key = key_row<const T>(a_.key, rows.b, rows.h / group, n);
       multiply_rows_nonzero(turned, rows.count, key, a_.key.stride[2], depth, count, s.grad_query, depth_stride);
       return;
     }
@@ -368,9 +370,9 @@ class Backward : Scoring {
   }
 
   void store_sums(int64_t b, int64_t g, const HeadSums& sums) const {
-    for (int64_t s = 0; s < key_count; ++s) {
-      store_row(row_of<T>(a_.grad_key, b, g, s), sums.grad_key + s * depth_stride, depth, Vec::set1(a_.scale));
-      store_row(row_of<T>(a_.grad_value, b, g, s), sums.grad_value + s * columns_stride, columns,
+    for (int64_t s = 0; s < keys_in(b); ++s) {
+      store_row(key_row<T>(a_.grad_key, b, g, s), sums.grad_key + s * depth_stride, depth, Vec::set1(a_.scale));
+      store_row(key_row<T>(a_.grad_value, b, g, s), sums.grad_value + s * columns_stride, columns,
                 Vec::set1(dropout_.scale));
     }
   }

@@ -85,7 +85,7 @@ class Decode : Scoring {
 
   // Key s of head (b, g), or its value, and how many of `count` keys from there on follow at the stride of rows.
   const T* row_at(const TensorView& x, int64_t b, int64_t g, int64_t s) const {
-    if (!a_.block_table) return row_of<const T>(x, b, g, s);
+    if (!a_.block_table) return key_row<const T>(x, b, g, s);
     const int32_t* pages = a_.block_table.ptr<const int32_t>() + b * a_.block_table.stride[0];
     return row_of<const T>(x, pages[s / page()], g, s % page());
   }
@@ -98,7 +98,8 @@ class Decode : Scoring {
     for (int64_t r = 0; r < rows_; ++r) {
       result.top[r] = negative_infinity;
       result.sum[r] = 0;
-      copy_rows(row_of<const T>(a_.query, b, head_of(g, r), query_of(r)), 0, 1, depth, nullptr,
+      const int64_t features = query_of(r) < queries_in(b) ? depth : 0;  // others than the sequence's are zeros
+      copy_rows(query_row<const T>(a_.query, b, head_of(g, r), query_of(r)), 0, 1, features, nullptr,
                 s.query + r * depth_stride, depth_stride);
     }
     const Keys& keys = visibility_.keys(b);
@@ -233,6 +234,7 @@ class Decode : Scoring {
 
   void store(int64_t b, int64_t g, const Partial& s) const {
     for (int64_t r = 0; r < rows_; ++r) {
+      if (query_of(r) >= queries_in(b)) continue;
       store_query<T>(a_, b, head_of(g, r), query_of(r), s.out + r * columns_stride, s.top[r], s.sum[r], 1.0f);
     }
   }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import overload
+from collections.abc import Sequence
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -51,12 +52,51 @@ def unpaged(
     """Why no kernel reads keys and values of this call from pages, or None."""
     if block_table is None:
         return None
-    rows = query.shape[1] // max(key.shape[1], 1) * query.shape[2]
-    if rows > MOST_PAGED_ROWS:
-        return f"pages are read for up to {MOST_PAGED_ROWS} queries a key head, not {rows}"
+    queries = query.shape[1] // max(key.shape[1], 1) * query.shape[2]
+    if queries > MOST_PAGED_ROWS:
+        return f"pages are read for up to {MOST_PAGED_ROWS} queries a key head, not {queries}"
     if mask is not None or bias is not None or dropout_p > 0:
         return "pages are read without mask, bias and dropout"
     return None
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """``x``, or a copy of it whose last dimension is contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def empty_heads(like: Tensor, shape: Sequence[int], packed: bool) -> Tensor:
+    """Room for [B,H,T,D]; of packed sequences, which come as [T,H,D], in the order of these."""
+    if not packed:
+        return like.new_empty(shape)
+    B, H, T, D = shape
+    return like.new_empty(B, T, H, D).transpose(1, 2)
+
+
+class Packing(NamedTuple):
+    """Sequences that lie end to end, as kernels read them; or none, and nothing changes.
+
+    A packed tensor is [1,H,T,D] for a caller and [N,H,longest,D] for a kernel: a view in which every sequence begins
+    at the first row. The kernel adds the row where it does begin, ``cu_seq[n]``, and computes none beyond
+    ``cu_seq[n + 1]``.
+    """
+
+    cu_seq_q: Tensor | None = None
+    cu_seq_k: Tensor | None = None
+    max_q: int = 0
+    max_k: int = 0
+
+    def queries(self, x: Tensor) -> Tensor:
+        """What lies like the queries: query, out, lse and their gradients."""
+        return x if self.cu_seq_q is None else self._each(x, self.cu_seq_q, self.max_q)
+
+    def keys(self, x: Tensor) -> Tensor:
+        """What lies like the keys."""
+        return x if self.cu_seq_k is None else self._each(x, self.cu_seq_k, self.max_k)
+
+    @staticmethod
+    def _each(x: Tensor, cu_seq: Tensor, longest: int) -> Tensor:
+        return x.narrow(2, 0, longest).expand(cu_seq.shape[0] - 1, *x.shape[1:2], longest, *x.shape[3:])
 
 
 @overload

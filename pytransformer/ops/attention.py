@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pytransformer import reference
 from pytransformer.backends import select
+from pytransformer.backends._arguments import empty_heads
 from pytransformer.masks import ALIGNMENTS, Mask
 from pytransformer.ops._autocast import autocast_off, cast_to
 from pytransformer.ops._bands import check_window
@@ -33,6 +34,7 @@ __all__ = ["attention", "visible_keys"]  # the second for nn, which does not rea
 
 _LETTERS = "[B,H,T,S]"
 _NO_MASK = Mask()
+UNPACKED = (None, None, 0, 0, False)  # the last arguments of a call that is no packed one, nor at the end
 
 
 class AttentionOp(FusedOp):
@@ -40,44 +42,46 @@ class AttentionOp(FusedOp):
     masks_at: ClassVar[dict[str, int]] = {"fwd": 3, "bwd": 6}
     forward_schema = (
         "(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, Tensor? key_lengths, Tensor? rng,"
-        " SymInt? band_lower, SymInt? band_upper, float scale, float softcap, float dropout_p, Tensor? block_table)"
-        " -> (Tensor, Tensor)"
+        " SymInt? band_lower, SymInt? band_upper, float scale, float softcap, float dropout_p, Tensor? block_table,"
+        " Tensor? cu_seq_q, Tensor? cu_seq_k, SymInt max_q, SymInt max_k, bool at_end) -> (Tensor, Tensor)"
     )
     backward_schema = (
         "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor? mask,"
         " Tensor? bias, Tensor? key_lengths, Tensor? rng, SymInt? band_lower, SymInt? band_upper, float scale,"
-        " float softcap, float dropout_p, bool needs_bias) -> (Tensor, Tensor, Tensor, Tensor)"
+        " float softcap, float dropout_p, Tensor? cu_seq_q, Tensor? cu_seq_k, SymInt max_q, SymInt max_k,"
+        " bool at_end, bool needs_bias) -> (Tensor, Tensor, Tensor, Tensor)"
     )
 
     @staticmethod
     def fake_forward(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        B, H, T, _ = query.shape
+        shape, packed = query.shape[:3], args[11] is not None
         lse_dtype = torch.promote_types(query.dtype, torch.float32)
-        return query.new_empty(B, H, T, value.shape[-1]), query.new_empty(B, H, T, dtype=lse_dtype)
+        return empty_heads(query, (*shape, value.shape[-1]), packed), query.new_empty(shape, dtype=lse_dtype)
 
     @staticmethod
     def fake_backward(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        bias, needs_bias = args[3], args[-1]
+        bias, cu_seq_q, needs_bias = args[3], args[11], args[-1]
         grad_bias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device) if needs_bias else query.new_empty(0)
-        return *(x.new_empty(x.shape) for x in (query, key, value)), grad_bias
+        return *(empty_heads(x, x.shape, cu_seq_q is not None) for x in (query, key, value)), grad_bias
 
     @staticmethod
     def save(args: Any, outputs: Any) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
-        query, key, value, *rest, block_table = args
+        inputs, masks, numbers, block_table = args[:3], args[3:7], args[7:12], args[12]
         if block_table is not None:
             raise ValueError("attention: keys and values in pages have no gradient, nor has their query: gather them")
-        tensors, extra = rest[:4], rest[4:]
-        return (query, key, value, *outputs, *tensors), tuple(extra)
+        cu_seq, lengths = args[13:15], args[15:]
+        return (*inputs, *outputs, *masks, *cu_seq), (*numbers, *lengths)
 
     @staticmethod
     def backward_args(saved: Any, extra: Any, grads: Any, needs: Any) -> tuple[Any, ...]:
-        return (*grads, *saved, *extra, needs[4])
+        *tensors, cu_seq_q, cu_seq_k = saved
+        return (*grads, *tensors, *extra[:5], cu_seq_q, cu_seq_k, *extra[5:], needs[4])
 
     @staticmethod
     def input_grads(grads: Any, needs: Any) -> tuple[Tensor | None, ...]:
         query, key, value, bias = grads
         found = (query, key, value, None, bias)
-        return (*(g if needed else None for g, needed in zip(found, needs, strict=False)), *(None,) * 8)
+        return (*(g if needed else None for g, needed in zip(found, needs, strict=False)), *(None,) * 13)
 
 
 _op = AttentionOp()
@@ -148,7 +152,7 @@ def attention(
         query, key, value, attn_mask, bias = _as_batches(query, key, value, attn_mask, bias)
     if known is None:
         _check_inputs(query, key, value, enable_gqa)
-        check_options(dropout_p, scale, softcap, causal_align)
+        check_options("attention", dropout_p, scale, softcap, causal_align)
     full = (*query.shape[:3], key.shape[2])
     mask, added = _combine(attn_mask, bias, is_causal, window, key_lengths, causal_align, query, full)
     if known is None and not autocast_off(query.device.type):
@@ -161,7 +165,7 @@ def attention(
     added = None if added is None else _four_dimensional(added)
     scale = 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else float(scale)
     tensors = (query, key, value, keep, added, mask.key_lengths, rng)
-    args = (*tensors, *mask.band(*full[2:]), scale, float(softcap or 0.0), float(dropout_p), None)
+    args = (*tensors, *mask.band(*full[2:]), scale, float(softcap or 0.0), float(dropout_p), None, *UNPACKED)
     name = known
     if name is None:
         name = select("attention", query.device.type, backend, args, _obstacle(args, return_lse, return_weights))
@@ -208,7 +212,7 @@ def run(name: str, args: tuple[Any, ...], return_weights: bool) -> tuple[Tensor,
 
 def _weights(args: tuple[Any, ...], lse: Tensor) -> Tensor:
     """The attention weights, recomputed from the lse that the kernel returned."""
-    query, key, _, mask, bias, key_lengths, rng, band_lower, band_upper, scale, softcap, dropout_p, _ = args
+    query, key, _, mask, bias, key_lengths, rng, band_lower, band_upper, scale, softcap, dropout_p, *_ = args
     visible = visible_keys(query, key, mask, key_lengths, band_lower, band_upper)
     weights = attention_weights(attention_scores(query, key, visible, bias, scale, softcap), lse)
     if dropout_p > 0:
@@ -251,15 +255,15 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
         raise ValueError(f"attention: query's heads must be a multiple of key's, got {H} and {G}")
 
 
-def check_options(dropout_p: float, scale: float | None, softcap: float | None, causal_align: str) -> None:
-    check_probability("attention", "dropout_p", dropout_p)
+def check_options(op: str, dropout_p: float, scale: float | None, softcap: float | None, causal_align: str) -> None:
+    check_probability(op, "dropout_p", dropout_p)
     if scale is not None:
-        check_finite("attention", "scale", scale)
+        check_finite(op, "scale", scale)
     if softcap is not None:
-        check_finite("attention", "softcap", softcap)
+        check_finite(op, "softcap", softcap)
         if softcap < 0:
-            raise ValueError(f"attention: softcap must not be negative, got {softcap!r}")
-    check_choice("attention", "causal_align", causal_align, ALIGNMENTS)
+            raise ValueError(f"{op}: softcap must not be negative, got {softcap!r}")
+    check_choice(op, "causal_align", causal_align, ALIGNMENTS)
 
 
 def _combine(

@@ -25,7 +25,7 @@ from pytransformer.ops._checks import (
     describe,
 )
 from pytransformer.ops._op import needs_grad, obstacle, plain_eager, recall, remember
-from pytransformer.ops.attention import attention, check_options, run
+from pytransformer.ops.attention import UNPACKED, attention, check_options, run
 from pytransformer.reference.attention import gather_pages
 
 _OP = "attention_decode"
@@ -108,11 +108,12 @@ def _in_pages(
 ) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` by backend ``name``, where it is known already."""
     if name is None:
-        check_options(0.0, scale, softcap, "bottom_right")
+        check_options(_OP, 0.0, scale, softcap, "bottom_right")
     scale = 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else float(scale)
     table = block_table.to(torch.int32)
     lower = None if left is None else -left
-    args = (query, key, value, None, None, lengths, None, lower, 0, scale, float(softcap or 0.0), 0.0, table)
+    tensors, numbers = (query, key, value, None, None, lengths, None), (lower, 0, scale, float(softcap or 0.0), 0.0)
+    args = (*tensors, *numbers, table, *UNPACKED[:-1], True)
     if name is None:
         if 0 in (query.numel(), key.numel(), value.numel(), table.numel()):
             backend = "reference"  # nothing to compute, and no kernel takes a grid of no blocks

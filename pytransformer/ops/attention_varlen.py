@@ -1,19 +1,32 @@
 """attention_varlen: attention over sequences packed end to end, as ``torch.nn.attention.varlen`` takes them.
 
-The sequences are laid side by side in a padded batch, whose padded keys the kernels skip; padded queries cost
-their share. Packing and padding move every token once each way.
+Kernels read the sequences where they lie: one more number says where each begins, and nothing is computed, nor kept
+room for, beyond the end of each.
 """
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pytransformer.ops._bands import check_window, shifted_band
-from pytransformer.ops._checks import check_choice, check_floating, check_like, check_shape, check_tensor, describe
-from pytransformer.ops.attention import attention
+from pytransformer.backends import select
+from pytransformer.ops._autocast import autocast_off, cast_to
+from pytransformer.ops._bands import check_window
+from pytransformer.ops._checks import (
+    check_device,
+    check_floating,
+    check_like,
+    check_shape,
+    check_tensor,
+    describe,
+    random_state,
+)
+from pytransformer.ops._op import needs_grad, obstacle, plain_eager, recall, remember
+from pytransformer.ops.attention import check_options, run
 
 _OP = "attention_varlen"
 
@@ -44,91 +57,85 @@ def attention_varlen(
         query: [Tq,H,D], the queries of all sequences end to end.
         key: [Tk,G,D]; H a multiple of G where ``enable_gqa``, else G = H.
         value: [Tk,G,Dv].
-        cu_seq_q: integer [N+1], from 0 to Tq, never falling.
+        cu_seq_q: integer [N+1], int32 at best, from 0 to Tq, never falling.
         cu_seq_k: the same for keys, from 0 to Tk; ``cu_seq_q`` where it is None.
-        max_q: the longest sequence of queries; found where it is None.
+        max_q: the longest sequence of queries; where it is None it is found, for which the host waits for a GPU, and
+            a trace breaks.
         max_k: the longest sequence of keys.
         is_causal, window, causal_align: as in ``attention``, within each sequence.
-        scale, enable_gqa, dropout_p, softcap, seed, backend: as in ``attention``.
+        scale, enable_gqa, dropout_p, softcap, seed, backend: as in ``attention``. Dropout draws its bits by the index
+            of a score in [N,H,max_q,max_k].
         return_lse: also return the logarithm of the sum of exponentials, float32 [H,Tq].
 
     Returns:
         ``out`` [Tq,H,Dv], or ``(out, lse)``.
 
     Raises:
-        TypeError, ValueError: an argument's type, dtype, shape, device or value is wrong.
+        TypeError, ValueError: an argument's type, dtype, shape, device or value is wrong. The values of cu_seq_q and
+            cu_seq_k are looked at where they lie in the CPU's memory and the call is not traced.
         BackendError: the named backend cannot serve the call.
 
     Source: Dao et al., "FlashAttention-2", 2023; the packing of its ``varlen`` functions.
     """
-    cu_seq_k = cu_seq_q if cu_seq_k is None else cu_seq_k
-    _check(query, key, value)
-    check_choice(_OP, "causal_align", causal_align, ("top_left", "bottom_right"))
-    queries = _Packing("q", cu_seq_q, max_q, query.shape[0])
-    keys = _Packing("k", cu_seq_k, max_k, key.shape[0])
-    if queries.lengths.shape != keys.lengths.shape:
-        raise ValueError(
-            f"{_OP}: cu_seq_k must be of as many sequences as cu_seq_q, {queries.lengths.shape[0]}; "
-            f"got {keys.lengths.shape[0]}"
-        )
-    options: dict[str, Any] = {"is_causal": is_causal, "window": window, "key_lengths": keys.lengths}
-    if causal_align == "bottom_right" and (is_causal or window is not None):
-        options |= {"is_causal": False, "window": None}
-        left, right = check_window(_OP, window)
-        right = 0 if is_causal else right
-        shift = keys.lengths - queries.lengths
-        options["attn_mask"] = shifted_band(shift, queries.longest, keys.longest, left, right)
-    found = attention(
-        queries.pad(query),
-        keys.pad(key),
-        keys.pad(value),
-        **options,
-        scale=scale,
-        enable_gqa=enable_gqa,
-        dropout_p=dropout_p,
-        softcap=softcap,
-        return_lse=return_lse,
-        seed=seed,
-        backend=backend,
-    )
-    if not return_lse:
-        return queries.pack(found)
-    out, lse = found
-    return queries.pack(out), queries.pack(lse[..., None])[..., 0].mT
+    cu_seq_k, max_k = (cu_seq_q, max_q) if cu_seq_k is None else (cu_seq_k, max_k)
+    tensors = (query, key, value, cu_seq_q, cu_seq_k)
+    wants = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
+    options = (is_causal, window, causal_align, scale, enable_gqa, dropout_p, softcap, return_lse)
+    signature, known = recall(_OP, tensors, backend, wants, *options)
+    if known is None:
+        _check(query, key, value, cu_seq_q, cu_seq_k, enable_gqa)
+        check_options(_OP, dropout_p, scale, softcap, causal_align)
+    max_q = _longest("q", cu_seq_q, max_q, query.shape[0])
+    max_k = _longest("k", cu_seq_k, max_k, key.shape[0])
+    left, right = check_window(_OP, window)
+    if known is None and not autocast_off(query.device.type):
+        query, key, value = cast_to(torch.get_autocast_dtype(query.device.type), query, key, value)  # type: ignore[assignment]
+    if known is None and 0 in (query.numel(), key.numel(), value.numel(), max_q, max_k):
+        backend = "reference"  # nothing to compute, and no kernel takes a grid of no blocks
+    rng = random_state(_OP, seed, dropout_p, query.device) if dropout_p else None
+    scale = 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else float(scale)
+    numbers = (None if left is None else -left, 0 if is_causal else right, scale, float(softcap or 0.0))
+    packing = (cu_seq_q.to(torch.int32), cu_seq_k.to(torch.int32), max_q, max_k, causal_align == "bottom_right")
+    heads = (x.transpose(0, 1)[None] for x in (query, key, value))
+    args = (*heads, None, None, None, rng, *numbers, float(dropout_p), None, *packing)
+    name = known
+    if name is None:
+        name = select("attention", query.device.type, backend, args, _obstacle(args, return_lse))
+        remember(signature, name)
+    out, lse, _ = run(name, args, False)
+    out = out[0].transpose(0, 1)
+    return (out, lse[0]) if return_lse else out
 
 
-class _Packing:
-    """Where the rows of a packed tensor lie in the padded batch [N,longest]."""
-
-    def __init__(self, which: str, cu_seq: Tensor, longest: int | None, total: int) -> None:
-        check_tensor(_OP, f"cu_seq_{which}", cu_seq)
-        if cu_seq.dtype not in (torch.int32, torch.int64) or cu_seq.dim() != 1 or cu_seq.numel() < 1:
-            raise TypeError(f"{_OP}: cu_seq_{which} must be integer [N+1], got {describe(cu_seq)}")
-        cu_seq = cu_seq.to(torch.int64)
-        self.lengths = cu_seq.diff()
-        ends = (int(cu_seq[0]), int(cu_seq[-1]))
-        if ends != (0, total) or bool((self.lengths < 0).any()):
-            raise ValueError(f"{_OP}: cu_seq_{which} must rise from 0 to {total}, got {cu_seq.tolist()}")
-        found = int(self.lengths.max()) if self.lengths.numel() else 0
-        self.longest = found if longest is None else longest
-        if self.longest < found:
-            raise ValueError(f"{_OP}: max_{which} must be at least the longest sequence, {found}; got {longest}")
-        sequence = torch.repeat_interleave(self.lengths)
-        within = torch.arange(total, device=cu_seq.device) - cu_seq[sequence]
-        self.rows = sequence * self.longest + within
-
-    def pad(self, packed: Tensor) -> Tensor:
-        """[T,H,D] to [N,H,longest,D], zeros where there is no token."""
-        N = self.lengths.shape[0]
-        room = packed.new_zeros(N * self.longest, *packed.shape[1:])
-        return room.index_copy(0, self.rows, packed).view(N, self.longest, *packed.shape[1:]).transpose(1, 2)
-
-    def pack(self, padded: Tensor) -> Tensor:
-        """[N,H,longest,D] to [T,H,D]."""
-        return padded.transpose(1, 2).flatten(0, 1).index_select(0, self.rows)
+def _obstacle(args: tuple[Any, ...], return_lse: bool) -> str | None:
+    query, key, value = args[:3]
+    if return_lse and needs_grad(query, key, value):
+        return "lse carries gradients in the reference only"
+    return obstacle((query, key, value))
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
+def _longest(which: str, cu_seq: Tensor, longest: int | None, total: int) -> int:
+    """The longest sequence, at most all ``total`` tokens: ``longest`` where it is given.
+
+    Raises:
+        ValueError: the values of ``cu_seq``, where they can be looked at, are no offsets, or go beyond ``longest``.
+    """
+    looked_at = cu_seq.is_cpu and plain_eager((cu_seq,))
+    if longest is not None and not looked_at:
+        return min(longest, total)
+    offsets = cu_seq.tolist()
+    lengths = [end - begin for begin, end in pairwise(offsets)]
+    if (offsets[0], offsets[-1]) != (0, total) or min(lengths, default=0) < 0:
+        raise ValueError(f"{_OP}: cu_seq_{which} must rise from 0 to {total}, got {offsets}")
+    found = max(lengths, default=0)
+    if longest is None:
+        return found
+    if longest < found:
+        raise ValueError(f"{_OP}: max_{which} must be at least the longest sequence, {found}; got {longest}")
+    return min(longest, total)
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, enable_gqa: bool) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
         check_floating(_OP, name, x)
         if x.dim() != 3:
@@ -137,3 +144,18 @@ def _check(query: Tensor, key: Tensor, value: Tensor) -> None:
         check_like(_OP, name, x, "query", query)
     check_shape(_OP, "key", key, (*key.shape[:2], query.shape[2]), "[Tk,G,D]")
     check_shape(_OP, "value", value, (*key.shape[:2], value.shape[2]), "[Tk,G,Dv]")
+    H, G = query.shape[1], key.shape[1]
+    if G != H and not enable_gqa:
+        raise ValueError(f"{_OP}: key must have query's {H} heads, got {G}; pass enable_gqa=True to share heads")
+    if (G == 0 and H > 0) or (G > 0 and H % G):
+        raise ValueError(f"{_OP}: query's heads must be a multiple of key's, got {H} and {G}")
+    for which, x in (("cu_seq_q", cu_seq_q), ("cu_seq_k", cu_seq_k)):
+        check_tensor(_OP, which, x)
+        if x.dtype not in (torch.int32, torch.int64) or x.dim() != 1 or x.numel() < 1:
+            raise TypeError(f"{_OP}: {which} must be integer [N+1], got {describe(x)}")
+        check_device(_OP, which, x, "query", query)
+    if cu_seq_q.shape != cu_seq_k.shape:
+        raise ValueError(
+            f"{_OP}: cu_seq_k must be of as many sequences as cu_seq_q, {cu_seq_q.shape[0] - 1}; "
+            f"got {cu_seq_k.shape[0] - 1}"
+        )

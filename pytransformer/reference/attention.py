@@ -7,7 +7,7 @@ soft capping: Gemma 2, 2024, sec. 2. A query that sees no key has output 0, lse 
 what lies behind a mask is never used, NaN and Inf included.
 
 With a block table keys and values are pools of pages, which are gathered into a copy first; Kwon et al.,
-"PagedAttention", 2023, sec. 4.1. Each query then stands where it is the end of its sequence.
+"PagedAttention", 2023, sec. 4.1. Sequences that lie end to end are laid side by side in a padded batch.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ def visible_keys(
     key_lengths: Tensor | None,
     band_lower: int | None,
     band_upper: int | None,
-    at_end: bool = False,
+    shift: Tensor | None = None,
 ) -> Tensor | None:
     """bool, broadcastable to [B,H,T,S]: may query t attend to key s? None where nothing is masked.
 
-    The band is that of s - t, or with ``at_end`` that of s - (length - T + t), the length being the sequence's own.
+    The band is that of s - t, or with ``shift``, integer [B], that of s - (t + shift[b]).
     """
     T, S = query.shape[-2], key.shape[-2]
     visible = mask
     if band_lower is not None or band_upper is not None:
         at = torch.arange(T, device=query.device)[:, None]
-        if at_end:
-            at = at + (S if key_lengths is None else key_lengths.clamp(0, S)[:, None, None, None]) - T
+        if shift is not None:
+            at = at + shift[:, None, None, None]
         distance = torch.arange(S, device=query.device) - at
         if band_upper is not None:
             visible = _and(visible, distance <= band_upper)
@@ -84,6 +84,25 @@ def gather_pages(pool: Tensor, block_table: Tensor) -> Tensor:
     return pool.transpose(1, 2)[pages].flatten(1, 2).transpose(1, 2)
 
 
+class _Packing:
+    """Where the rows of a tensor [1,H,T,D] of sequences that lie end to end stand in a batch [N,H,longest,D]."""
+
+    def __init__(self, cu_seq: Tensor, longest: int, total: int) -> None:
+        self.lengths = cu_seq.to(torch.int64).diff()
+        sequence = torch.repeat_interleave(self.lengths, output_size=total)
+        within = torch.arange(total, device=cu_seq.device) - cu_seq[sequence]
+        self.longest, self.rows = longest, sequence * longest + within
+
+    def pad(self, packed: Tensor) -> Tensor:
+        """The batch, zeros where there is no token."""
+        N, tokens = self.lengths.shape[0], packed[0].transpose(0, 1)
+        room = packed.new_zeros(N * self.longest, *tokens.shape[1:])
+        return room.index_copy(0, self.rows, tokens).view(N, self.longest, *tokens.shape[1:]).transpose(1, 2)
+
+    def pack(self, padded: Tensor) -> Tensor:
+        return padded.transpose(1, 2).flatten(0, 1).index_select(0, self.rows).transpose(0, 1)[None]
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -98,16 +117,49 @@ def attention(
     softcap: float,
     dropout_p: float,
     block_table: Tensor | None = None,
+    cu_seq_q: Tensor | None = None,
+    cu_seq_k: Tensor | None = None,
+    max_q: int = 0,
+    max_k: int = 0,
+    at_end: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(out, lse, weights)``, differentiable; the weights are those after dropout.
 
-    With a ``block_table``, integer [B,P], key and value are [pages,G,page,D], and the band counts from each sequence's
-    end (``visible_keys``).
+    With a ``block_table``, integer [B,P], key and value are [pages,G,page,D]. With ``cu_seq_q`` and ``cu_seq_k``,
+    integer [N+1], query, key and value are [1,H,Tq,D], [1,G,Tk,D] and [1,G,Tk,Dv], sequence n being rows ``cu_seq[n]``
+    to ``cu_seq[n + 1]``, at most ``max_q`` and ``max_k``: no mask, no bias and no key_lengths then, and weights are
+    [N,H,max_q,max_k], by whose index dropout draws its bits. ``at_end`` puts the last query of each sequence at its
+    last key: the band is then that of s - (key length - query length + t).
     """
-    paged = block_table is not None
+    if cu_seq_q is not None and cu_seq_k is not None:
+        queries, keys = _Packing(cu_seq_q, max_q, query.shape[2]), _Packing(cu_seq_k, max_k, key.shape[2])
+        batch = queries.pad(query), keys.pad(key), keys.pad(value)
+        shift = keys.lengths - queries.lengths if at_end else None
+        visible = visible_keys(*batch[:2], None, keys.lengths, band_lower, band_upper, shift)
+        out, lse, weights = _attention(*batch, visible, None, rng, scale, softcap, dropout_p)
+        return queries.pack(out), queries.pack(lse[..., None])[..., 0].contiguous(), weights
     if block_table is not None:
         key, value = gather_pages(key, block_table), gather_pages(value, block_table)
-    visible = visible_keys(query, key, mask, key_lengths, band_lower, band_upper, at_end=paged)
+    shift = None
+    if at_end:
+        T, S = query.shape[2], key.shape[2]
+        full = torch.full(query.shape[:1], S, device=query.device) if key_lengths is None else key_lengths
+        shift = full.clamp(0, S) - T
+    visible = visible_keys(query, key, mask, key_lengths, band_lower, band_upper, shift)
+    return _attention(query, key, value, visible, bias, rng, scale, softcap, dropout_p)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor | None,
+    bias: Tensor | None,
+    rng: Tensor | None,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     scores = attention_scores(query, key, visible, bias, scale, softcap)
     if visible is None:
         lse = torch.logsumexp(scores, -1)
@@ -153,16 +205,25 @@ def attention_bwd(
     scale: float,
     softcap: float,
     dropout_p: float,
+    cu_seq_q: Tensor | None,
+    cu_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    at_end: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and bias; the last is empty unless ``needs_bias``."""
 
     def forward(q: Tensor, k: Tensor, v: Tensor, b: Tensor | None) -> tuple[Tensor, ...]:
         rest = (key_lengths, rng, band_lower, band_upper, scale, softcap, dropout_p)
-        return attention(q, k, v, mask, b, *rest)[:1]
+        return attention(q, k, v, mask, b, *rest, None, cu_seq_q, cu_seq_k, max_q, max_k, at_end)[:1]
 
     grads = vjp(forward, (query, key, value, bias), (grad_out,))
     grad_query, grad_key, grad_value, grad_bias = (or_empty(g, query) for g in grads)
+    if cu_seq_q is not None:  # in the order of the tokens, as every backend lays them
+        grad_query, grad_key, grad_value = (
+            g.transpose(1, 2).contiguous().transpose(1, 2) for g in (grad_query, grad_key, grad_value)
+        )
     return grad_query, grad_key, grad_value, grad_bias if needs_bias else query.new_empty(0)
 
 

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from pytransformer import _cpu
-from pytransformer.backends._arguments import contiguous, over_scores, unpaged, unsupported_dtype
+from pytransformer.backends._arguments import (
+    Packing,
+    contiguous,
+    empty_heads,
+    over_scores,
+    unit_stride,
+    unpaged,
+    unsupported_dtype,
+)
 
 
 def why_not(
@@ -23,6 +31,11 @@ def why_not(
     softcap: float,
     dropout_p: float,
     block_table: Tensor | None = None,
+    cu_seq_q: Tensor | None = None,
+    cu_seq_k: Tensor | None = None,
+    max_q: int = 0,
+    max_k: int = 0,
+    at_end: bool = False,
 ) -> str | None:
     if (reason := unsupported_dtype(query)) is not None:
         return reason
@@ -45,14 +58,19 @@ def attention_fwd(
     softcap: float,
     dropout_p: float,
     block_table: Tensor | None = None,
+    cu_seq_q: Tensor | None = None,
+    cu_seq_k: Tensor | None = None,
+    max_q: int = 0,
+    max_k: int = 0,
+    at_end: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    B, H, T, _ = query.shape
-    out = query.new_empty(B, H, T, value.shape[-1])
-    lse = torch.empty(B, H, T)
+    packing = Packing(cu_seq_q, cu_seq_k, max_q, max_k)
+    out = empty_heads(query, (*query.shape[:3], value.shape[-1]), cu_seq_q is not None)
+    lse = torch.empty(query.shape[:3])
     _cpu.attention_fwd(
-        _unit_stride(query),
-        _unit_stride(key),
-        _unit_stride(value),
+        packing.queries(unit_stride(query)),
+        packing.keys(unit_stride(key)),
+        packing.keys(unit_stride(value)),
         mask,
         over_scores(bias, query, key),
         contiguous(key_lengths),
@@ -61,9 +79,12 @@ def attention_fwd(
         scale,
         softcap,
         dropout_p,
-        None if block_table is None else _unit_stride(block_table),
-        out,
-        lse,
+        None if block_table is None else unit_stride(block_table),
+        contiguous(cu_seq_q),
+        contiguous(cu_seq_k),
+        at_end,
+        packing.queries(out),
+        packing.queries(lse),
         contiguous(rng),
     )
     return out, lse
@@ -85,15 +106,21 @@ def attention_bwd(
     scale: float,
     softcap: float,
     dropout_p: float,
+    cu_seq_q: Tensor | None,
+    cu_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    at_end: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_query, grad_key, grad_value = (torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value))
+    packing = Packing(cu_seq_q, cu_seq_k, max_q, max_k)
+    grad_query, grad_key, grad_value = (empty_heads(x, x.shape, cu_seq_q is not None) for x in (query, key, value))
     # Summed over broadcast dimensions by torch, pairwise: a running sum in the kernel would lose digits.
     grad_bias = torch.zeros((*query.shape[:3], key.shape[2]) if needs_bias else 0)
     _cpu.attention_bwd(
-        _unit_stride(query),
-        _unit_stride(key),
-        _unit_stride(value),
+        packing.queries(unit_stride(query)),
+        packing.keys(unit_stride(key)),
+        packing.keys(unit_stride(value)),
         mask,
         over_scores(bias, query, key),
         contiguous(key_lengths),
@@ -102,19 +129,18 @@ def attention_bwd(
         scale,
         softcap,
         dropout_p,
-        out,
-        lse,
-        _unit_stride(grad_out),
-        grad_query,
-        grad_key,
-        grad_value,
+        contiguous(cu_seq_q),
+        contiguous(cu_seq_k),
+        at_end,
+        packing.queries(out),
+        packing.queries(lse),
+        packing.queries(unit_stride(grad_out)),
+        packing.queries(grad_query),
+        packing.keys(grad_key),
+        packing.keys(grad_value),
         grad_bias if needs_bias else None,
         contiguous(rng),
     )
     if needs_bias and bias is not None:
         grad_bias = grad_bias.sum_to_size(bias.shape).to(bias.dtype)
     return grad_query, grad_key, grad_value, grad_bias
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()

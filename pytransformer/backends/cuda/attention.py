@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pytransformer import _cuda
-from pytransformer.backends._arguments import contiguous, over_scores, unpaged
+from pytransformer.backends._arguments import Packing, contiguous, empty_heads, over_scores, unit_stride, unpaged
 from pytransformer.backends.cuda._arguments import Call, call
 
 WIDEST_HEAD = 256
@@ -28,6 +28,11 @@ def why_not(
     softcap: float,
     dropout_p: float,
     block_table: Tensor | None = None,
+    cu_seq_q: Tensor | None = None,
+    cu_seq_k: Tensor | None = None,
+    max_q: int = 0,
+    max_k: int = 0,
+    at_end: bool = False,
 ) -> str | None:
     if query.dtype not in (torch.float16, torch.bfloat16):
         return f"it takes float16 and bfloat16, not {query.dtype}; Triton's kernels serve float32"
@@ -40,6 +45,8 @@ def why_not(
         return f"lengths go up to {LONGEST}, got {longest}"
     if block_table is not None and (query.shape[-1] % CHUNK or value.shape[-1] % CHUNK):
         return f"in pages head dims must be multiples of {CHUNK}, got {query.shape[-1]} and {value.shape[-1]}"
+    if cu_seq_q is not None:
+        return "sequences that lie end to end are not read in place"
     return unpaged(query, key, mask, bias, dropout_p, block_table)
 
 
@@ -57,15 +64,20 @@ def attention_fwd(
     softcap: float,
     dropout_p: float,
     block_table: Tensor | None = None,
+    cu_seq_q: Tensor | None = None,
+    cu_seq_k: Tensor | None = None,
+    max_q: int = 0,
+    max_k: int = 0,
+    at_end: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    B, H, T, _ = query.shape
-    out = torch.empty(B, H, T, value.shape[-1], dtype=query.dtype, device=query.device)
-    lse = torch.empty(B, H, T, dtype=torch.float32, device=query.device)
+    packing = Packing(cu_seq_q, cu_seq_k, max_q, max_k)
+    out = empty_heads(query, (*query.shape[:3], value.shape[-1]), cu_seq_q is not None)
+    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     query, scale = _positive(query, scale)
-    query, key, value = (_aligned(x) for x in (query, key, value))
+    query = packing.queries(_aligned(query))
+    key, value = (packing.keys(_aligned(x)) for x in (key, value))
     mask = over_scores(mask, query, key)
-    if block_table is not None and block_table.stride(-1) != 1:
-        block_table = block_table.contiguous()
+    block_table = None if block_table is None else unit_stride(block_table)
     _cuda.attention_fwd(
         query,
         key,
@@ -79,8 +91,11 @@ def attention_fwd(
         softcap,
         dropout_p,
         block_table,
-        out,
-        lse,
+        contiguous(cu_seq_q),
+        contiguous(cu_seq_k),
+        at_end,
+        packing.queries(out),
+        packing.queries(lse),
         _call(query, key, value, mask, rng, dropout_p, block_table),
     )
     return out, lse
@@ -102,17 +117,22 @@ def attention_bwd(
     scale: float,
     softcap: float,
     dropout_p: float,
+    cu_seq_q: Tensor | None,
+    cu_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    at_end: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_query, grad_key, grad_value = (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)
-    )
+    packing = Packing(cu_seq_q, cu_seq_k, max_q, max_k)
+    grad_query, grad_key, grad_value = (empty_heads(x, x.shape, cu_seq_q is not None) for x in (query, key, value))
     # Summed over broadcast dimensions by torch, pairwise. Tiles that nobody sees are not written.
     size = (*query.shape[:3], key.shape[2]) if needs_bias else 0
     grad_bias = torch.zeros(size, dtype=torch.float32, device=query.device)
     signed = scale
     query, scale = _positive(query, scale)
-    query, key, value, grad_out = (_aligned(x) for x in (query, key, value, grad_out))
+    query, grad_out = (packing.queries(_aligned(x)) for x in (query, grad_out))
+    key, value = (packing.keys(_aligned(x)) for x in (key, value))
     mask = over_scores(mask, query, key)
     _cuda.attention_bwd(
         query,
@@ -126,12 +146,15 @@ def attention_bwd(
         scale,
         softcap,
         dropout_p,
-        out,
-        lse,
+        contiguous(cu_seq_q),
+        contiguous(cu_seq_k),
+        at_end,
+        packing.queries(out),
+        packing.queries(lse),
         grad_out,
-        grad_query,
-        grad_key,
-        grad_value,
+        packing.queries(grad_query),
+        packing.keys(grad_key),
+        packing.keys(grad_value),
         grad_bias if needs_bias else None,
         _call(query, key, value, mask, rng, dropout_p, backward=True),
     )

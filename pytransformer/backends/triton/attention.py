@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytransformer.backends._arguments import over_scores, unpaged, unsupported_dtype
+from pytransformer.backends._arguments import over_scores, unit_stride, unpaged, unsupported_dtype
 from pytransformer.kernels import attention as forward_kernels
 from pytransformer.kernels import attention_bwd as backward_kernels
 from pytransformer.kernels import attention_decode as decode_kernels
@@ -30,6 +30,11 @@ def why_not(
     softcap: float,
     dropout_p: float,
     block_table: Tensor | None = None,
+    cu_seq_q: Tensor | None = None,
+    cu_seq_k: Tensor | None = None,
+    max_q: int = 0,
+    max_k: int = 0,
+    at_end: bool = False,
 ) -> str | None:
     if (reason := unsupported_dtype(query)) is not None:
         return reason
@@ -37,6 +42,8 @@ def why_not(
         return f"bias must be float32 or {query.dtype}, not {bias.dtype}"
     if max(query.shape[-1], value.shape[-1]) > WIDEST_HEAD:
         return f"head dims go up to {WIDEST_HEAD}, got {query.shape[-1]} and {value.shape[-1]}"
+    if cu_seq_q is not None:
+        return "sequences that lie end to end are not read in place"
     return unpaged(query, key, mask, bias, dropout_p, block_table)
 
 
@@ -44,10 +51,10 @@ def attention_fwd(
     query: Tensor, key: Tensor, value: Tensor, *options: Any, packed: dict[Any, Any] | None = None
 ) -> tuple[Tensor, Tensor]:
     """The arguments of ``reference.attention``; returns ``(out, lse)``."""
-    *rest, block_table = options
-    query, key, value = (_unit_stride(x) for x in (query, key, value))
+    *rest, block_table, _, _, _, _, _ = options
+    query, key, value = (unit_stride(x) for x in (query, key, value))
     query, masks, softmax = _arguments(query, key, packed, *rest)
-    table = None if block_table is None else _unit_stride(block_table)
+    table = None if block_table is None else unit_stride(block_table)
     splits = decode_kernels.splits_of(query, key, softmax, table)
     if splits > 1 or table is not None:
         out, lse = decode_kernels.attention_decode(query, key, value, masks, softmax, splits, table)
@@ -66,9 +73,9 @@ def attention_bwd(
     *options: Any,
     packed: dict[Any, Any] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *rest, needs_bias = options
+    *rest, _, _, _, _, _, needs_bias = options
     bias, scale = rest[1], rest[6]
-    grad_out, query, key, value = (_unit_stride(x) for x in (grad_out, query, key, value))
+    grad_out, query, key, value = (unit_stride(x) for x in (grad_out, query, key, value))
     query, masks, softmax = _arguments(query, key, packed, *rest)
     grad_query, grad_key, grad_value, delta = backward_kernels.attention_bwd(
         grad_out, query, key, value, out, lse, masks, softmax
@@ -113,7 +120,3 @@ def _arguments(
 
 def _signed(x: Tensor, scale: float) -> Tensor:
     return -x if scale < 0 else torch.zeros_like(x)
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
