@@ -4,7 +4,7 @@ import pytest
 import torch
 from modules import B, E, H, L, S, additive, assert_close, assert_parity, bool_mask, padding, pair, shake
 
-from pytransformer import masks, nn
+from pytransformer import masks, nn, ops
 from pytransformer.nn import ffn
 from pytransformer.nn._packing import Rows, worthwhile_rows
 
@@ -61,6 +61,20 @@ def test_real_tokens_alone_are_computed(options, kind, rows_seen):
     assert_parity(theirs, ours, at_real_positions, x, **given)
     assert set(map(tuple, rows_seen)) == {(int((~padded).sum()), E)}
     assert (ours(x, **given)[padded] == 0).all()
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_attention_reads_rows_where_they_lie_unless_the_mask_says_more(kind, monkeypatch):
+    seen, plain = [], ops.attention_varlen
+    monkeypatch.setattr(ops, "attention_varlen", lambda *args, **kw: seen.append(kw["is_causal"]) or plain(*args, **kw))
+    _, ours = encoders(batch_first=True)
+    ours(torch.randn(B, L, E), **MASKS[kind])
+    assert seen == [False] * (2 if kind in ("padding", "float") else 0)
+    seen.clear()
+    ours(torch.randn(B, L, E), **MASKS["padding"], mask=CAUSAL)
+    assert seen == [True] * 2
+    ours(torch.randn(B, L, E), mask=masks.padding(~PADDED) & masks.window(2))
+    assert len(seen) == 2
 
 
 def test_the_output_is_the_same_where_padding_is_computed(rows_seen):

@@ -29,7 +29,7 @@ from pytransformer.models._checks import (
     check_wanted,
 )
 from pytransformer.nn import LayerNorm, TransformerEncoderLayer
-from pytransformer.nn._packing import Packed
+from pytransformer.nn._packing import pack
 from pytransformer.nn.embedding import check_ids
 from pytransformer.nn.encoder import skippable_rows
 
@@ -211,7 +211,7 @@ class Bert(nn.Module):
                 computed[:, 0] = True  # the pooler reads it, padding or not
             rows = skippable_rows(self.layers, computed, x)
         if rows is not None:
-            mask, x = Packed(rows, rows, mask), rows.gather(x)
+            mask, x = pack(rows, rows, mask), rows.gather(x)
         states = [x]
         for layer in self.layers:
             x = layer(x, src_mask=mask)

@@ -248,21 +248,44 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return found if need_weights else (found, None)
 
     def _forward_rows(self, query: Tensor, memory: Tensor, packed: Packed) -> Tensor:
-        """The output [N,E] of a query [N,E] and a memory [M,E] of rows; attention itself sees the whole batch."""
+        """The output [N,E] of a query [N,E] and a memory [M,E] of rows."""
         E, weight, bias = self.embed_dim, self.in_proj_weight, self.in_proj_bias
         for x in (query, memory):
             if x.shape[-1] != E:
                 raise ValueError(f"{type(self).__name__}: inputs must have size {E} last, got {x.shape[-1]}")
         if query is memory:
-            projected = packed.queries.scatter(F.linear(query, weight, bias)).chunk(3, -1)
+            q, k, v = F.linear(query, weight, bias).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
         else:
             q_bias, kv_bias = (None, None) if bias is None else (bias[:E], bias[E:])
-            keys_values = packed.keys.scatter(F.linear(memory, weight[E:], kv_bias)).chunk(2, -1)
-            projected = (packed.queries.scatter(F.linear(query, weight[:E], q_bias)), *keys_values)
-        q, k, v = (x.view(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2) for x in projected)
-        attended = self._attend(q, k, v, packed.mask, packed.added, need_weights=False)[0]
-        out: Tensor = self.out_proj(packed.queries.gather(attended.transpose(1, 2).flatten(2)))
+            q = F.linear(query, weight[:E], q_bias).unflatten(-1, (self.num_heads, self.head_dim))
+            k, v = F.linear(memory, weight[E:], kv_bias).unflatten(-1, (2, self.num_heads, self.head_dim)).unbind(-3)
+        attend = self._attend_in_batch if packed.sequences is None else self._attend_end_to_end
+        out: Tensor = self.out_proj(attend(q, k, v, packed).flatten(-2))
         return out
+
+    def _attend_end_to_end(self, q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
+        """Rows [N,H,D] of queries [N,H,D], keys and values [M,H,D]."""
+        where = packed.sequences
+        assert where is not None
+        out: Tensor = ops.attention_varlen(
+            q,
+            k,
+            v,
+            where.cu_seq_q,
+            where.cu_seq_k,
+            where.max_q,
+            where.max_k,
+            is_causal=where.is_causal,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return out
+
+    def _attend_in_batch(self, q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
+        """The same, with the whole batch before the attention, under any mask."""
+        queries, keys = packed.queries, packed.keys
+        q, k, v = (rows.scatter(x).transpose(1, 2) for rows, x in ((queries, q), (keys, k), (keys, v)))
+        attended, _ = self._attend(q, k, v, packed.mask, packed.added, need_weights=False)
+        return queries.gather(attended.transpose(1, 2))
 
     def _append_keys(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, added: Tensor | None

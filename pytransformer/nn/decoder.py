@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pytransformer.masks import Mask
 from pytransformer.nn._blocks import attend, layer_feed_forward, norm_takes_rows, run_block, takes_rows
 from pytransformer.nn._masks import LayerMasks, Shape, combine, layer_masks, padding_of
-from pytransformer.nn._packing import Packed, Rows, worthwhile_rows
+from pytransformer.nn._packing import Rows, pack, worthwhile_rows
 from pytransformer.nn._plain import is_plain
 from pytransformer.nn.attention import MultiheadAttention
 from pytransformer.nn.cache import Cache, CrossAttentionCache, LayerCache, SelfAttentionCache
@@ -261,8 +261,8 @@ class TransformerDecoder(nn.TransformerDecoder):
             out = self._run(tgt, memory, target, source, cache)
             return out if hidden is None else out.masked_fill((hidden.mT if batch_second else hidden)[..., None], 0)
         rows, memory_rows = found
-        own: Any = Packed(rows, rows, *combine(*target, shape))
-        cross: Any = Packed(rows, memory_rows, *combine(*source, memory_shape))
+        own: Any = pack(rows, rows, *combine(*target, shape))
+        cross: Any = pack(rows, memory_rows, *combine(*source, memory_shape))
         x, m = (x.transpose(0, 1) if batch_second else x for x in (tgt, memory))
         packed = LayerMasks(own, None, False), LayerMasks(cross, None, False)
         out = rows.scatter(self._run(rows.gather(x), memory_rows.gather(m), *packed))

@@ -18,7 +18,7 @@ from pytransformer.masks import Mask
 from pytransformer.nn._blocks import attend, layer_feed_forward, norm_takes_rows, run_block, takes_rows
 from pytransformer.nn._masks import LayerMasks, Shape, combine, layer_masks, padding_of
 from pytransformer.nn._nested import check_alone, to_nested, to_padded
-from pytransformer.nn._packing import Packed, Rows, worthwhile_rows
+from pytransformer.nn._packing import Rows, pack, worthwhile_rows
 from pytransformer.nn._plain import is_plain
 from pytransformer.nn.attention import MultiheadAttention
 from pytransformer.nn.cache import Cache, LayerCache, SelfAttentionCache
@@ -229,7 +229,7 @@ class TransformerEncoder(nn.TransformerEncoder):
         rows = skippable_rows(self.layers, ~hidden, src) if packable else None
         if rows is None:
             return self._run(src, given).masked_fill((hidden.mT if batch_second else hidden)[..., None], 0)
-        packed: Any = Packed(rows, rows, *combine(*given, shape))
+        packed: Any = pack(rows, rows, *combine(*given, shape))
         x = rows.gather(src.transpose(0, 1) if batch_second else src)
         out = rows.scatter(self._run(x, LayerMasks(packed, None, False)))
         return out.transpose(0, 1) if batch_second else out
