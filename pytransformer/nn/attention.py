@@ -249,18 +249,18 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     def _forward_rows(self, query: Tensor, memory: Tensor, packed: Packed) -> Tensor:
         """The output [N,E] of a query [N,E] and a memory [M,E] of rows."""
-        E, weight, bias = self.embed_dim, self.in_proj_weight, self.in_proj_bias
+        E, H, weight, bias = self.embed_dim, self.num_heads, self.in_proj_weight, self.in_proj_bias
         for x in (query, memory):
             if x.shape[-1] != E:
                 raise ValueError(f"{type(self).__name__}: inputs must have size {E} last, got {x.shape[-1]}")
         if query is memory:
-            q, k, v = F.linear(query, weight, bias).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+            q, k, v = F.linear(query, weight, bias).view(-1, 3, H, self.head_dim).unbind(1)
         else:
             q_bias, kv_bias = (None, None) if bias is None else (bias[:E], bias[E:])
-            q = F.linear(query, weight[:E], q_bias).unflatten(-1, (self.num_heads, self.head_dim))
-            k, v = F.linear(memory, weight[E:], kv_bias).unflatten(-1, (2, self.num_heads, self.head_dim)).unbind(-3)
+            q = F.linear(query, weight[:E], q_bias).view(-1, H, self.head_dim)
+            k, v = F.linear(memory, weight[E:], kv_bias).view(-1, 2, H, self.head_dim).unbind(1)
         attend = self._attend_in_batch if packed.sequences is None else self._attend_end_to_end
-        out: Tensor = self.out_proj(attend(q, k, v, packed).flatten(-2))
+        out: Tensor = self.out_proj(attend(q, k, v, packed).flatten(1))
         return out
 
     def _attend_end_to_end(self, q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
