@@ -90,11 +90,10 @@ def ffn_fwd(
     weight_gate: Tensor | None,
     bias_gate: Tensor | None,
     activation: str,
-    seed: int,
-    offset: int,
     dropout_p: float,
     output: Tensor,
     hidden: Tensor | None,
+    rng: Tensor | None,
 ) -> None: ...
 def embedding_fwd(
     weight: Tensor,
@@ -104,10 +103,9 @@ def embedding_fwd(
     position_index: Tensor | None,
     segment_weight: Tensor | None,
     segments: Tensor | None,
-    seed: int,
-    offset: int,
     dropout_p: float,
     output: Tensor,
+    rng: Tensor | None,
 ) -> None: ...
 def embedding_bwd(
     grad_output: Tensor,
@@ -115,12 +113,11 @@ def embedding_bwd(
     scale: float,
     position_index: Tensor | None,
     segments: Tensor | None,
-    seed: int,
-    offset: int,
     dropout_p: float,
     grad_weight: Tensor | None,
     grad_positions: Tensor | None,
     grad_segment_weight: Tensor | None,
+    rng: Tensor | None,
 ) -> None: ...
 def linear_cross_entropy_fwd(
     input: Tensor,
@@ -161,8 +158,6 @@ def ffn_bwd(
     bias_gate: Tensor | None,
     hidden: Tensor,
     activation: str,
-    seed: int,
-    offset: int,
     dropout_p: float,
     grad_input: Tensor | None,
     grad_weight1: Tensor | None,
@@ -171,4 +166,5 @@ def ffn_bwd(
     grad_bias2: Tensor | None,
     grad_weight_gate: Tensor | None,
     grad_bias_gate: Tensor | None,
+    rng: Tensor | None,
 ) -> None: ...

@@ -3,9 +3,8 @@
 #include <string>
 
 #include "bindings.h"
+#include "call.h"
 #include "check.h"
-#include "kernels.h"
-#include "tensor_caster.h"
 
 namespace py = pybind11;
 
@@ -45,38 +44,36 @@ void check_table(const EmbeddingTable& table, const TensorView& batch, const cha
 
 void forward(const TensorView& weight, const TensorView& tokens, float scale, const TensorView& positions,
              const TensorView& position_index, const TensorView& segment_weight, const TensorView& segments,
-             uint64_t seed, uint64_t offset, float dropout_p, const TensorView& output) {
+             float dropout_p, const TensorView& output, const Call& call) {
   const EmbeddingForward a{{weight, tokens, scale},
                            {positions, position_index, 1},
                            {segment_weight, segments, 1},
                            output,
-                           seed,
-                           offset,
+                           call.seed(),
+                           call.offset(),
                            dropout_p};
   check_batch(output, "output");
   check_table(a.tokens, output, "tokens");
   check_table(a.positions, output, "positions");
   check_table(a.segments, output, "segments");
-  py::gil_scoped_release released;
-  kernels().embedding_fwd(a);
+  call(PYTRANSFORMER_KERNEL(embedding_fwd), a);
 }
 
 void backward(const TensorView& grad_output, const TensorView& tokens, float scale, const TensorView& position_index,
-              const TensorView& segments, uint64_t seed, uint64_t offset, float dropout_p,
-              const TensorView& grad_weight, const TensorView& grad_positions, const TensorView& grad_segment_weight) {
+              const TensorView& segments, float dropout_p, const TensorView& grad_weight,
+              const TensorView& grad_positions, const TensorView& grad_segment_weight, const Call& call) {
   const EmbeddingBackward a{grad_output,
                             {grad_weight, tokens, scale},
                             {grad_positions, position_index, 1},
                             {grad_segment_weight, segments, 1},
-                            seed,
-                            offset,
+                            call.seed(),
+                            call.offset(),
                             dropout_p};
   check_batch(grad_output, "grad_output");
   check_table(a.tokens, grad_output, "tokens");
   check_table(a.positions, grad_output, "positions");
   check_table(a.segments, grad_output, "segments");
-  py::gil_scoped_release released;
-  kernels().embedding_bwd(a);
+  call(PYTRANSFORMER_KERNEL(embedding_bwd), a);
 }
 
 }  // namespace

@@ -3,10 +3,9 @@
 #include <string>
 
 #include "bindings.h"
+#include "call.h"
 #include "check.h"
 #include "ffn_activation.h"
-#include "kernels.h"
-#include "tensor_caster.h"
 
 namespace py = pybind11;
 
@@ -26,8 +25,8 @@ void check_vector(const TensorView& view, int64_t size, const char* name) {
 
 void forward(const TensorView& input, const TensorView& weight1, const TensorView& bias1, const TensorView& weight2,
              const TensorView& bias2, const TensorView& weight_gate, const TensorView& bias_gate,
-             const std::string& activation, uint64_t seed, uint64_t offset, float dropout_p, const TensorView& output,
-             const TensorView& hidden) {
+             const std::string& activation, float dropout_p, const TensorView& output, const TensorView& hidden,
+             const Call& call) {
   const int64_t N = input.shape[0], E = input.shape[1], F = weight1.shape[0], O = weight2.shape[0];
   check_matrix(input, input, N, E, "input");
   check_matrix(weight1, input, F, E, "weight1");
@@ -38,19 +37,18 @@ void forward(const TensorView& input, const TensorView& weight1, const TensorVie
   check_vector(bias2, O, "bias2");
   check_matrix(weight_gate, input, F, E, "weight_gate");
   check_vector(bias_gate, F, "bias_gate");
-  const FfnForward a{input,       weight1,   bias1,    weight2, bias2,
-                     weight_gate, bias_gate, output,   hidden,  activation_from(activation),
-                     seed,        offset,    dropout_p};
-  py::gil_scoped_release released;
-  kernels().ffn_fwd(a);
+  const FfnForward a{input,       weight1,       bias1,    weight2, bias2,
+                     weight_gate, bias_gate,     output,   hidden,  activation_from(activation),
+                     call.seed(), call.offset(), dropout_p};
+  call(PYTRANSFORMER_KERNEL(ffn_fwd), a);
 }
 
 void backward(const TensorView& grad_output, const TensorView& input, const TensorView& weight1,
               const TensorView& weight2, const TensorView& weight_gate, const TensorView& bias_gate,
-              const TensorView& hidden, const std::string& activation, uint64_t seed, uint64_t offset, float dropout_p,
-              const TensorView& grad_input, const TensorView& grad_weight1, const TensorView& grad_bias1,
-              const TensorView& grad_weight2, const TensorView& grad_bias2, const TensorView& grad_weight_gate,
-              const TensorView& grad_bias_gate) {
+              const TensorView& hidden, const std::string& activation, float dropout_p, const TensorView& grad_input,
+              const TensorView& grad_weight1, const TensorView& grad_bias1, const TensorView& grad_weight2,
+              const TensorView& grad_bias2, const TensorView& grad_weight_gate, const TensorView& grad_bias_gate,
+              const Call& call) {
   const int64_t N = input.shape[0], E = input.shape[1], F = weight1.shape[0], O = weight2.shape[0];
   check_matrix(input, input, N, E, "input");
   check_matrix(weight1, input, F, E, "weight1");
@@ -66,12 +64,11 @@ void backward(const TensorView& grad_output, const TensorView& input, const Tens
   check_vector(bias_gate, F, "bias_gate");
   check_matrix(grad_weight_gate, input, F, E, "grad_weight_gate");
   check_vector(grad_bias_gate, F, "grad_bias_gate");
-  const FfnBackward a{grad_output,  input,      weight1,          weight2,        weight_gate,
-                      bias_gate,    hidden,     grad_input,       grad_weight1,   grad_bias1,
-                      grad_weight2, grad_bias2, grad_weight_gate, grad_bias_gate, activation_from(activation),
-                      seed,         offset,     dropout_p};
-  py::gil_scoped_release released;
-  kernels().ffn_bwd(a);
+  const FfnBackward a{grad_output,  input,         weight1,          weight2,        weight_gate,
+                      bias_gate,    hidden,        grad_input,       grad_weight1,   grad_bias1,
+                      grad_weight2, grad_bias2,    grad_weight_gate, grad_bias_gate, activation_from(activation),
+                      call.seed(),  call.offset(), dropout_p};
+  call(PYTRANSFORMER_KERNEL(ffn_bwd), a);
 }
 
 }  // namespace

@@ -140,21 +140,17 @@ void tile(const Left<Op>& a, const Op* b, int64_t b_stride, int64_t steps, const
 }
 
 template <class Op>
-using Tile = void (*)(const Left<Op>&, const Op*, int64_t, int64_t, const Result&);
-
-template <class Op, int... I>
-Tile<Op> tile_by_index(int index, std::integer_sequence<int, I...>) {
-  static constexpr Tile<Op> tiles[] = {tile<Op, I / tile_vecs + 1, I % tile_vecs + 1>...};
-  return tiles[index];
-}
+struct Tiles {
+  template <int Rows, int Vecs>
+  static constexpr auto of = &tile<Op, Rows, Vecs>;
+};
 
 // result[rows][columns] = a[rows][depth] * one panel b; rows <= tile_rows.
 template <class Op>
 void multiply_tile(const Left<Op>& a, int64_t rows, const Op* b, int64_t b_stride, int64_t columns, int64_t depth,
                    const Result& result) {
-  const int index = int((rows - 1) * tile_vecs + ceil_div(columns, lanes) - 1);
-  const Tile<Op> run = tile_by_index<Op>(index, std::make_integer_sequence<int, tile_rows * tile_vecs>());
-  run(a, b, b_stride, ceil_div(depth, depth_step<Op>), result);
+  instance_for<Tiles<Op>, tile_rows, tile_vecs>(rows, ceil_div(columns, lanes))(
+      a, b, b_stride, ceil_div(depth, depth_step<Op>), result);
 }
 
 // c[rows][columns] += a[rows][depth] * the panels b that pack_rows wrote for `packed_depth` rows, a's

@@ -348,16 +348,14 @@ __attribute__((noinline)) void tile_product(const Operand* a, int64_t row_stride
   }
 }
 
-// The instance of tile_product for a tile of rows x vecs.
-template <class Operand, int Rows = tile_rows, int Vecs = tile_vecs>
-inline auto tile_product_for(int rows, int vecs) {
-  if constexpr (Vecs > 1) {
-    if (vecs < Vecs) return tile_product_for<Operand, Rows, Vecs - 1>(rows, vecs);
-  }
-  if constexpr (Rows > 1) {
-    if (rows < Rows) return tile_product_for<Operand, Rows - 1, Vecs>(rows, vecs);
-  }
-  return &tile_product<Operand, Rows, Vecs>;
+template <class Operand>
+struct TileProducts {
+  template <int Rows, int Vecs>
+  static constexpr auto of = &tile_product<Operand, Rows, Vecs>;
+};
+template <class Operand>
+auto tile_product_for(int64_t rows, int64_t vecs) {
+  return instance_for<TileProducts<Operand>, tile_rows, tile_vecs>(rows, vecs);
 }
 
 // How C is cut into blocks.
@@ -408,7 +406,7 @@ void multiply_block(const LeftView<Operand>& left, const Packed<Operand>& right,
 
   for (int64_t panel = 0; panel < panels; ++panel) {
     const int64_t j = panel * tile_width;
-    const int vecs = block.columns - j < tile_width ? int(ceil_div(block.columns - j, Vec::lanes)) : tile_vecs;
+    const int64_t vecs = ceil_div(block.columns - j, Vec::lanes);
     const auto whole = tile_product_for<Operand>(tile_rows, vecs);
     const Operand* b = right.at(block.column + j, k);
     const Operand* next_b = panel + 1 < panels ? b + tile_width * padded
@@ -418,7 +416,7 @@ void multiply_block(const LeftView<Operand>& left, const Packed<Operand>& right,
       const int64_t i = tile * tile_rows;
       if (next_b) prefetch_share(next_b, panel_bytes, tile, tiles);
       if (!last_k) left.prefetch(block.row, block.rows, next_k, panel * tiles + tile, panels * tiles);
-      const auto product = block.rows - i < tile_rows ? tile_product_for<Operand>(int(block.rows - i), vecs) : whole;
+      const auto product = block.rows - i < tile_rows ? tile_product_for<Operand>(block.rows - i, vecs) : whole;
       const Operand* a = left.at(block.row + i, k);
       int64_t d = 0;
       do {
@@ -441,7 +439,7 @@ void multiply_rows(const LeftView<Operand>& left, const Packed<Operand>& right, 
   for (int64_t i = 0; i < block.rows;) {
     const int64_t rows = block.rows - i;
     const int64_t now = rows >= most ? most : rows < tile_rows ? rows : tile_rows;
-    const auto product = rows >= most ? &tile_product<Operand, most, Vecs> : tile_product_for<Operand>(int(now), Vecs);
+    const auto product = rows >= most ? &tile_product<Operand, most, Vecs> : tile_product_for<Operand>(now, Vecs);
     for (int64_t k = 0; k < left.K; k += run) {
       const int64_t depth = left.K - k < run ? left.K - k : run;
       product(left.at(block.row + i, k), left.row_stride(k), left.depth_stride(), right.at(block.column, k),
@@ -451,14 +449,11 @@ void multiply_rows(const LeftView<Operand>& left, const Packed<Operand>& right, 
   }
 }
 
-// The instance of multiply_rows for so many vectors of columns.
-template <class Operand, int Vecs = tile_vecs>
-auto multiply_rows_for(int64_t vecs) {
-  if constexpr (Vecs > 1) {
-    if (vecs < Vecs) return multiply_rows_for<Operand, Vecs - 1>(vecs);
-  }
-  return &multiply_rows<Operand, Vecs>;
-}
+template <class Operand>
+struct RowProducts {
+  template <int, int Vecs>
+  static constexpr auto of = &multiply_rows<Operand, Vecs>;
+};
 
 // A whose rows lie along k, for products with `columns` columns: in place where that serves, else packed, whole for
 // all products or, where it is too large to be kept, a strip at a time for each.
@@ -514,7 +509,7 @@ void gemm(int64_t M, int64_t N, const LeftView<Operand>& left, const Packed<Oper
     const Block block{row, column, M - row < grid.rows ? M - row : grid.rows,
                       N - column < grid.columns ? N - column : grid.columns};
     if (N <= tile_width && left.stride > 0) {
-      multiply_rows_for<Operand>(ceil_div(N, Vec::lanes))(left, right, block, run, sums);
+      instance_for<RowProducts<Operand>, 1, tile_vecs>(1, ceil_div(N, Vec::lanes))(left, right, block, run, sums);
     } else {
       int64_t k = 0;
       do {  // once even for K = 0, to clear the sums

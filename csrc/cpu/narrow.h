@@ -140,17 +140,11 @@ __attribute__((noinline)) void narrow_product(const T* a, int64_t a_stride, cons
   add_lanes(acc, sums, add);
 }
 
-// The instance of narrow_product for rows x columns.
-template <class T, int Rows = narrow_rows, int Columns = narrow_columns>
-inline auto narrow_product_for(int64_t rows, int64_t columns) {
-  if constexpr (Columns > 1) {
-    if (columns < Columns) return narrow_product_for<T, Rows, Columns - 1>(rows, columns);
-  }
-  if constexpr (Rows > 1) {
-    if (rows < Rows) return narrow_product_for<T, Rows - 1, Columns>(rows, columns);
-  }
-  return &narrow_product<T, Rows, Columns>;
-}
+template <class T>
+struct NarrowProducts {
+  template <int Rows, int Columns>
+  static constexpr auto of = &narrow_product<T, Rows, Columns>;
+};
 
 // epilogue(block, sums) as gemm has it, for A [M,K] in memory with its rows `stride` apart; N <= block_columns.
 template <class T, class Epilogue>
@@ -158,7 +152,7 @@ void narrow_gemm(int64_t M, int64_t N, const T* a, int64_t stride, const NarrowR
   if (M <= 0 || N <= 0) return;
   const int64_t K = right.K();
   const bool worth_sharing = double(M) * double(N) * double(K) > 1e6;
-  const int64_t share = worth_sharing ? narrow_share : 5 * narrow_share;
+  const int64_t share = worth_sharing ? narrow_share : 5 * narrow_share;  // a task to itself costs more than it saves
   const Scratch<float> memory(max_threads() * share * block_columns);
 
   parallel_tasks(ceil_div(M, share), [&](int64_t task) {
@@ -169,8 +163,8 @@ void narrow_gemm(int64_t M, int64_t N, const T* a, int64_t stride, const NarrowR
       const int64_t now = K - k < narrow_depth ? K - k : narrow_depth;
       for (int64_t j = 0; j < N; j += narrow_columns) {
         for (int64_t i = 0; i < rows; i += narrow_rows) {
-          narrow_product_for<T>(rows - i, N - j)(a + (first + i) * stride + k, stride, right.at(j, k), now,
-                                                 sums + i * block_columns + j, k > 0);
+          const auto product = instance_for<NarrowProducts<T>, narrow_rows, narrow_columns>(rows - i, N - j);
+          product(a + (first + i) * stride + k, stride, right.at(j, k), now, sums + i * block_columns + j, k > 0);
         }
       }
       k += narrow_depth;

@@ -11,6 +11,8 @@
 // bfloat16 to float32 while packing: `operand_t<T>` is the type that T is packed into.
 #pragma once
 
+#include <utility>
+
 #include "simd.h"
 
 namespace pytransformer::PYTRANSFORMER_ISA {
@@ -31,6 +33,20 @@ using operand_t = typename OperandOf<T>::type;
 // How many consecutive k one step of the tile consumes.
 template <class Operand>
 constexpr int depth_step = sizeof(float) / sizeof(Operand);
+
+// The instance of a function template for a tile of rows x columns, or where these are more than there are instances
+// for, the largest. A family names the template: `template <int Rows, int Columns> static constexpr auto of = &...;`
+template <class Family, int Rows, int Columns, int... I>
+auto instance_at(int index, std::integer_sequence<int, I...>) {
+  static constexpr decltype(Family::template of<1, 1>) instances[] = {
+      Family::template of<I / Columns + 1, I % Columns + 1>...};
+  return instances[index];
+}
+template <class Family, int Rows, int Columns>
+auto instance_for(int64_t rows, int64_t columns) {
+  const int row = int(rows < Rows ? rows : Rows) - 1, column = int(columns < Columns ? columns : Columns) - 1;
+  return instance_at<Family, Rows, Columns>(row * Columns + column, std::make_integer_sequence<int, Rows * Columns>());
+}
 
 template <int Rows, int Vecs>
 inline __attribute__((always_inline)) void clear(Vec (&acc)[Rows][Vecs]) {

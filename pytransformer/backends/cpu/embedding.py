@@ -9,7 +9,6 @@ from torch import Tensor
 
 from pytransformer import _cpu
 from pytransformer.backends._arguments import contiguous, flat, position_index, rows, unsupported_dtype
-from pytransformer.backends.cpu._arguments import philox_key
 
 
 def why_not(tokens: Tensor, weight: Tensor, positions: Tensor | None, *rest: object) -> str | None:
@@ -41,9 +40,9 @@ def embedding_fwd(
         position_index(positions, tokens),
         contiguous(segment_weight),
         flat(segments),
-        *philox_key(rng),
         dropout_p,
         rows(output),
+        contiguous(rng),
     )
     return output, weight.new_empty(0)
 
@@ -66,14 +65,19 @@ def embedding_bwd(
         torch.empty(x.shape if n and x is not None else (0,), dtype=weight.dtype)
         for x, n in zip(tables, needs, strict=True)
     )
+    grad_weight, grad_positions, grad_segment_weight = (
+        rows(g) if n else None for g, n in zip(grads, needs, strict=True)
+    )
     _cpu.embedding_bwd(
         rows(grad_output),
         flat(tokens),
         scale,
         position_index(positions, tokens),
         flat(segments),
-        *philox_key(rng),
         dropout_p,
-        *(rows(g) if n else None for g, n in zip(grads, needs, strict=True)),
+        grad_weight,
+        grad_positions,
+        grad_segment_weight,
+        contiguous(rng),
     )
     return grads

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from pytransformer import _cpu
 from pytransformer.backends._arguments import contiguous, rows, unsupported_dtype
-from pytransformer.backends.cpu._arguments import philox_key
 
 
 def why_not(
@@ -42,10 +41,10 @@ def ffn_fwd(
         contiguous(weight_gate),
         contiguous(bias_gate),
         activation,
-        *philox_key(rng),
         dropout_p,
         output.view(-1, weight2.shape[0]),
         hidden.view(-1, weight1.shape[0]) if store_hidden else None,
+        contiguous(rng),
     )
     return output, hidden
 
@@ -82,7 +81,6 @@ def ffn_bwd(
         contiguous(bias_gate),
         rows(hidden),
         activation,
-        *philox_key(rng),
         dropout_p,
         grad_input.view(-1, input.shape[-1]) if needs_input else None,
         grad_weight1 if needs_weight1 else None,
@@ -91,6 +89,7 @@ def ffn_bwd(
         grad_bias2 if needs_bias2 else None,
         grad_gate if needs_gate else None,
         grad_bias_gate if needs_bias_gate else None,
+        contiguous(rng),
     )
     biases = (x.to(input.dtype) for x in (grad_bias1, grad_bias2, grad_bias_gate))
     bias1_grad, bias2_grad, bias_gate_grad = biases
