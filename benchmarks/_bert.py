@@ -34,6 +34,7 @@ class BertWorkload:
         tensors: ``input_ids``, ``attention_mask`` and ``token_type_ids``.
         heads: of each layer.
         padded: some tokens are not real; without, the peer is given no mask at all.
+        traceable: engines that compile a graph may be given it.
     """
 
     model: Any

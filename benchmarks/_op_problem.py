@@ -38,6 +38,7 @@ class OpProblem:
             at: for each argument, and for the ``"output"``, the sizes that its leading dimensions are cut to.
             float64 on everything would take longer than the timing.
         random: dropout by torch's own random bits in the peer, so that the peer cannot be checked.
+        traceable: engines that compile a graph may be given it.
     """
 
     op: str

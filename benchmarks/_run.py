@@ -1,9 +1,9 @@
 """The loop over the cases: build, check, time, save. A killed run leaves a valid file of what it had done.
 
-The loop goes around twice. The first visit of a case checks its providers; the second makes its tensors anew and takes
-as many samples again. By what both say, ``_statistics`` knows how far two runs of the same code differ; rows that
-differ too far for a verdict are visited again. Where peers take part, some of which compile a model for a minute, and
-where memory is measured, one visit is all.
+The loop goes around three times. The first visit of a case checks its providers; the others make its tensors anew and
+take as many samples again. By what they say, ``_statistics`` knows how far two runs of the same code differ; rows that
+differ too far for a verdict are visited once more. Where peers take part, some of which compile a model for a minute,
+and where memory is measured, one visit is all.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from pytransformer.benchmarks._file import SCHEMA, Results, resumable, save
 from pytransformer.benchmarks._peaks import peaks
 from pytransformer.benchmarks._timing import Provider, flusher, measure
 
-SECONDS, QUICK_SECONDS = 0.2, 0.1  # of timing, for each visit of a case
-VISITS = 2  # of a case in a run, so that two runs can be compared
-MOST_VISITS = 3  # of one that is still too noisy for that
+SECONDS, QUICK_SECONDS = 0.42, 0.1  # of timing, for all visits of a case
+VISITS = 3  # of a case in a run, so that two runs can be compared
+MOST_VISITS = 4  # of one that is still too noisy for that
 PEER_SLACK = 4.0  # a peer a little less exact than eager torch is not wrong; ours is held to the rule itself
 
 Starting = Callable[[Case], None]
@@ -50,9 +50,9 @@ class Settings:
     flush: bool = False
     peers: tuple[str, ...] = ()
 
-    @property
-    def seconds(self) -> float:
-        return QUICK_SECONDS if self.quick else SECONDS
+    def seconds(self, case: Case) -> float:
+        """Of timing, for each visit."""
+        return (QUICK_SECONDS if self.quick else SECONDS) / self.visits(case)
 
     def visits(self, case: Case) -> int:
         """How often a case is timed, unless it is too noisy then."""
@@ -104,18 +104,28 @@ def run(
         }
     results["finished"] = False
     save(results, output)
-    with peers.Peers(settings.peers) as joined:
-        for visit in range(MOST_VISITS):
-            noisy = too_noisy(results) if visit >= VISITS else []
-            for index, case in enumerate(cases):
-                visits = settings.visits(case)
-                if visit < visits or (case.name in noisy and visits > 1):
+    gc.freeze()  # what is there already is not looked through after every visit
+    try:
+        with peers.Peers(settings.peers) as joined:
+            for visit in range(MOST_VISITS):
+                for index, case in enumerate(_cases_of(visit, cases, results, settings)):
                     finished(results, _visit(results, case, visit, settings, joined, index, output, starting))
+    finally:
+        gc.unfreeze()
     if instructions:
         _count_noisy(results, cases, output, starting)
     results["finished"] = True
     save(results, output)
     return results
+
+
+def _cases_of(visit: int, cases: Sequence[Case], results: Results, settings: Settings) -> list[Case]:
+    """Whose turn it is: at the last visit those that are visited more than once and are still too noisy."""
+    if visit < VISITS:
+        return [case for case in cases if visit < settings.visits(case)]
+    again = [case for case in cases if settings.visits(case) > 1]
+    noisy = too_noisy(results) if again else []
+    return [case for case in again if case.name in noisy]
 
 
 def _visit(
@@ -237,7 +247,8 @@ def _time(
     right: Mapping[str, Provider], case: Case, settings: Settings, seed: int, row: dict[str, Any], visit: int = 0
 ) -> None:
     flush = flusher(case.device) if settings.flush else None
-    timing = measure(right, settings.seconds, seed + visit, flush)
+    calls = {name: found["calls"] for name, found in row["samples"].items()}
+    timing = measure(right, settings.seconds(case), seed + visit, flush, calls)
     for name, samples in timing.samples.items():
         found = row["samples"].setdefault(name, {"calls": samples.calls, "wall": [], "cpu": []})
         found["wall"] += samples.wall

@@ -5,8 +5,8 @@ alone means much. But a round times ours and the other within one such moment: a
 own ratios (the mean of the middle half of their logarithms), with the 95% interval of a bootstrap over rounds. Where
 an interval holds the bound that a verdict turns on, the verdict is "cannot tell".
 
-Two runs are compared by how that ratio changed: the other's code is the same in both. A run visits a row twice or
-more, a minute apart, with tensors that lie elsewhere. What two visits of the same code differ by beyond the noise of
+Two runs are compared by how that ratio changed: the other's code is the same in both. A run visits a row three times
+or more, a minute apart, with tensors that lie elsewhere. What two visits of the same code differ by beyond the noise of
 their rounds is what two runs of the same code will differ by too: this drift is taken from all rows together, and
 widens each interval. Of seventy rows that did not change, three would still lie outside of their 95% interval: a
 difference is called only where it is rarer than so many rows explain.
@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -112,7 +113,7 @@ def drift(rows: Sequence[Rounds], ours: str, peer: str) -> float:
     """The standard deviation of a visit's ratio beyond the noise of its rounds: what explains the differences between
     visits of a row. At least ``LEAST_DRIFT``, and this where fewer than ``LEAST_ROWS`` pairs of visits tell."""
     visits = [row.logarithms(ours, peer) for row in rows if peer in row.walls]
-    pairs = [pair for row in visits for pair in zip(row[::2], row[1::2], strict=False)]
+    pairs = [pair for row in visits for pair in pairwise(row)]
     if len(pairs) < LEAST_ROWS:
         return LEAST_DRIFT
     apart = torch.stack([(_middle(a) - _middle(b)).abs() for a, b in pairs])

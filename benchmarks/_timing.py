@@ -14,6 +14,7 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -97,14 +98,20 @@ class Timing:
 
 
 def measure(
-    providers: Mapping[str, Provider], seconds: float, seed: int = 0, flush: Callable[[], Any] | None = None
+    providers: Mapping[str, Provider],
+    seconds: float,
+    seed: int = 0,
+    flush: Callable[[], Any] | None = None,
+    calls: Mapping[str, int] = MappingProxyType({}),
 ) -> Timing:
     """One visit: times every provider for ``seconds`` altogether, or for ``LEAST_ROUNDS`` where these take longer.
 
-    ``flush`` empties the caches before each sample, which is then of a single call.
+    ``flush`` empties the caches before each sample, which is then of a single call. ``calls`` are those of a sample,
+    where an earlier visit has found how many fill it.
     """
     order = random.Random(seed)
-    timing = Timing({name: Samples(1 if flush else _calls(run)) for name, run in providers.items()})
+    counts = {name: 1 if flush else calls.get(name) or _calls(run) for name, run in providers.items()}
+    timing = Timing({name: Samples(count) for name, count in counts.items()})
     start = time.perf_counter()
     while not _enough(timing, time.perf_counter() - start, seconds):
         names = list(providers)

@@ -28,7 +28,14 @@ LAYERS, VOCABULARY, PAD, START = 6, 8192, 1, 2
 
 @dataclass(frozen=True)
 class TranslationWorkload:
-    """What a peer is given: the sources, how many tokens to write, and the weights as a directory of Hugging Face's."""
+    """What a peer is given: the sources, how many tokens to write, and the weights as a directory of Hugging Face's.
+
+    Attributes:
+        model: a ``pytransformer.models.Transformer``.
+        sources: token ids.
+        target: how many tokens to write.
+        traceable: engines that compile a graph may be given it.
+    """
 
     model: Any
     sources: Tensor

@@ -438,7 +438,7 @@ def test_a_killed_run_leaves_what_was_done_and_resumes(tmp_path):
     assert [row["name"] for row in again["rows"]] == [case.name for case in cases]
 
 
-def test_a_case_is_visited_twice_and_resumed_between(monkeypatch, tmp_path):
+def test_a_case_is_visited_thrice_and_resumed_between(monkeypatch, tmp_path):
     monkeypatch.setattr(runner, "SECONDS", 0.01)
     monkeypatch.setattr(runner, "too_noisy", lambda results: [])
     cases, output, seen = [tiny_case(16), tiny_case(32)], tmp_path / "results.json", []
@@ -454,9 +454,12 @@ def test_a_case_is_visited_twice_and_resumed_between(monkeypatch, tmp_path):
     between = load(output)
     assert [set(row["visits"]) for row in between["rows"]] == [{0, 1}, {0}]
     rows = run(cases, output, "test", runner.PLAIN, resume=True)["rows"]
-    assert rows[0] == between["rows"][0]
-    assert rows[1]["visits"].count(0) == len(between["rows"][1]["visits"]) < len(rows[1]["visits"])
-    for row in rows:
+    for row, before in zip(rows, between["rows"], strict=True):
+        kept = len(before["visits"])
+        assert set(row["visits"]) == {0, 1, 2}
+        assert row["visits"][:kept] == before["visits"]
+        assert set(row["visits"][kept:]).isdisjoint(before["visits"])
+        assert row["samples"][OURS]["wall"][:kept] == before["samples"][OURS]["wall"]
         assert all(len(s["wall"]) == len(s["cpu"]) == len(row["visits"]) for s in row["samples"].values())
         assert len(row["busy"]) == len(row["visits"])
 
