@@ -162,6 +162,16 @@ def test_compiles_to_one_graph(backend):
 
 
 @needs_cpu
+def test_a_compiled_call_does_not_run_over_the_longest_sequence():
+    """Nobody looks at offsets while a call is traced; the kernel's binding does."""
+    torch._dynamo.reset()
+    q, cu = randn(9, 2, 8), torch.tensor([0, 7, 9])
+    function = torch.compile(lambda q, cu: ops.attention_varlen(q, q, q, cu, max_q=4), backend="aot_eager")
+    with pytest.raises(ValueError, match="cu_seq_q must never fall, and rise by at most 4"):
+        function(q, cu)
+
+
+@needs_cpu
 def test_a_double_backward():
     q, k, v, *cu = CASES["causal"].tensors().values()
     leaves = [x.requires_grad_() for x in (q, k, v)]

@@ -33,12 +33,27 @@ void check_pages(const AttentionProblem& a) {
                       "attention: pages are read for up to ", most_paged_rows, " queries a key head");
 }
 
+#ifndef PYTRANSFORMER_CUDA_MODULE
+// A longer sequence than was said would not fit into what is allocated for the longest.
+void check_lengths(const TensorView& cu_seq, int64_t longest, const char* name) {
+  const int32_t* begin = cu_seq.ptr<const int32_t>();
+  for (int64_t n = 0; n + 1 < cu_seq.shape[0]; ++n) {
+    PYTRANSFORMER_CHECK(begin[0] >= 0 && begin[n] <= begin[n + 1] && begin[n + 1] - begin[n] <= longest,
+                        "attention: ", name, " must never fall, and rise by at most ", longest);
+  }
+}
+#endif
+
 void check_packing(const AttentionProblem& a) {
   for (const TensorView* t : {&a.cu_seq_q, &a.cu_seq_k}) {
     PYTRANSFORMER_CHECK(
         t->dtype == DType::int32 && t->ndim == 1 && t->shape[0] == a.query.shape[0] + 1 && t->contiguous(),
         "attention: cu_seq_q and cu_seq_k must be contiguous int32 [B+1]");
   }
+#ifndef PYTRANSFORMER_CUDA_MODULE  // what lies in a GPU's memory is not looked at
+  check_lengths(a.cu_seq_q, a.query.shape[2], "cu_seq_q");
+  check_lengths(a.cu_seq_k, a.key.shape[2], "cu_seq_k");
+#endif
   PYTRANSFORMER_CHECK(!a.mask && !a.bias && !a.key_lengths,
                       "attention: sequences end to end are read without mask, bias and key_lengths");
 }

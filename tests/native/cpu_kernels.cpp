@@ -246,12 +246,47 @@ Case attention_in_pages(DType T, int64_t page, int64_t D, int64_t queries, int64
   return [=] {
     AttentionForward a;
     a.query = q, a.key = k, a.value = v, a.key_lengths = lengths, a.block_table = table;
-    a.scale = 1 / std::sqrt(float(D)), a.band_upper = 0;
+    a.scale = 1 / std::sqrt(float(D)), a.band_upper = 0, a.at_end = true;
     if (window > 0) a.band_lower = -window;
     const Tensor out = output(T, {B, H, queries, D}), lse = output(DType::float32, {B, H, queries});
     a.out = out, a.lse = lse;
     kernels().attention_fwd(a);
     return std::vector<Tensor>{out, lse};
+  };
+}
+
+// Tensors of all sequences as the kernels take them: every sequence at the first row, `longest` rows of it.
+TensorView end_to_end(const Tensor& x, int64_t sequences, int64_t longest) {
+  TensorView view = x;
+  view.shape[0] = sequences, view.shape[2] = longest, view.stride[0] = 0;
+  return view;
+}
+
+// Sequences of `queries` queries and keys, of one of either, and of none with 5 keys.
+Case attention_end_to_end(DType T, int64_t queries, int64_t D, bool at_end) {
+  constexpr int64_t N = 3, H = 4, G = 2;
+  const int64_t total = queries + 1, keys = queries + 6;
+  const Tensor q = random(T, {1, H, total, D}), k = random(T, {1, G, keys, D}), v = random(T, {1, G, keys, D});
+  const Tensor dout = random(T, {1, H, total, D}), cu_q(DType::int32, {N + 1}), cu_k(DType::int32, {N + 1});
+  const int64_t begins_q[] = {0, queries, total, total}, begins_k[] = {0, queries, total, keys};
+  for (int64_t n = 0; n <= N; ++n) cu_q.set(n, float(begins_q[n])), cu_k.set(n, float(begins_k[n]));
+  return [=] {
+    const auto rows = [=](const Tensor& x) { return end_to_end(x, N, queries); };
+    const auto key_rows = [=](const Tensor& x) { return end_to_end(x, N, queries > 5 ? queries : 5); };
+    AttentionForward a;
+    a.query = rows(q), a.key = key_rows(k), a.value = key_rows(v), a.cu_seq_q = cu_q, a.cu_seq_k = cu_k,
+    a.at_end = at_end;
+    a.scale = 1 / std::sqrt(float(D)), a.band_upper = 0, a.dropout_p = at_end ? 0 : 0.1f, a.seed = 7, a.offset = 3;
+    const Tensor out = output(T, {1, H, total, D}), lse = output(DType::float32, {1, H, total});
+    a.out = rows(out), a.lse = rows(lse);
+    kernels().attention_fwd(a);
+    const Tensor dq = output(T, {1, H, total, D}), dk = output(T, {1, G, keys, D}), dv = output(T, {1, G, keys, D});
+    AttentionBackward b;
+    static_cast<AttentionProblem&>(b) = a;
+    b.out = a.out, b.lse = a.lse, b.grad_out = rows(dout);
+    b.grad_query = rows(dq), b.grad_key = key_rows(dk), b.grad_value = key_rows(dv);
+    kernels().attention_bwd(b);
+    return std::vector<Tensor>{out, lse, dq, dk, dv};
   };
 }
 
@@ -283,6 +318,8 @@ int main() {
     failed += !run("attention, pages" + type, attention_in_pages(T, 16, 33, 1, 0));
     failed += !run("attention, odd pages" + type, attention_in_pages(T, 5, 24, 3, 7));
     failed += !run("attention, large pages" + type, attention_in_pages(T, 200, 16, 2, 0));
+    failed += !run("attention, end to end" + type, attention_end_to_end(T, 70, 24, false));
+    failed += !run("attention, end to end, few queries" + type, attention_end_to_end(T, 4, 16, true));
   }
   std::printf(failed ? "%d cases FAILED\n" : "all cases ok\n", failed);
   return failed ? 1 : 0;
