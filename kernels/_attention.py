@@ -26,6 +26,36 @@ def tanh(x):
 
 
 @triton.jit
+def sequence(cu_seq_ptr, batch):
+    """Of sequences that lie end to end, where one begins (int64) and how many rows it has."""
+    begin = tl.load(cu_seq_ptr + batch)
+    return begin.to(tl.int64), tl.load(cu_seq_ptr + batch + 1) - begin
+
+
+@triton.jit
+def output_rows(row, t, T, H, begin):
+    """Which rows of what a kernel writes are those of queries ``t`` of head ``row`` of all heads.
+
+    They lie as [B,H,T], or, where the sequence begins at a row of its own, as the tokens [T,H] do.
+    """
+    if begin is None:
+        rows = row * T + t
+    else:
+        rows = (begin + t) * H + row % H
+    return rows
+
+
+@triton.jit
+def head_start(row, T, H, tokens, begin):
+    """Where the values of head ``row`` start that are one a query: in [B,H,T], or in [H,tokens]."""
+    if begin is None:
+        start = row * T
+    else:
+        start = row % H * tokens + begin
+    return start
+
+
+@triton.jit
 def key_blocks(t0, T, length, lower, upper, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
     """Of the key blocks that the queries from ``t0`` on see: the first, the first and the end of the full, the end."""
     t_last = tl.minimum(t0 + BLOCK_T, T) - 1
