@@ -10,7 +10,7 @@ finite are taken out, and the queries that do see one become NaN. The pivot of a
 instead of -inf, so that its weights come out as 0 and not NaN; its output is 0, its lse -inf.
 
 Sequences may lie end to end (``Sequences``): T and S are then the longest, by which dropout counts, and a program
-that finds itself beyond the end of its sequence leaves.
+beyond the end of its sequence sees no key.
 
 Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al., "FlashAttention",
 2022, and "FlashAttention-2", 2023.
@@ -112,15 +112,11 @@ def forward_kernel(
     queries, keys = T, S  # of this sequence
     q_begin = None
     if cu_q_ptr is not None:
-        q_begin, queries = sequence(cu_q_ptr, batch)
-        k_begin, keys = sequence(cu_k_ptr, batch)
-        if t0 >= queries:
-            return
+        q_begin, queries, k_begin, keys, lower, upper = sequence(cu_q_ptr, cu_k_ptr, batch, lower, upper, at_end)
+        keys = tl.where(t0 < queries, keys, 0)  # a block beyond the end has nothing to do
         q_ptr += q_begin * stride_qt
         k_ptr += k_begin * stride_ks
         v_ptr += k_begin * stride_vs
-        lower += (keys - queries) * at_end
-        upper += (keys - queries) * at_end
     q_ptr += (batch * stride_qb + head * stride_qh) * UNIT
     q = tl.load(q_ptr + t[:, None] * stride_qt + d[None, :], mask=(t < queries)[:, None] & (d < D)[None, :], other=0.0)
     k_ptr += (batch * stride_kb + head // GROUP * stride_kh) * UNIT
@@ -164,9 +160,9 @@ def forward_kernel(
     out = total / tl.where(unseen, 1.0, weight_sum)[:, None]
     lse = tl.where(unseen, float("-inf"), largest + tl.log(tl.where(unseen, 1.0, weight_sum)))
     dv = tl.arange(0, BLOCK_DV)
-    at = output_rows(row, t, T, H, q_begin)[:, None] * Dv + dv[None, :]
+    at = output_rows(row, head, t, T, H, q_begin)[:, None] * Dv + dv[None, :]
     store(out_ptr + at, out, (t < queries)[:, None] & (dv < Dv)[None, :])
-    tl.store(lse_ptr + head_start(row, T, H, tokens, q_begin) + t, lse, mask=t < queries)
+    tl.store(lse_ptr + head_start(row, head, T, tokens, q_begin) + t, lse, mask=t < queries)
 
 
 def _version(x: Tensor | None) -> int:
@@ -320,8 +316,13 @@ def sequence_arguments(masks: Masking) -> tuple[tuple[Tensor | None, Tensor | No
     return (cu_q, cu_k), (tokens, int(at_end))
 
 
+def register_limit(arch: str) -> dict[str, int]:
+    """Options of a launch that ptxas, left alone, spills some bytes of, to fit in one more program."""
+    return {"maxnreg": 255} if arch.startswith("sm") else {}
+
+
 def heads_like(x: Tensor, columns: Tensor, masks: Masking, of_keys: bool = False) -> Tensor:
-    """Room for [B,H,T] of ``x`` and the last dimension of ``columns``; of packed sequences [1,H,tokens] as tokens lie."""
+    """Room for [B,H,T] of ``x`` and the last dimension of ``columns``; or for [1,H,tokens,...], as the tokens lie."""
     B, H, T, _ = x.shape
     if masks.sequences is None:
         return torch.empty(B, H, T, columns.shape[3], dtype=x.dtype, device=x.device)
@@ -339,7 +340,9 @@ def attention_fwd(query: Tensor, key: Tensor, value: Tensor, masks: Masking, sof
     out = heads_like(query, value, masks)
     lse = torch.empty(out.shape[:3], dtype=torch.float32, device=query.device)
     rich = is_rich(masks, softmax)
-    config = _configs.attention("fwd", query.dtype, max(D, Dv), rich, _configs.architecture(query.device))
+    arch = _configs.architecture(query.device)
+    config = _configs.attention("fwd", query.dtype, max(D, Dv), rich, arch)
+    limit = {} if masks.sequences is None else register_limit(arch)
     block_t, block_s = config.tile
     pointers, strides, n_inner = mask_arguments(masks, masks.tiles(block_t, block_s))
     offsets, counts = sequence_arguments(masks)
@@ -351,6 +354,6 @@ def attention_fwd(query: Tensor, key: Tensor, value: Tensor, masks: Masking, sof
         H, T, S, n_inner, *counts, masks.lower, masks.upper, softmax.scale, softmax.softcap,
         *dropout_threshold(softmax.dropout_p), **shape_of(query, key, value),
         BLOCK_T=block_t, BLOCK_S=block_s, UNIT=unit, BIAS_UNIT=bias_unit,
-        **softmax.flags(query, masks.bias, S), **config.options,
+        **softmax.flags(query, masks.bias, S), **limit, **config.options,
     )  # fmt: skip
     return out, lse

@@ -36,7 +36,7 @@ from pytransformer.kernels._attention import (
     sequence,
     visible,
 )
-from pytransformer.kernels._common import dot, dropout_threshold, empty_like, load, rounded, store
+from pytransformer.kernels._common import dot, dropout_threshold, load, rounded, store
 from pytransformer.kernels.attention import (
     LENGTHS,
     Masking,
@@ -46,6 +46,7 @@ from pytransformer.kernels.attention import (
     is_rich,
     mask_arguments,
     outer_strides,
+    register_limit,
     sequence_arguments,
     shape_of,
 )
@@ -144,22 +145,18 @@ def dq_kernel(
     queries, keys = T, S  # of this sequence
     q_begin = None
     if cu_q_ptr is not None:
-        q_begin, queries = sequence(cu_q_ptr, batch)
-        k_begin, keys = sequence(cu_k_ptr, batch)
-        if t0 >= queries:
-            return
+        q_begin, queries, k_begin, keys, lower, upper = sequence(cu_q_ptr, cu_k_ptr, batch, lower, upper, at_end)
+        keys = tl.where(t0 < queries, keys, 0)  # a block beyond the end has nothing to do
         q_ptr += q_begin * stride_qt
         dout_ptr += q_begin * stride_dt
         k_ptr += k_begin * stride_ks
         v_ptr += k_begin * stride_vs
-        lower += (keys - queries) * at_end
-        upper += (keys - queries) * at_end
     inside = (t < queries)[:, None]
     q_ptr += (batch * stride_qb + head * stride_qh) * UNIT
     dout_ptr += (batch * stride_db + head * stride_dh) * UNIT
     q = tl.load(q_ptr + t[:, None] * stride_qt + d[None, :], mask=inside & (d < D)[None, :], other=0.0)
     dout = tl.load(dout_ptr + t[:, None] * stride_dt + dv[None, :], mask=inside & (dv < Dv)[None, :], other=0.0)
-    first = head_start(row, T, H, tokens, q_begin)
+    first = head_start(row, head, T, tokens, q_begin)
     lse = tl.load(lse_ptr + first + t, mask=t < queries, other=0.0)
     delta = tl.load(delta_ptr + first + t, mask=t < queries, other=0.0)
     k_ptr += (batch * stride_kb + head // GROUP * stride_kh) * UNIT
@@ -196,8 +193,8 @@ def dq_kernel(
             T, S, keys, length, lower, upper, scale, softcap, threshold, keep_scale,
             D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, True, RAW, SOFTCAP, QUADS, PRECISION,
         )  # fmt: skip
-    at = output_rows(row, t, T, H, q_begin)[:, None] * D + d[None, :]
-    store(dq_ptr + at, dq * scale, inside & (d < D)[None, :])
+    rows = output_rows(row, head, t, T, H, q_begin)[:, None]
+    store(dq_ptr + rows * D + d[None, :], dq * scale, inside & (d < D)[None, :])
 
 
 @triton.jit
@@ -252,16 +249,12 @@ def dkv_kernel(
     queries, keys = T, S  # of this sequence
     q_begin, k_begin = None, None
     if cu_q_ptr is not None:
-        q_begin, queries = sequence(cu_q_ptr, batch)
-        k_begin, keys = sequence(cu_k_ptr, batch)
-        if s0 >= keys:
-            return
+        q_begin, queries, k_begin, keys, lower, upper = sequence(cu_q_ptr, cu_k_ptr, batch, lower, upper, at_end)
+        queries = tl.where(s0 < keys, queries, 0)  # a block beyond the end has nothing to do
         q_ptr += q_begin * stride_qt
         dout_ptr += q_begin * stride_dt
         k_ptr += k_begin * stride_ks
         v_ptr += k_begin * stride_vs
-        lower += (keys - queries) * at_end
-        upper += (keys - queries) * at_end
     inside = (s < keys)[:, None]
     k_ptr += (batch * stride_kb + group * stride_kh) * UNIT
     v_ptr += (batch * stride_vb + group * stride_vh) * UNIT
@@ -280,7 +273,7 @@ def dkv_kernel(
         row = batch * H + head
         q_head = q_ptr + (batch * stride_qb + head * stride_qh) * UNIT
         dout_head = dout_ptr + (batch * stride_db + head * stride_dh) * UNIT
-        first = head_start(row, T, H, tokens, q_begin)
+        first = head_start(row, head, T, tokens, q_begin)
         lse_head, delta_head = lse_ptr + first, delta_ptr + first
         bias_head, bits_head, list_head = bias_ptr, bits_ptr, list_ptr
         if bias_ptr is not None:
@@ -310,7 +303,7 @@ def dkv_kernel(
                 T, S, queries, length, lower, upper, scale, softcap, threshold, keep_scale,
                 D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, True, RAW, SOFTCAP, QUADS, PRECISION,
             )  # fmt: skip
-    rows = output_rows(shared, s, S, H // GROUP, k_begin)[:, None]
+    rows = output_rows(shared, group, s, S, H // GROUP, k_begin)[:, None]
     store(dk_ptr + rows * D + d[None, :], dk * scale, inside & (d < D)[None, :])
     store(dv_ptr + rows * Dv + dv[None, :], dv_total, inside & (dv < Dv)[None, :])
 
@@ -402,6 +395,7 @@ def attention_bwd(
     outer, unit = outer_strides(query, key, value, dout)
     of_bias, bias_unit = bias_strides(masks.bias)
     offsets, counts = sequence_arguments(masks)
+    limit = {} if masks.sequences is None else register_limit(arch)
     for kernel, name, grads in ((dq_kernel, "dq", (dq,)), (dkv_kernel, "dkv", (dk, dv))):
         config = _configs.attention(name, query.dtype, max(D, Dv), is_rich(masks, softmax), arch)
         block_t, block_s = config.tile
@@ -415,7 +409,7 @@ def attention_bwd(
             H, T, S, n_inner, *counts, masks.lower, masks.upper, softmax.scale, softmax.softcap,
             *dropout_threshold(softmax.dropout_p), **shape,
             BLOCK_T=block_t, BLOCK_S=block_s, UNIT=unit, BIAS_UNIT=bias_unit,
-            **softmax.flags(query, masks.bias, S), **config.options,
+            **softmax.flags(query, masks.bias, S), **limit, **config.options,
         )  # fmt: skip
     return dq, dk, dv, delta
 

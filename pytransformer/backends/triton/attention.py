@@ -67,7 +67,7 @@ def attention_fwd(
     query, masks, softmax = _arguments(query, key, packed, packing, at_end, *rest)
     query, key, value = packing.queries(query), packing.keys(key), packing.keys(value)
     table = None if block_table is None else unit_stride(block_table)
-    splits = 1 if cu_seq_q is not None else decode_kernels.splits_of(query, key, softmax, table)
+    splits = decode_kernels.splits_of(query, key, softmax, table)
     if splits > 1 or table is not None:
         out, lse = decode_kernels.attention_decode(query, key, value, masks, softmax, splits, table)
     else:
