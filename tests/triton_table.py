@@ -164,7 +164,8 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     for name, dtype in DTYPES.items():
         for head_dim in (64, 128, 256):
             yield f"attention_decode {name} D={head_dim}", lambda d=dtype, n=head_dim: decode(d, n)
-            yield f"attention_varlen {name} D={head_dim}", lambda d=dtype, n=head_dim: attention_varlen(d, n)
+            if dtype != torch.float32 or head_dim < 256:
+                yield f"attention_varlen {name} D={head_dim}", lambda d=dtype, n=head_dim: attention_varlen(d, n)
             yield f"attention_pages {name} D={head_dim}", lambda d=dtype, n=head_dim: decode_in_pages(d, n)
         yield f"linear_cross_entropy {name}", lambda d=dtype: linear_cross_entropy(d)
         yield f"embedding {name}", lambda d=dtype: embedding(d)
