@@ -316,9 +316,9 @@ def sequence_arguments(masks: Masking) -> tuple[tuple[Tensor | None, Tensor | No
     return (cu_q, cu_k), (tokens, int(at_end))
 
 
-def register_limit(arch: str) -> dict[str, int]:
+def register_limit(arch: str, most: int = 255) -> dict[str, int]:
     """Options of a launch that ptxas, left alone, spills some bytes of, to fit in one more program."""
-    return {"maxnreg": 255} if arch.startswith("sm") else {}
+    return {"maxnreg": most} if arch.startswith("sm") else {}
 
 
 def heads_like(x: Tensor, columns: Tensor, masks: Masking, of_keys: bool = False) -> Tensor:

@@ -387,19 +387,19 @@ def attention_bwd(
     arch = _configs.architecture(query.device)
     rows = 64 if Dv <= 128 else 32
     outer, unit = outer_strides(dout)
-    length = lse.shape[2]  # of all sequences that lie end to end
-    delta_kernel[(triton.cdiv(length, rows) * lse.shape[0] * H,)](
-        dout, out, delta, *outer, H, length,
+    delta_kernel[(triton.cdiv(lse.shape[2], rows) * lse.shape[0] * H,)](
+        dout, out, delta, *outer, H, lse.shape[2],
         Dv=Dv, BLOCK_DV=shape["BLOCK_DV"], BLOCK_T=rows, UNIT=unit, AS_TOKENS=masks.sequences is not None, num_warps=4,
     )  # fmt: skip
     outer, unit = outer_strides(query, key, value, dout)
     of_bias, bias_unit = bias_strides(masks.bias)
     offsets, counts = sequence_arguments(masks)
-    limit = {} if masks.sequences is None else register_limit(arch)
     for kernel, name, grads in ((dq_kernel, "dq", (dq,)), (dkv_kernel, "dkv", (dk, dv))):
         config = _configs.attention(name, query.dtype, max(D, Dv), is_rich(masks, softmax), arch)
         block_t, block_s = config.tile
         by_keys = name == "dkv"
+        most = 200 if name == "dq" and query.dtype == torch.float32 else 255  # with 255 Blackwell's spills
+        limit = {} if masks.sequences is None else register_limit(arch, most)
         pointers, strides, n_inner = mask_arguments(masks, masks.tiles(block_t, block_s, by_keys))
         programs = triton.cdiv(S, block_s) * B * G if by_keys else triton.cdiv(T, block_t) * B * H
         kernel[(programs,)](
