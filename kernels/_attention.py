@@ -26,6 +26,37 @@ def tanh(x):
 
 
 @triton.jit
+def rows_of_sequence(cu_seq_ptr, batch):
+    """Of sequences that lie end to end, where one begins (int64) and how many rows it has."""
+    begin = tl.load(cu_seq_ptr + batch)
+    return begin.to(tl.int64), tl.load(cu_seq_ptr + batch + 1) - begin
+
+
+@triton.jit
+def sequence(cu_q_ptr, cu_k_ptr, batch, lower, upper, at_end):
+    """Of a sequence where its queries begin, how many they are, the same of its keys, and the band of its own."""
+    q_begin, queries = rows_of_sequence(cu_q_ptr, batch)
+    k_begin, keys = rows_of_sequence(cu_k_ptr, batch)
+    shift = (keys - queries) * at_end
+    return q_begin, queries, k_begin, keys, lower + shift, upper + shift
+
+
+@triton.jit
+def output_rows(row, head, t, T, H, begin):
+    """Which rows of what a kernel writes are those of queries ``t`` of a head, the ``row``-th of all.
+
+    They lie as [B,H,T], or, where the sequence begins at a row of its own, as the tokens [T,H] do.
+    """
+    return row * T + t if begin is None else (begin + t) * H + head
+
+
+@triton.jit
+def head_start(row, head, T, tokens, begin):
+    """Where the values of a head start that are one a query: in [B,H,T], or in [H,tokens]."""
+    return row * T if begin is None else head * tokens + begin
+
+
+@triton.jit
 def key_blocks(t0, T, length, lower, upper, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):
     """Of the key blocks that the queries from ``t0`` on see: the first, the first and the end of the full, the end."""
     t_last = tl.minimum(t0 + BLOCK_T, T) - 1

@@ -9,6 +9,9 @@ tile a key that some query does not see may hold NaN or Inf, so a weight of 0 is
 finite are taken out, and the queries that do see one become NaN. The pivot of a row that has seen nothing is 0
 instead of -inf, so that its weights come out as 0 and not NaN; its output is 0, its lse -inf.
 
+Sequences may lie end to end (``Sequences``): T and S are then the longest, by which dropout counts, and a program
+beyond the end of its sequence sees no key.
+
 Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al., "FlashAttention",
 2022, and "FlashAttention-2", 2023.
 """
@@ -16,7 +19,7 @@ Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 201
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import triton
@@ -27,10 +30,13 @@ from pytransformer.kernels import _configs, _masks
 from pytransformer.kernels._attention import (
     exponential,
     finite,
+    head_start,
     keep_weights,
     key_blocks,
+    output_rows,
     partial_block,
     scores,
+    sequence,
     visible,
 )
 from pytransformer.kernels._common import dot, dropout_threshold, float32_precision, rounded, store
@@ -38,7 +44,7 @@ from pytransformer.kernels._common import dot, dropout_threshold, float32_precis
 # No kernel is compiled anew for these: numbers that are lengths, and strides that lengths are factors of. What a
 # kernel must know of such a stride, that loads of 16 bytes stay aligned, comes as its unit: ``stride * UNIT``.
 LENGTHS = [
-    *("H", "T", "S", "lower", "upper", "threshold", "n_inner"),
+    *("H", "T", "S", "lower", "upper", "threshold", "n_inner", "tokens", "at_end"),
     *(f"stride_{x}{dim}" for x in "qkvd" for dim in "bh"),
     *(f"stride_bias_{dim}" for dim in "bht"),
     *(f"stride_bits_{dim}" for dim in "bht"),
@@ -50,7 +56,7 @@ LENGTHS = [
 def _attend(
     total, weight_sum, largest, q, block, row, t0, k_ptr, v_ptr, bias_ptr, bits_ptr, rng_ptr,
     stride_ks, stride_vs, stride_bias_t, stride_bias_s, stride_bits_t,
-    T, S, length, lower, upper, scale, softcap, threshold, keep_scale,
+    T, S, keys, length, lower, upper, scale, softcap, threshold, keep_scale,
     D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, MASKED: tl.constexpr, RAW: tl.constexpr,
     SOFTCAP: tl.constexpr, QUADS: tl.constexpr, PRECISION: tl.constexpr,
@@ -59,7 +65,7 @@ def _attend(
     s0 = block * BLOCK_S
     t, s = (t0 + tl.arange(0, BLOCK_T))[:, None], s0 + tl.arange(0, BLOCK_S)
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    inside = s < S
+    inside = s < keys
     k = tl.load(k_ptr + s[None, :] * stride_ks + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0.0)
     v = tl.load(v_ptr + s[:, None] * stride_vs + dv[None, :], mask=inside[:, None] & (dv < Dv)[None, :], other=0.0)
     s = s[None, :]
@@ -88,11 +94,11 @@ def _attend(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, rng_ptr, bits_ptr, list_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, rng_ptr, bits_ptr, list_ptr, cu_q_ptr, cu_k_ptr, out_ptr, lse_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_bias_b, stride_bias_h, stride_bias_t, stride_bias_s,
     stride_bits_b, stride_bits_h, stride_bits_t, stride_list_b, stride_list_h, stride_list_t,
-    H, T, S, n_inner, lower, upper, scale, softcap, threshold, keep_scale,
+    H, T, S, n_inner, tokens, at_end, lower, upper, scale, softcap, threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, RAW: tl.constexpr, SOFTCAP: tl.constexpr, QUADS: tl.constexpr,
     PRECISION: tl.constexpr, UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
@@ -103,16 +109,24 @@ def forward_kernel(
     batch, head = row // H, row % H
     t0 = block_t * BLOCK_T
     t, d = t0 + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
+    queries, keys = T, S  # of this sequence
+    q_begin = None
+    if cu_q_ptr is not None:
+        q_begin, queries, k_begin, keys, lower, upper = sequence(cu_q_ptr, cu_k_ptr, batch, lower, upper, at_end)
+        keys = tl.where(t0 < queries, keys, 0)  # a block beyond the end has nothing to do
+        q_ptr += q_begin * stride_qt
+        k_ptr += k_begin * stride_ks
+        v_ptr += k_begin * stride_vs
     q_ptr += (batch * stride_qb + head * stride_qh) * UNIT
-    q = tl.load(q_ptr + t[:, None] * stride_qt + d[None, :], mask=(t < T)[:, None] & (d < D)[None, :], other=0.0)
+    q = tl.load(q_ptr + t[:, None] * stride_qt + d[None, :], mask=(t < queries)[:, None] & (d < D)[None, :], other=0.0)
     k_ptr += (batch * stride_kb + head // GROUP * stride_kh) * UNIT
     v_ptr += (batch * stride_vb + head // GROUP * stride_vh) * UNIT
     if bias_ptr is not None:
         bias_ptr += (batch * stride_bias_b + head * stride_bias_h) * BIAS_UNIT
-    length = S
+    length = keys
     if lengths_ptr is not None:
         length = tl.minimum(tl.load(lengths_ptr + batch), S).to(tl.int32)
-    start, full_start, full_end, end = key_blocks(t0, T, length, lower, upper, BLOCK_T, BLOCK_S)
+    start, full_start, full_end, end = key_blocks(t0, queries, length, lower, upper, BLOCK_T, BLOCK_S)
     n_full, n_partial = full_end - full_start, full_start - start + end - full_end
     if bits_ptr is not None:
         bits_ptr += batch * stride_bits_b + head * stride_bits_h
@@ -127,7 +141,7 @@ def forward_kernel(
         total, weight_sum, largest = _attend(
             total, weight_sum, largest, q, block, row, t0, k_ptr, v_ptr, bias_ptr, bits_ptr, rng_ptr,
             stride_ks, stride_vs, stride_bias_t * BIAS_UNIT, stride_bias_s, stride_bits_t,
-            T, S, length, lower, upper, scale, softcap, threshold, keep_scale,
+            T, S, keys, length, lower, upper, scale, softcap, threshold, keep_scale,
             D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, False, RAW, SOFTCAP, QUADS, PRECISION,
         )  # fmt: skip
     for i in range(n_partial):
@@ -138,7 +152,7 @@ def forward_kernel(
         total, weight_sum, largest = _attend(
             total, weight_sum, largest, q, block, row, t0, k_ptr, v_ptr, bias_ptr, bits_ptr, rng_ptr,
             stride_ks, stride_vs, stride_bias_t * BIAS_UNIT, stride_bias_s, stride_bits_t,
-            T, S, length, lower, upper, scale, softcap, threshold, keep_scale,
+            T, S, keys, length, lower, upper, scale, softcap, threshold, keep_scale,
             D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, True, RAW, SOFTCAP, QUADS, PRECISION,
         )  # fmt: skip
 
@@ -146,13 +160,29 @@ def forward_kernel(
     out = total / tl.where(unseen, 1.0, weight_sum)[:, None]
     lse = tl.where(unseen, float("-inf"), largest + tl.log(tl.where(unseen, 1.0, weight_sum)))
     dv = tl.arange(0, BLOCK_DV)
-    at = (row * T + t)[:, None] * Dv + dv[None, :]
-    store(out_ptr + at, out, (t < T)[:, None] & (dv < Dv)[None, :])
-    tl.store(lse_ptr + row * T + t, lse, mask=t < T)
+    at = output_rows(row, head, t, T, H, q_begin)[:, None] * Dv + dv[None, :]
+    store(out_ptr + at, out, (t < queries)[:, None] & (dv < Dv)[None, :])
+    tl.store(lse_ptr + head_start(row, head, T, tokens, q_begin) + t, lse, mask=t < queries)
 
 
 def _version(x: Tensor | None) -> int:
     return 0 if x is None else x._version
+
+
+class Sequences(NamedTuple):
+    """Sequences that lie end to end, of which kernels take views [N,H,longest,D] that begin with the first of all.
+
+    Attributes:
+        cu_q, cu_k: int32 [N+1], contiguous: sequence n begins at row ``cu[n]`` and ends before ``cu[n + 1]``.
+        total_q, total_k: the rows of all sequences.
+        at_end: the band counts from the end of each sequence: ``lower <= s - (keys - queries + t) <= upper``.
+    """
+
+    cu_q: Tensor
+    cu_k: Tensor
+    total_q: int
+    total_k: int
+    at_end: bool
 
 
 @dataclass(frozen=True)
@@ -165,6 +195,7 @@ class Masking:
         lengths: int64 [B], or None.
         lower, upper: key s is visible to query t only if ``lower <= s - t <= upper``.
         packed: what was made of the bool mask before.
+        sequences: those that lie end to end, without bits, bias and lengths; or None.
     """
 
     bits: _masks.Bits | None
@@ -173,6 +204,7 @@ class Masking:
     lower: int
     upper: int
     packed: dict[Any, Any]
+    sequences: Sequences | None = None
 
     def tiles(self, block_t: int, block_s: int, by_keys: bool = False) -> _masks.TileList | None:
         """The lists for tiles of this size; None where the kernels compute ranges instead."""
@@ -196,8 +228,9 @@ def masking(
     lower: int | None,
     upper: int | None,
     packed: dict[Any, Any] | None = None,
+    sequences: Sequences | None = None,
 ) -> Masking:
-    """From a bool mask and a bias, both expanded to [B,H,T,S], lengths and a band.
+    """From a bool mask and a bias, both expanded to [B,H,T,S], lengths and a band, or sequences and a band.
 
     ``packed`` belongs to this mask, and keeps what is made of it for the next call.
     """
@@ -211,6 +244,7 @@ def masking(
         -_masks.OPEN if lower is None else max(lower, -_masks.OPEN),
         _masks.OPEN if upper is None else min(upper, _masks.OPEN),
         packed,
+        sequences,
     )
 
 
@@ -274,24 +308,52 @@ def mask_arguments(masks: Masking, tiles: _masks.TileList | None) -> tuple[tuple
     return (masks.bits.words, tiles.rows), (*masks.bits.strides, *tiles.strides), tiles.n_inner
 
 
+def sequence_arguments(masks: Masking) -> tuple[tuple[Tensor | None, Tensor | None], tuple[int, int]]:
+    """Where sequences that lie end to end begin, and the numbers ``tokens`` and ``at_end``, as kernels take them."""
+    if masks.sequences is None:
+        return (None, None), (0, 0)
+    cu_q, cu_k, tokens, _, at_end = masks.sequences
+    return (cu_q, cu_k), (tokens, int(at_end))
+
+
+def register_limit(arch: str, most: int = 255) -> dict[str, int]:
+    """Options of a launch that ptxas, left alone, spills some bytes of, to fit in one more program."""
+    return {"maxnreg": most} if arch.startswith("sm") else {}
+
+
+def heads_like(x: Tensor, columns: Tensor, masks: Masking, of_keys: bool = False) -> Tensor:
+    """Room for [B,H,T] of ``x`` and the last dimension of ``columns``; or for [1,H,tokens,...], as the tokens lie."""
+    B, H, T, _ = x.shape
+    if masks.sequences is None:
+        return torch.empty(B, H, T, columns.shape[3], dtype=x.dtype, device=x.device)
+    tokens = masks.sequences.total_k if of_keys else masks.sequences.total_q
+    return torch.empty(1, tokens, H, columns.shape[3], dtype=x.dtype, device=x.device).transpose(1, 2)
+
+
 def attention_fwd(query: Tensor, key: Tensor, value: Tensor, masks: Masking, softmax: Softmax) -> tuple[Tensor, Tensor]:
-    """``(out [B,H,T,Dv], lse float32 [B,H,T])`` of [B,H,T,D], [B,G,S,D], [B,G,S,Dv], any strides whose last is 1."""
+    """``(out [B,H,T,Dv], lse float32 [B,H,T])`` of [B,H,T,D], [B,G,S,D], [B,G,S,Dv], any strides whose last is 1.
+
+    Of sequences that lie end to end the results are those of all tokens, [1,H,tokens,Dv] and [1,H,tokens].
+    """
     B, H, T, D = query.shape
     S, Dv = value.shape[2:]
-    out = torch.empty(B, H, T, Dv, dtype=query.dtype, device=query.device)
-    lse = torch.empty(B, H, T, dtype=torch.float32, device=query.device)
+    out = heads_like(query, value, masks)
+    lse = torch.empty(out.shape[:3], dtype=torch.float32, device=query.device)
     rich = is_rich(masks, softmax)
-    config = _configs.attention("fwd", query.dtype, max(D, Dv), rich, _configs.architecture(query.device))
+    arch = _configs.architecture(query.device)
+    config = _configs.attention("fwd", query.dtype, max(D, Dv), rich, arch)
+    limit = {} if masks.sequences is None else register_limit(arch)
     block_t, block_s = config.tile
     pointers, strides, n_inner = mask_arguments(masks, masks.tiles(block_t, block_s))
+    offsets, counts = sequence_arguments(masks)
     outer, unit = outer_strides(query, key, value)
     of_bias, bias_unit = bias_strides(masks.bias)
     forward_kernel[(triton.cdiv(T, block_t) * B * H,)](
-        query, key, value, masks.bias, masks.lengths, softmax.rng, *pointers, out, lse,
+        query, key, value, masks.bias, masks.lengths, softmax.rng, *pointers, *offsets, out, lse,
         *outer, *of_bias, *strides,
-        H, T, S, n_inner, masks.lower, masks.upper, softmax.scale, softmax.softcap,
+        H, T, S, n_inner, *counts, masks.lower, masks.upper, softmax.scale, softmax.softcap,
         *dropout_threshold(softmax.dropout_p), **shape_of(query, key, value),
         BLOCK_T=block_t, BLOCK_S=block_s, UNIT=unit, BIAS_UNIT=bias_unit,
-        **softmax.flags(query, masks.bias, S), **config.options,
+        **softmax.flags(query, masks.bias, S), **limit, **config.options,
     )  # fmt: skip
     return out, lse

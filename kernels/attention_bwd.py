@@ -26,22 +26,28 @@ from pytransformer.kernels import _configs
 from pytransformer.kernels._attention import (
     exponential,
     finite,
+    head_start,
     keep_weights,
     key_blocks,
+    output_rows,
     partial_block,
     query_blocks,
     scores,
+    sequence,
     visible,
 )
-from pytransformer.kernels._common import dot, dropout_threshold, empty_like, load, rounded, store
+from pytransformer.kernels._common import dot, dropout_threshold, load, rounded, store
 from pytransformer.kernels.attention import (
     LENGTHS,
     Masking,
     Softmax,
     bias_strides,
+    heads_like,
     is_rich,
     mask_arguments,
     outer_strides,
+    register_limit,
+    sequence_arguments,
     shape_of,
 )
 
@@ -49,9 +55,9 @@ from pytransformer.kernels.attention import (
 @triton.jit(do_not_specialize=LENGTHS)
 def delta_kernel(
     dout_ptr, out_ptr, delta_ptr, stride_db, stride_dh, stride_dt, H, T,
-    Dv: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_T: tl.constexpr, UNIT: tl.constexpr,
+    Dv: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_T: tl.constexpr, UNIT: tl.constexpr, AS_TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """``delta = sum(dout * out)`` of each row."""
+    """``delta = sum(dout * out)`` of each row of [B,H,T]; ``AS_TOKENS`` B is 1 and out lies as [T,H,Dv]."""
     n_blocks = tl.cdiv(T, BLOCK_T)
     row = (tl.program_id(0) // n_blocks).to(tl.int64)
     t = tl.program_id(0) % n_blocks * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -59,7 +65,8 @@ def delta_kernel(
     mask = (t < T)[:, None] & (dv < Dv)
     dout_ptr += (row // H * stride_db + row % H * stride_dh) * UNIT
     dout = load(dout_ptr + t[:, None] * stride_dt + dv, mask)
-    out = load(out_ptr + (row * T + t)[:, None] * Dv + dv, mask)
+    at = t * H + row if AS_TOKENS else row * T + t
+    out = load(out_ptr + at[:, None] * Dv + dv, mask)
     tl.store(delta_ptr + row * T + t, tl.sum(dout * out, 1), mask=t < T)
 
 
@@ -95,7 +102,7 @@ def _score_gradient(
 def _add_dq(
     dq, q, dout, lse, delta, block, row, t0, k_ptr, v_ptr, bias_ptr, bits_ptr, rng_ptr,
     stride_ks, stride_vs, stride_bias_t, stride_bias_s, stride_bits_t,
-    T, S, length, lower, upper, scale, softcap, threshold, keep_scale,
+    T, S, keys, length, lower, upper, scale, softcap, threshold, keep_scale,
     D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, MASKED: tl.constexpr, RAW: tl.constexpr,
     SOFTCAP: tl.constexpr, QUADS: tl.constexpr, PRECISION: tl.constexpr,
@@ -104,8 +111,8 @@ def _add_dq(
     s0 = block * BLOCK_S
     t, s = (t0 + tl.arange(0, BLOCK_T))[:, None], (s0 + tl.arange(0, BLOCK_S))[None, :]
     d, dv = tl.arange(0, BLOCK_D)[:, None], tl.arange(0, BLOCK_DV)[:, None]
-    k = tl.load(k_ptr + s * stride_ks + d, mask=(s < S) & (d < D), other=0.0)
-    v = tl.load(v_ptr + s * stride_vs + dv, mask=(s < S) & (dv < Dv), other=0.0)
+    k = tl.load(k_ptr + s * stride_ks + d, mask=(s < keys) & (d < D), other=0.0)
+    v = tl.load(v_ptr + s * stride_vs + dv, mask=(s < keys) & (dv < Dv), other=0.0)
     _, _, ds = _score_gradient(
         dot(q, k, PRECISION), dot(dout, v, PRECISION), t, s, t0, s0, row, lse[:, None], delta[:, None],
         bias_ptr, bits_ptr, rng_ptr, stride_bias_t, stride_bias_s, stride_bits_t,
@@ -119,11 +126,12 @@ def _add_dq(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def dq_kernel(
-    q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, rng_ptr, bits_ptr, list_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, rng_ptr, bits_ptr, list_ptr, cu_q_ptr, cu_k_ptr,
+    dout_ptr, lse_ptr, delta_ptr, dq_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_db, stride_dh, stride_dt, stride_bias_b, stride_bias_h, stride_bias_t, stride_bias_s,
     stride_bits_b, stride_bits_h, stride_bits_t, stride_list_b, stride_list_h, stride_list_t,
-    H, T, S, n_inner, lower, upper, scale, softcap, threshold, keep_scale,
+    H, T, S, n_inner, tokens, at_end, lower, upper, scale, softcap, threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, RAW: tl.constexpr, SOFTCAP: tl.constexpr, QUADS: tl.constexpr,
     PRECISION: tl.constexpr, UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
@@ -134,21 +142,31 @@ def dq_kernel(
     batch, head = row // H, row % H
     t0 = block_t * BLOCK_T
     t, d, dv = t0 + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    inside = (t < T)[:, None]
+    queries, keys = T, S  # of this sequence
+    q_begin = None
+    if cu_q_ptr is not None:
+        q_begin, queries, k_begin, keys, lower, upper = sequence(cu_q_ptr, cu_k_ptr, batch, lower, upper, at_end)
+        keys = tl.where(t0 < queries, keys, 0)  # a block beyond the end has nothing to do
+        q_ptr += q_begin * stride_qt
+        dout_ptr += q_begin * stride_dt
+        k_ptr += k_begin * stride_ks
+        v_ptr += k_begin * stride_vs
+    inside = (t < queries)[:, None]
     q_ptr += (batch * stride_qb + head * stride_qh) * UNIT
     dout_ptr += (batch * stride_db + head * stride_dh) * UNIT
     q = tl.load(q_ptr + t[:, None] * stride_qt + d[None, :], mask=inside & (d < D)[None, :], other=0.0)
     dout = tl.load(dout_ptr + t[:, None] * stride_dt + dv[None, :], mask=inside & (dv < Dv)[None, :], other=0.0)
-    lse = tl.load(lse_ptr + row * T + t, mask=t < T, other=0.0)
-    delta = tl.load(delta_ptr + row * T + t, mask=t < T, other=0.0)
+    first = head_start(row, head, T, tokens, q_begin)
+    lse = tl.load(lse_ptr + first + t, mask=t < queries, other=0.0)
+    delta = tl.load(delta_ptr + first + t, mask=t < queries, other=0.0)
     k_ptr += (batch * stride_kb + head // GROUP * stride_kh) * UNIT
     v_ptr += (batch * stride_vb + head // GROUP * stride_vh) * UNIT
     if bias_ptr is not None:
         bias_ptr += (batch * stride_bias_b + head * stride_bias_h) * BIAS_UNIT
-    length = S
+    length = keys
     if lengths_ptr is not None:
         length = tl.minimum(tl.load(lengths_ptr + batch), S).to(tl.int32)
-    start, full_start, full_end, end = key_blocks(t0, T, length, lower, upper, BLOCK_T, BLOCK_S)
+    start, full_start, full_end, end = key_blocks(t0, queries, length, lower, upper, BLOCK_T, BLOCK_S)
     n_full, n_partial = full_end - full_start, full_start - start + end - full_end
     if bits_ptr is not None:
         bits_ptr += batch * stride_bits_b + head * stride_bits_h
@@ -161,7 +179,7 @@ def dq_kernel(
         dq = _add_dq(
             dq, q, dout, lse, delta, block, row, t0, k_ptr, v_ptr, bias_ptr, bits_ptr, rng_ptr,
             stride_ks, stride_vs, stride_bias_t * BIAS_UNIT, stride_bias_s, stride_bits_t,
-            T, S, length, lower, upper, scale, softcap, threshold, keep_scale,
+            T, S, keys, length, lower, upper, scale, softcap, threshold, keep_scale,
             D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, False, RAW, SOFTCAP, QUADS, PRECISION,
         )  # fmt: skip
     for i in range(n_partial):
@@ -172,29 +190,30 @@ def dq_kernel(
         dq = _add_dq(
             dq, q, dout, lse, delta, block, row, t0, k_ptr, v_ptr, bias_ptr, bits_ptr, rng_ptr,
             stride_ks, stride_vs, stride_bias_t * BIAS_UNIT, stride_bias_s, stride_bits_t,
-            T, S, length, lower, upper, scale, softcap, threshold, keep_scale,
+            T, S, keys, length, lower, upper, scale, softcap, threshold, keep_scale,
             D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, True, RAW, SOFTCAP, QUADS, PRECISION,
         )  # fmt: skip
-    store(dq_ptr + (row * T + t)[:, None] * D + d[None, :], dq * scale, inside & (d < D)[None, :])
+    rows = output_rows(row, head, t, T, H, q_begin)[:, None]
+    store(dq_ptr + rows * D + d[None, :], dq * scale, inside & (d < D)[None, :])
 
 
 @triton.jit
 def _add_dkv(
     dk, dv_total, k, v, block, row, s0, q_ptr, dout_ptr, lse_ptr, delta_ptr, bias_ptr, bits_ptr, rng_ptr,
     stride_qt, stride_dt, stride_bias_t, stride_bias_s, stride_bits_t,
-    T, S, length, lower, upper, scale, softcap, threshold, keep_scale,
+    T, S, queries, length, lower, upper, scale, softcap, threshold, keep_scale,
     D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, MASKED: tl.constexpr, RAW: tl.constexpr,
     SOFTCAP: tl.constexpr, QUADS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What one query block adds to dK and dV. Queries beyond T are loaded as 0 and add nothing."""
+    """What one query block adds to dK and dV. Queries beyond the last are loaded as 0 and add nothing."""
     t0 = block * BLOCK_T
     t, s = (t0 + tl.arange(0, BLOCK_T))[None, :], (s0 + tl.arange(0, BLOCK_S))[:, None]
     d, dv = tl.arange(0, BLOCK_D)[:, None], tl.arange(0, BLOCK_DV)[None, :]
-    inside = t < T
+    inside = t < queries
     q = tl.load(q_ptr + t * stride_qt + d, mask=inside & (d < D), other=0.0)  # [D,T]
     rows = tl.trans(t)
-    dout = tl.load(dout_ptr + rows * stride_dt + dv, mask=(rows < T) & (dv < Dv), other=0.0)  # [T,Dv]
+    dout = tl.load(dout_ptr + rows * stride_dt + dv, mask=(rows < queries) & (dv < Dv), other=0.0)  # [T,Dv]
     lse = tl.load(lse_ptr + t, mask=inside, other=0.0)
     delta = tl.load(delta_ptr + t, mask=inside, other=0.0)
     p, _, ds = _score_gradient(
@@ -211,12 +230,12 @@ def _add_dkv(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def dkv_kernel(
-    q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, rng_ptr, bits_ptr, list_ptr, dout_ptr, lse_ptr, delta_ptr,
-    dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, bias_ptr, lengths_ptr, rng_ptr, bits_ptr, list_ptr, cu_q_ptr, cu_k_ptr,
+    dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_db, stride_dh, stride_dt, stride_bias_b, stride_bias_h, stride_bias_t, stride_bias_s,
     stride_bits_b, stride_bits_h, stride_bits_t, stride_list_b, stride_list_h, stride_list_s,
-    H, T, S, n_inner, lower, upper, scale, softcap, threshold, keep_scale,
+    H, T, S, n_inner, tokens, at_end, lower, upper, scale, softcap, threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, RAW: tl.constexpr, SOFTCAP: tl.constexpr, QUADS: tl.constexpr,
     PRECISION: tl.constexpr, UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
@@ -227,15 +246,24 @@ def dkv_kernel(
     batch, group = shared // (H // GROUP), shared % (H // GROUP)
     s0 = block_s * BLOCK_S
     s, d, dv = s0 + tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    inside = (s < S)[:, None]
+    queries, keys = T, S  # of this sequence
+    q_begin, k_begin = None, None
+    if cu_q_ptr is not None:
+        q_begin, queries, k_begin, keys, lower, upper = sequence(cu_q_ptr, cu_k_ptr, batch, lower, upper, at_end)
+        queries = tl.where(s0 < keys, queries, 0)  # a block beyond the end has nothing to do
+        q_ptr += q_begin * stride_qt
+        dout_ptr += q_begin * stride_dt
+        k_ptr += k_begin * stride_ks
+        v_ptr += k_begin * stride_vs
+    inside = (s < keys)[:, None]
     k_ptr += (batch * stride_kb + group * stride_kh) * UNIT
     v_ptr += (batch * stride_vb + group * stride_vh) * UNIT
     k = tl.load(k_ptr + s[:, None] * stride_ks + d[None, :], mask=inside & (d < D)[None, :], other=0.0)
     v = tl.load(v_ptr + s[:, None] * stride_vs + dv[None, :], mask=inside & (dv < Dv)[None, :], other=0.0)
-    length = S
+    length = keys
     if lengths_ptr is not None:
         length = tl.minimum(tl.load(lengths_ptr + batch), S).to(tl.int32)
-    start, full_start, full_end, end = query_blocks(s0, T, S, length, lower, upper, BLOCK_T, BLOCK_S)
+    start, full_start, full_end, end = query_blocks(s0, queries, keys, length, lower, upper, BLOCK_T, BLOCK_S)
     n_full, n_partial = full_end - full_start, full_start - start + end - full_end
 
     dk = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
@@ -245,7 +273,8 @@ def dkv_kernel(
         row = batch * H + head
         q_head = q_ptr + (batch * stride_qb + head * stride_qh) * UNIT
         dout_head = dout_ptr + (batch * stride_db + head * stride_dh) * UNIT
-        lse_head, delta_head = lse_ptr + row * T, delta_ptr + row * T
+        first = head_start(row, head, T, tokens, q_begin)
+        lse_head, delta_head = lse_ptr + first, delta_ptr + first
         bias_head, bits_head, list_head = bias_ptr, bits_ptr, list_ptr
         if bias_ptr is not None:
             bias_head = bias_ptr + (batch * stride_bias_b + head * stride_bias_h) * BIAS_UNIT
@@ -259,7 +288,7 @@ def dkv_kernel(
                 dk, dv_total, k, v, block, row, s0, q_head, dout_head, lse_head, delta_head,
                 bias_head, bits_head, rng_ptr,
                 stride_qt, stride_dt, stride_bias_t * BIAS_UNIT, stride_bias_s, stride_bits_t,
-                T, S, length, lower, upper, scale, softcap, threshold, keep_scale,
+                T, S, queries, length, lower, upper, scale, softcap, threshold, keep_scale,
                 D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, False, RAW, SOFTCAP, QUADS, PRECISION,
             )  # fmt: skip
         for i in range(n_partial):
@@ -271,11 +300,12 @@ def dkv_kernel(
                 dk, dv_total, k, v, block, row, s0, q_head, dout_head, lse_head, delta_head,
                 bias_head, bits_head, rng_ptr,
                 stride_qt, stride_dt, stride_bias_t * BIAS_UNIT, stride_bias_s, stride_bits_t,
-                T, S, length, lower, upper, scale, softcap, threshold, keep_scale,
+                T, S, queries, length, lower, upper, scale, softcap, threshold, keep_scale,
                 D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, True, RAW, SOFTCAP, QUADS, PRECISION,
             )  # fmt: skip
-    store(dk_ptr + (shared * S + s)[:, None] * D + d[None, :], dk * scale, inside & (d < D)[None, :])
-    store(dv_ptr + (shared * S + s)[:, None] * Dv + dv[None, :], dv_total, inside & (dv < Dv)[None, :])
+    rows = output_rows(shared, group, s, S, H // GROUP, k_begin)[:, None]
+    store(dk_ptr + rows * D + d[None, :], dk * scale, inside & (d < D)[None, :])
+    store(dv_ptr + rows * Dv + dv[None, :], dv_total, inside & (dv < Dv)[None, :])
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, "BIAS_H", "loop_b", "loop_h", "loop_t"])
@@ -351,30 +381,35 @@ def attention_bwd(
     """``(dq, dk, dv, delta)``; the arguments are those of ``attention_fwd``, ``out`` and ``lse`` its results."""
     B, H, T, D = query.shape
     G, S, Dv = value.shape[1:]
-    dq, dk, dv = empty_like(query), empty_like(key), empty_like(value)
+    dq, dk, dv = heads_like(query, query, masks), *(heads_like(x, x, masks, of_keys=True) for x in (key, value))
     delta = torch.empty_like(lse)
     shape = shape_of(query, key, value)
     arch = _configs.architecture(query.device)
     rows = 64 if Dv <= 128 else 32
     outer, unit = outer_strides(dout)
-    delta_kernel[(triton.cdiv(T, rows) * B * H,)](
-        dout, out, delta, *outer, H, T, Dv=Dv, BLOCK_DV=shape["BLOCK_DV"], BLOCK_T=rows, UNIT=unit, num_warps=4
-    )
+    delta_kernel[(triton.cdiv(lse.shape[2], rows) * lse.shape[0] * H,)](
+        dout, out, delta, *outer, H, lse.shape[2],
+        Dv=Dv, BLOCK_DV=shape["BLOCK_DV"], BLOCK_T=rows, UNIT=unit, AS_TOKENS=masks.sequences is not None, num_warps=4,
+    )  # fmt: skip
     outer, unit = outer_strides(query, key, value, dout)
     of_bias, bias_unit = bias_strides(masks.bias)
+    offsets, counts = sequence_arguments(masks)
     for kernel, name, grads in ((dq_kernel, "dq", (dq,)), (dkv_kernel, "dkv", (dk, dv))):
         config = _configs.attention(name, query.dtype, max(D, Dv), is_rich(masks, softmax), arch)
         block_t, block_s = config.tile
         by_keys = name == "dkv"
+        most = 200 if name == "dq" and query.dtype == torch.float32 else 255  # with 255 Blackwell's spills
+        limit = {} if masks.sequences is None else register_limit(arch, most)
         pointers, strides, n_inner = mask_arguments(masks, masks.tiles(block_t, block_s, by_keys))
         programs = triton.cdiv(S, block_s) * B * G if by_keys else triton.cdiv(T, block_t) * B * H
         kernel[(programs,)](
-            query, key, value, masks.bias, masks.lengths, softmax.rng, *pointers, dout, lse, delta, *grads,
+            query, key, value, masks.bias, masks.lengths, softmax.rng, *pointers, *offsets,
+            dout, lse, delta, *grads,
             *outer, *of_bias, *strides,
-            H, T, S, n_inner, masks.lower, masks.upper, softmax.scale, softmax.softcap,
+            H, T, S, n_inner, *counts, masks.lower, masks.upper, softmax.scale, softmax.softcap,
             *dropout_threshold(softmax.dropout_p), **shape,
             BLOCK_T=block_t, BLOCK_S=block_s, UNIT=unit, BIAS_UNIT=bias_unit,
-            **softmax.flags(query, masks.bias, S), **config.options,
+            **softmax.flags(query, masks.bias, S), **limit, **config.options,
         )  # fmt: skip
     return dq, dk, dv, delta
 

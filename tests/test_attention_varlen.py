@@ -53,6 +53,7 @@ CASES = {
     "dropped": Case((5, 70, 1), (5, 70, 1), 4, 2, 16, 24, {"is_causal": True, "dropout_p": 0.3, "seed": 5}),
     "dropped_cross": Case((33, 2), (20, 40), options={"dropout_p": 0.2, "seed": 6, "scale": 0.4}),
     "one": Case((97,), (97,), 2, 1, 80, 80, {"is_causal": True}),
+    "long_keys": Case((2, 0, 1), (520, 3, 70), 2, 1, 16, 24, {"is_causal": True, **FROM_THE_END}),
     "many": Case(tuple(range(1, 12)), tuple(range(11, 0, -1)), 3, 1, 16, 16),
 }
 

@@ -86,6 +86,40 @@ def test_attention_is_compiled_once_for_all_lengths(case):
         assert len(keys) == len(once[kernel]) + rows, kernel
 
 
+def attend_varlen(N, longest, at_end=True):
+    """Forward and backward of N sequences end to end, and few queries over them."""
+    from pytransformer.kernels import attention as kernels
+    from pytransformer.kernels import attention_bwd, attention_decode
+
+    total = N * longest - N // 2
+
+    def heads(tokens, length):
+        return (
+            empty(1, tokens, 4, 64, dtype=torch.bfloat16).transpose(1, 2).narrow(2, 0, length).expand(N, 4, length, 64)
+        )
+
+    def masks(total_q):
+        cu = empty(N + 1, dtype=torch.int32)
+        return kernels.masking(None, None, None, -9, 0, sequences=kernels.Sequences(cu, cu, total_q, total, at_end))
+
+    q, softmax = heads(total, longest), kernels.Softmax(0.1, 0.0, 0.0, None)
+    out, lse = kernels.attention_fwd(q, q, q, masks(total), softmax)
+    attention_bwd.attention_bwd(q, q, q, q, out, lse, masks(total), softmax)
+    attention_decode.attention_decode(heads(N, 1), q, q, masks(N), softmax, max(1, longest // 64))
+
+
+def test_sequences_end_to_end_compile_once():
+    """Whatever they are, how many, how long in all, and from which end the band counts."""
+    found = specialisations(
+        lambda N=N, n=n, end=end: attend_varlen(N, n, end)
+        for N in (1, 7, 16)
+        for n in LENGTHS[1:]
+        for end in (False, True)
+    )
+    assert found.keys() == {*ATTENTION, "split_kernel", "combine_kernel"}
+    assert {kernel for kernel, keys in found.items() if len(keys) > 1} == set()
+
+
 @pytest.mark.parametrize("options", [{"dropout": True}, {"bias": True}, {"dropout": True, "bias": True}])
 def test_dropout_and_bias_compile_once_more_for_multiples_of_four(options):
     """Four neighbours share random words, and a bias is loaded four at a time where its rows allow it."""

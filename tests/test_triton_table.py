@@ -21,7 +21,8 @@ def test_nothing_spills_and_everything_fits(row):
     assert stack == 0
     assert registers <= (512 if arch.startswith("gfx") else 255)
     assert shared <= SHARED_MEMORY[arch]
-    if arch == "sm80" and "D=256 plain" not in row:  # whose column the GPUs with less memory read
+    roomy = "D=256 plain" in row or "varlen 16 bits D=256" in row  # the same configuration
+    if arch == "sm80" and not roomy:  # whose column the GPUs with less memory read
         assert shared <= SHARED_MEMORY["sm86"]
 
 

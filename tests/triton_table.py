@@ -60,6 +60,27 @@ def attention(dtype: torch.dtype, head_dim: int, everything: bool) -> None:
         attention_bwd.attention_dbias(bias.shape, q, q, q, q, lse, delta, masks, softmax)
 
 
+def attention_varlen(dtype: torch.dtype, head_dim: int) -> None:
+    """Sequences that lie end to end, causal from each end, and few queries of grouped heads over them."""
+    from pytransformer.kernels import attention, attention_bwd, attention_decode
+
+    N, total = 7, 4096
+
+    def heads(H: int, tokens: int, longest: int) -> torch.Tensor:
+        x = empty(1, tokens, H, head_dim, dtype=dtype).transpose(1, 2)
+        return x.narrow(2, 0, longest).expand(N, H, longest, head_dim)
+
+    def masks(total_q: int) -> attention.Masking:
+        cu = empty(N + 1, dtype=torch.int32)
+        sequences = attention.Sequences(cu, cu, total_q, total, at_end=True)
+        return attention.masking(None, None, None, None, 0, sequences=sequences)
+
+    q, softmax = heads(8, total, 1024), attention.Softmax(0.1, 0.0, 0.0, None)
+    out, lse = attention.attention_fwd(q, q, q, masks(total), softmax)
+    attention_bwd.attention_bwd(q, q, q, q, out, lse, masks(total), softmax)
+    attention_decode.attention_decode(heads(32, N, 1), q, q, masks(N), softmax, 16)
+
+
 def decode_in_pages(dtype: torch.dtype, head_dim: int) -> None:
     """One query, grouped heads, lengths, pages of 16 keys."""
     from pytransformer.kernels import attention, attention_decode
@@ -143,6 +164,8 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     for name, dtype in DTYPES.items():
         for head_dim in (64, 128, 256):
             yield f"attention_decode {name} D={head_dim}", lambda d=dtype, n=head_dim: decode(d, n)
+            if dtype != torch.float32 or head_dim < 256:
+                yield f"attention_varlen {name} D={head_dim}", lambda d=dtype, n=head_dim: attention_varlen(d, n)
             yield f"attention_pages {name} D={head_dim}", lambda d=dtype, n=head_dim: decode_in_pages(d, n)
         yield f"linear_cross_entropy {name}", lambda d=dtype: linear_cross_entropy(d)
         yield f"embedding {name}", lambda d=dtype: embedding(d)

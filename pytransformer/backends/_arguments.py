@@ -60,6 +60,19 @@ def unpaged(
     return None
 
 
+def unmasked(
+    mask: Tensor | None,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    block_table: Tensor | None,
+    cu_seq_q: Tensor | None,
+) -> str | None:
+    """Why no kernel reads sequences of this call where they lie end to end, or None."""
+    if cu_seq_q is None or all(x is None for x in (mask, bias, key_lengths, block_table)):
+        return None
+    return "sequences end to end are read without mask, bias, key_lengths and pages"
+
+
 def unit_stride(x: Tensor) -> Tensor:
     """``x``, or a copy of it whose last dimension is contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()

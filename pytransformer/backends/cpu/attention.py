@@ -12,6 +12,7 @@ from pytransformer.backends._arguments import (
     empty_heads,
     over_scores,
     unit_stride,
+    unmasked,
     unpaged,
     unsupported_dtype,
 )
@@ -41,6 +42,8 @@ def why_not(
         return reason
     if bias is not None and bias.dtype not in (query.dtype, torch.float32):
         return f"bias must be float32 or {query.dtype}, not {bias.dtype}"
+    if (reason := unmasked(mask, bias, key_lengths, block_table, cu_seq_q)) is not None:
+        return reason
     return unpaged(query, key, mask, bias, dropout_p, block_table)
 
 

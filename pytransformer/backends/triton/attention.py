@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytransformer.backends._arguments import over_scores, unit_stride, unpaged, unsupported_dtype
+from pytransformer.backends._arguments import (
+    Packing,
+    contiguous,
+    over_scores,
+    unit_stride,
+    unmasked,
+    unpaged,
+    unsupported_dtype,
+)
 from pytransformer.kernels import attention as forward_kernels
 from pytransformer.kernels import attention_bwd as backward_kernels
 from pytransformer.kernels import attention_decode as decode_kernels
@@ -42,8 +50,10 @@ def why_not(
         return f"bias must be float32 or {query.dtype}, not {bias.dtype}"
     if max(query.shape[-1], value.shape[-1]) > WIDEST_HEAD:
         return f"head dims go up to {WIDEST_HEAD}, got {query.shape[-1]} and {value.shape[-1]}"
-    if cu_seq_q is not None:
-        return "sequences that lie end to end are not read in place"
+    if at_end and block_table is None and cu_seq_q is None:
+        return "a band counts from the end in pages, and of sequences end to end, only"
+    if (reason := unmasked(mask, bias, key_lengths, block_table, cu_seq_q)) is not None:
+        return reason
     return unpaged(query, key, mask, bias, dropout_p, block_table)
 
 
@@ -51,9 +61,11 @@ def attention_fwd(
     query: Tensor, key: Tensor, value: Tensor, *options: Any, packed: dict[Any, Any] | None = None
 ) -> tuple[Tensor, Tensor]:
     """The arguments of ``reference.attention``; returns ``(out, lse)``."""
-    *rest, block_table, _, _, _, _, _ = options
+    *rest, block_table, cu_seq_q, cu_seq_k, max_q, max_k, at_end = options
+    packing = Packing(cu_seq_q, cu_seq_k, max_q, max_k)
     query, key, value = (unit_stride(x) for x in (query, key, value))
-    query, masks, softmax = _arguments(query, key, packed, *rest)
+    query, masks, softmax = _arguments(query, key, packed, packing, at_end, *rest)
+    query, key, value = packing.queries(query), packing.keys(key), packing.keys(value)
     table = None if block_table is None else unit_stride(block_table)
     splits = decode_kernels.splits_of(query, key, softmax, table)
     if splits > 1 or table is not None:
@@ -73,10 +85,13 @@ def attention_bwd(
     *options: Any,
     packed: dict[Any, Any] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *rest, _, _, _, _, _, needs_bias = options
+    *rest, cu_seq_q, cu_seq_k, max_q, max_k, at_end, needs_bias = options
     bias, scale = rest[1], rest[6]
+    packing = Packing(cu_seq_q, cu_seq_k, max_q, max_k)
     grad_out, query, key, value = (unit_stride(x) for x in (grad_out, query, key, value))
-    query, masks, softmax = _arguments(query, key, packed, *rest)
+    query, masks, softmax = _arguments(query, key, packed, packing, at_end, *rest)
+    grad_out, query = packing.queries(grad_out), packing.queries(query)
+    key, value = packing.keys(key), packing.keys(value)
     grad_query, grad_key, grad_value, delta = backward_kernels.attention_bwd(
         grad_out, query, key, value, out, lse, masks, softmax
     )
@@ -94,6 +109,8 @@ def _arguments(
     query: Tensor,
     key: Tensor,
     packed: dict[Any, Any] | None,
+    packing: Packing,
+    at_end: bool,
     mask: Tensor | None,
     bias: Tensor | None,
     key_lengths: Tensor | None,
@@ -107,13 +124,18 @@ def _arguments(
     """The query and the kernels' own arguments; kernels take a positive scale, so its sign goes to the query."""
     if scale <= 0:
         query, scale = _signed(query, scale), abs(scale) or 1.0
+    sequences = None
+    if packing.cu_seq_q is not None and packing.cu_seq_k is not None:
+        offsets = contiguous(packing.cu_seq_q), contiguous(packing.cu_seq_k)
+        sequences = forward_kernels.Sequences(*offsets, query.shape[2], key.shape[2], at_end)
     masks = forward_kernels.masking(
         over_scores(mask, query, key),
         over_scores(bias, query, key),
-        None if key_lengths is None else key_lengths.contiguous(),
+        contiguous(key_lengths),
         band_lower,
         band_upper,
         packed,
+        sequences,
     )
     return query, masks, forward_kernels.Softmax(scale, softcap, dropout_p, rng)
 
