@@ -58,8 +58,10 @@ def attention_workspace(
     value: Tensor,
     mask: Tensor | None,
     block_table: Tensor | None,
+    cu_seq_q: Tensor | None,
+    cu_seq_k: Tensor | None,
     dropout_p: float,
-    backward: bool,
+    lse: Tensor | None,
 ) -> int: ...
 def multiprocessors(device: int) -> int: ...
 def layer_norm_fwd(

@@ -84,7 +84,7 @@ void check_lse(const TensorView& lse, const AttentionProblem& a) {
   const TensorView& q = a.query;
   const bool shaped =
       lse.ndim == 3 && lse.shape[0] == q.shape[0] && lse.shape[1] == q.shape[1] && lse.shape[2] == q.shape[2];
-  PYTRANSFORMER_CHECK(lse.dtype == DType::float32 && shaped && (a.cu_seq_q || lse.contiguous()),
+  PYTRANSFORMER_CHECK(lse.dtype == DType::float32 && shaped && (a.cu_seq_q ? lse.stride[2] == 1 : lse.contiguous()),
                       "attention: lse must be contiguous float32 [B,H,T]");
 }
 
@@ -152,14 +152,22 @@ void backward(const TensorView& query, const TensorView& key, const TensorView& 
 
 #ifdef PYTRANSFORMER_CUDA_MODULE
 
+// Of the backward, where an lse is given.
 int64_t workspace(const TensorView& query, const TensorView& key, const TensorView& value, const TensorView& mask,
-                  const TensorView& block_table, float dropout_p, bool backward) {
+                  const TensorView& block_table, const TensorView& cu_seq_q, const TensorView& cu_seq_k,
+                  float dropout_p, const TensorView& lse) {
   AttentionProblem a{query, key, value, mask};
   a.dropout_p = dropout_p;
   a.block_table = block_table;
+  a.cu_seq_q = cu_seq_q;
+  a.cu_seq_k = cu_seq_k;
   a.at_end = bool(block_table);
   check_problem(a);
-  return backward ? cuda::attention_bwd_workspace(a) : cuda::attention_fwd_workspace(a);
+  if (!lse) return cuda::attention_fwd_workspace(a);
+  check_lse(lse, a);
+  AttentionBackward backward{a};
+  backward.lse = lse;
+  return cuda::attention_bwd_workspace(backward);
 }
 
 #endif

@@ -36,12 +36,28 @@ struct AttentionArguments {
   Bias bias;
   PackedMask mask;
   const int64_t* key_lengths = nullptr;
+  const int32_t *cu_seq_q = nullptr, *cu_seq_k = nullptr;  // null unless sequences lie end to end
+  bool at_end = false;                                     // the band counts from the end of a sequence
   DropoutArgument dropout;
-  int B, H, group, T, S;  // `group` query heads share a key head
+  int B, H, group, T, S;  // `group` query heads share a key head; T and S are of the longest sequence
   int lower, upper;       // of the band; far beyond any position where it is open
   float scale, softcap;
 
   __host__ __device__ bool shapes_scores() const { return bias.data != nullptr || softcap > 0; }
+
+  // Of a sequence: how many queries and keys it has, and the rows before its first ones.
+  __device__ int queries_in(int batch) const { return cu_seq_q == nullptr ? T : cu_seq_q[batch + 1] - cu_seq_q[batch]; }
+  __device__ int keys_in(int batch) const { return cu_seq_k == nullptr ? S : cu_seq_k[batch + 1] - cu_seq_k[batch]; }
+  __device__ int before_queries(int batch) const { return cu_seq_q == nullptr ? 0 : cu_seq_q[batch]; }
+  __device__ int before_keys(int batch) const { return cu_seq_k == nullptr ? 0 : cu_seq_k[batch]; }
+
+  // Where a head of a sequence begins in what lies like the queries, or like the keys.
+  __device__ int64_t of_queries(const Heads& x, int batch, int head) const {
+    return batch * x.batch + head * x.head + before_queries(batch) * x.row;
+  }
+  __device__ int64_t of_keys(const Heads& x, int batch, int head) const {
+    return batch * x.batch + head * x.head + before_keys(batch) * x.row;
+  }
 };
 
 constexpr int band_limit = 1 << 30;

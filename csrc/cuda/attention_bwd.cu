@@ -12,9 +12,11 @@ __global__ void __launch_bounds__(threads)
     attention_bwd_statistics_kernel(const __grid_constant__ BackwardArguments a) {
   const int64_t row = int64_t(blockIdx.x) * warps + warp();
   if (row >= int64_t(a.B) * a.H * a.T) return;  // the whole warp
-  const int64_t t = row % a.T, head = row / a.T % a.H, batch = row / a.T / a.H;
+  const int64_t t = row % a.T;
+  const int head = int(row / a.T % a.H), batch = int(row / a.T / a.H);
+  if (t >= a.queries_in(batch)) return;
   const auto row_of = [&](const Heads& x) {
-    return static_cast<const T*>(x.data) + batch * x.batch + head * x.head + t * x.row;
+    return static_cast<const T*>(x.data) + a.of_queries(x, batch, head) + t * x.row;
   };
   const T *out = row_of(a.out), *grad_out = row_of(a.grad_out);
   float delta = 0;
@@ -33,18 +35,20 @@ __global__ void __launch_bounds__(threads)
   }
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) delta += __shfl_xor_sync(all_lanes, delta, distance);
-  const float lse = a.lse[row];
-  if (lane() == 0) a.statistics[row] = {lse == -infinity ? 0.0f : lse * log2_e, delta};
+  const int64_t at = a.of_rows(batch, head) + t;
+  const float lse = a.lse[at];
+  if (lane() == 0) a.statistics[at] = {lse == -infinity ? 0.0f : lse * log2_e, delta};
 }
 
-int64_t statistics_bytes(const AttentionProblem& p) {
-  const int64_t rows = p.query.shape[0] * p.query.shape[1] * p.query.shape[2];
+// They lie as the lse does: of sequences end to end, all queries of a head in one row.
+int64_t statistics_bytes(const AttentionBackward& p) {
+  const int64_t rows = p.cu_seq_q ? p.lse.shape[1] * p.lse.stride[1] : p.lse.numel();
   return ceil_div(rows * int64_t(sizeof(float2)), 16) * 16;
 }
 
 }  // namespace
 
-int64_t attention_bwd_workspace(const AttentionProblem& p) {
+int64_t attention_bwd_workspace(const AttentionBackward& p) {
   return statistics_bytes(p) + packed_mask_bytes(p);
 }
 
@@ -55,6 +59,8 @@ void attention_bwd(const AttentionBackward& p, const Launch& launch) {
   a.out = result_heads(name, "out", p.out);
   a.grad_out = aligned_heads(name, "grad_out", p.grad_out);
   a.lse = p.lse.ptr<const float>();
+  a.lse_batch = p.lse.stride[0];
+  a.lse_head = p.lse.stride[1];
   a.statistics = reinterpret_cast<float2*>(workspace);
   a.grad_query = result_heads(name, "grad_query", p.grad_query);
   a.grad_key = result_heads(name, "grad_key", p.grad_key);

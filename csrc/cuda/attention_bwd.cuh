@@ -27,9 +27,15 @@ namespace pytransformer::cuda {
 struct BackwardArguments : AttentionArguments {
   Heads out, grad_out;
   const float* lse;
-  float2* statistics;  // of each query: lse in units of log2 (0 for -inf), delta
+  float2* statistics;           // of each query: lse in units of log2 (0 for -inf), delta
+  int64_t lse_batch, lse_head;  // strides of both, [B,H,T]
   Heads grad_query, grad_key, grad_value;
   float* grad_bias;  // [B,H,T,S], zeros where no tile is visited; or null
+
+  // Where a head of a sequence begins in the lse and the statistics.
+  __device__ int64_t of_rows(int batch, int head) const {
+    return batch * lse_batch + head * lse_head + before_queries(batch);
+  }
 };
 
 // Starts the kernels that own queries and keys.

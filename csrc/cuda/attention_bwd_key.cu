@@ -62,6 +62,7 @@ __global__ void __launch_bounds__(threads, 2) attention_bwd_key_kernel(const __g
   const int s = index % blocks * Cut::keys, key_heads = a.H / a.group;
   const int batch = index / blocks / key_heads, key_head = index / blocks % key_heads, head = key_head * a.group;
   const Visibility v(a, batch, head);
+  if (a.cu_seq_k != nullptr && s >= v.length) return;  // of a sequence that is shorter than the longest
   const Range range = query_tiles<N, Cut::keys>(v, s);
   const auto kind = [&](Step step) { return v.kind<N, Cut::keys>(step.tile * N, s, step.member); };
   const auto find = [&](Step step) {
@@ -73,16 +74,17 @@ __global__ void __launch_bounds__(threads, 2) attention_bwd_key_kernel(const __g
     return step;
   };
   const auto load = [&](Step step, int stage) {
-    const int h = head + step.member, t = step.tile * N;
-    load_rows<N>(buffer(2 * stage), a.query, batch * a.query.batch + h * a.query.head, t, a.T);
-    load_rows<N>(buffer(2 * stage + 1), a.grad_out, batch * a.grad_out.batch + h * a.grad_out.head, t, a.T);
+    const int h = head + step.member, before = a.before_queries(batch);
+    const int t = before + step.tile * N, end = before + v.T;
+    load_rows<N>(buffer(2 * stage), a.query, batch * a.query.batch + h * a.query.head, t, end);
+    load_rows<N>(buffer(2 * stage + 1), a.grad_out, batch * a.grad_out.batch + h * a.grad_out.head, t, end);
     const int i = threadIdx.x;
-    const float2* of_head = a.statistics + (int64_t(batch) * a.H + h) * a.T;
-    const bool inside = t + i < a.T;
+    const float2* of_head = a.statistics + batch * a.lse_batch + h * a.lse_head;
+    const bool inside = t + i < end;
     if (i < N) ptx::copy_8_async(statistics(stage) + 8 * i, of_head + (inside ? t + i : 0), inside);
   };
-  load_rows<Cut::keys>(keys, a.key, batch * a.key.batch + key_head * a.key.head, s, a.S);
-  load_rows<Cut::keys>(values, a.value, batch * a.value.batch + key_head * a.value.head, s, a.S);
+  load_rows<Cut::keys>(keys, a.key, a.of_keys(a.key, batch, key_head), s, v.length);
+  load_rows<Cut::keys>(values, a.value, a.of_keys(a.value, batch, key_head), s, v.length);
 
   const int of_warp = 16 * M * warp();
   float sums[Cut::apart ? 1 : 2][M][D / 8][4];
@@ -126,15 +128,13 @@ __global__ void __launch_bounds__(threads, 2) attention_bwd_key_kernel(const __g
     ptx::wait_for_copies<0>();  // of the operands that stay, where no tile was visited
     if (!__syncthreads_or(has_nan<M, D>(grad_key)) || careful) break;
   }
-  const int first = s + of_warp;
+  const int first = s + of_warp, end = a.keys_in(batch);
   if (makes_value) {
-    const int64_t offset = batch * a.grad_value.batch + key_head * a.grad_value.head;
-    store_rows<T, M>(grad_value, values, of_warp, a.grad_value, offset, first, a.S);
+    store_rows<T, M>(grad_value, values, of_warp, a.grad_value, a.of_keys(a.grad_value, batch, key_head), first, end);
   }
   if (makes_key) {
     multiply_all<M, D>(grad_key, a.scale);
-    const int64_t offset = batch * a.grad_key.batch + key_head * a.grad_key.head;
-    store_rows<T, M>(grad_key, keys, of_warp, a.grad_key, offset, first, a.S);
+    store_rows<T, M>(grad_key, keys, of_warp, a.grad_key, a.of_keys(a.grad_key, batch, key_head), first, end);
   }
 }
 

@@ -45,25 +45,29 @@ __global__ void __launch_bounds__(threads, 2) attention_bwd_query_kernel(const _
   const int t = (blocks - 1 - int(blockIdx.x) % blocks) * Cut::queries, line = int(blockIdx.x) / blocks;
   const int batch = line / a.H, head = line % a.H, key_head = head / a.group;
   const Visibility v(a, batch, head);
+  if (t >= v.T) return;  // of a sequence that is shorter than the longest
   const Range range = key_tiles<Cut::queries, N>(v, t);
   const auto kind = [&](int tile) { return v.kind<Cut::queries, N>(t, tile * N); };
   const auto find = [&](int tile) {
     while (tile < range.end && kind(tile) == TileKind::empty) ++tile;
     return tile;
   };
+  const int before = a.before_keys(batch);
   const auto load = [&](int tile, int stage) {
-    load_rows<N>(buffer(2 * stage), a.key, batch * a.key.batch + key_head * a.key.head, tile * N, a.S);
-    load_rows<N>(buffer(2 * stage + 1), a.value, batch * a.value.batch + key_head * a.value.head, tile * N, a.S);
+    const int s = before + tile * N, end = before + v.length;
+    load_rows<N>(buffer(2 * stage), a.key, batch * a.key.batch + key_head * a.key.head, s, end);
+    load_rows<N>(buffer(2 * stage + 1), a.value, batch * a.value.batch + key_head * a.value.head, s, end);
   };
-  load_rows<Cut::queries>(queries, a.query, batch * a.query.batch + head * a.query.head, t, a.T);
-  load_rows<Cut::queries>(grad_outs, a.grad_out, batch * a.grad_out.batch + head * a.grad_out.head, t, a.T);
+  load_rows<Cut::queries>(queries, a.query, a.of_queries(a.query, batch, head), t, v.T);
+  load_rows<Cut::queries>(grad_outs, a.grad_out, a.of_queries(a.grad_out, batch, head), t, v.T);
 
   const int of_warp = 16 * M * warp(), row = t + of_warp + lane_row();
   const int64_t first = int64_t(line) * a.T;
+  const float2* statistics = a.statistics + a.of_rows(batch, head);
   float2 of_rows[M][2];
 #pragma unroll
   for (int i = 0; i < 2 * M; ++i) {
-    of_rows[i / 2][i % 2] = row + 8 * i < a.T ? a.statistics[first + row + 8 * i] : float2{0, 0};
+    of_rows[i / 2][i % 2] = row + 8 * i < v.T ? statistics[row + 8 * i] : float2{0, 0};
   }
   const int64_t bias_offset = batch * a.bias.batch + head * a.bias.head;
   float* grad_bias = a.grad_bias == nullptr ? nullptr : a.grad_bias + first * a.S;
@@ -105,8 +109,7 @@ __global__ void __launch_bounds__(threads, 2) attention_bwd_query_kernel(const _
     if (!__syncthreads_or(has_nan<M, D>(sum)) || careful) break;
   }
   multiply_all<M, D>(sum, a.scale);
-  store_rows<T, M>(sum, queries, of_warp, a.grad_query, batch * a.grad_query.batch + head * a.grad_query.head,
-                   t + of_warp, a.T);
+  store_rows<T, M>(sum, queries, of_warp, a.grad_query, a.of_queries(a.grad_query, batch, head), t + of_warp, v.T);
 }
 
 }  // namespace

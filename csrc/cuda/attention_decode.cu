@@ -72,7 +72,7 @@ int64_t rows_of(const AttentionProblem& p) {
 DecodeSplit decode_split(const AttentionProblem& p) {
   const int64_t B = p.query.shape[0], T = p.query.shape[2], G = p.key.shape[1], S = p.key_count();
   const int64_t group = p.query.shape[1] / G;
-  if (p.dropout_p > 0 || group * T > largest_tile || S < 2 * shortest_share) return {1, S};
+  if (p.cu_seq_q || p.dropout_p > 0 || group * T > largest_tile || S < 2 * shortest_share) return {1, S};
   const int64_t most = std::min(most_splits, ceil_div(S, shortest_share));
   const int64_t splits = std::max<int64_t>(1, std::min(most, ceil_div(enough_blocks, B * G)));
   const int64_t share = ceil_div(ceil_div(S, splits), 64) * 64;  // a multiple of every tile

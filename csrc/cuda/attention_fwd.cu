@@ -29,6 +29,8 @@ void attention_fwd(const AttentionForward& p, const Launch& launch) {
   ForwardArguments a{attention_arguments(name, p, launch, launch.workspace.ptr<char>())};
   a.out = result_heads(name, "out", p.out);
   a.lse = p.lse.ptr<float>();
+  a.lse_batch = p.lse.stride[0];
+  a.lse_head = p.lse.stride[1];
   by_dtype<__half, __nv_bfloat16>(name, p.query.dtype, [&](auto zero) {
     by_head_width(name, std::max(p.query.shape[3], p.value.shape[3]),
                   [&](auto width) { forward<decltype(zero), width()>(a, p, launch); });

@@ -57,8 +57,9 @@ struct Pages {
 };
 
 struct ForwardArguments : AttentionArguments {
-  Heads out;                  // not Grouped
-  float* lse;                 // [B,H,T]; Grouped: [splits,B,H,T]
+  Heads out;   // not Grouped
+  float* lse;  // [B,H,T] of these strides; Grouped: [splits,B,H,T]
+  int64_t lse_batch, lse_head;
   float* parts;               // Grouped: [splits,B,H,T,Dv]
   int splits = 1, share = 0;  // Grouped: keys of a split, a multiple of the tile
   Pages pages;                // Grouped: Heads::batch of keys and values is the distance of pages
@@ -252,6 +253,7 @@ __device__ inline void attend(RunningSoftmax<ForwardCut<D, Grouped>::M, D>& soft
   const Tile<D> queries{memory};
   const auto buffer = [&](int i) { return Tile<D>{memory + tile_bytes<D>(Cut::queries + i * N)}; };
   const int key_head = rows.head / a.group, t = rows.query(rows.first, a.T);
+  const int before = Grouped ? 0 : a.before_keys(rows.batch);
   const int place = Grouped && a.pages.table != nullptr ? 0 : rows.batch;  // a pool belongs to all sequences
   const int64_t key_offset = place * a.key.batch + key_head * a.key.head;
   const int64_t value_offset = place * a.value.batch + key_head * a.value.head;
@@ -266,8 +268,8 @@ __device__ inline void attend(RunningSoftmax<ForwardCut<D, Grouped>::M, D>& soft
       load_keys<N>(buffer(2 * stage + 1), a.value, value_offset, a.pages, rows.batch, tile * N, v.lower, v.length);
       return;
     }
-    load_rows<N>(buffer(2 * stage), a.key, key_offset, tile * N, a.S);
-    load_rows<N>(buffer(2 * stage + 1), a.value, value_offset, tile * N, a.S);
+    load_rows<N>(buffer(2 * stage), a.key, key_offset, before + tile * N, before + v.length);
+    load_rows<N>(buffer(2 * stage + 1), a.value, value_offset, before + tile * N, before + v.length);
   };
   const int row = rows.first + 16 * M * warp() + lane_row();
   softmax.reset();
@@ -323,10 +325,10 @@ __global__ void __launch_bounds__(threads, 2) attention_fwd_kernel(const __grid_
   const int blocks = Grouped ? a.splits : (a.T + Cut::queries - 1) / Cut::queries;
   const int block = Grouped ? blockIdx.x % blocks : blocks - 1 - blockIdx.x % blocks;  // of causal the long rows first
   const int group = Grouped ? a.group : 1, line = blockIdx.x / blocks * group;
-  const BlockRows<Grouped> rows{line / a.H, line % a.H, Grouped ? 0 : block * Cut::queries, group * a.T};
-
-  Visibility v(a, rows.batch, rows.head);
-  if (Grouped && a.pages.table != nullptr) v.stand_at_end();
+  const int batch = line / a.H, head = line % a.H;
+  const Visibility v(a, batch, head);
+  const BlockRows<Grouped> rows{batch, head, Grouped ? 0 : block * Cut::queries, group * v.T};
+  if (rows.first >= rows.end) return;  // of a sequence that is shorter than the longest
   Range range = key_tiles<Cut::queries, Cut::keys>(v, rows.query(rows.first, a.T));
   if (Grouped) {
     // A table of pages is often far wider than the sequence is long: shares are then cut from what is there.
@@ -336,11 +338,11 @@ __global__ void __launch_bounds__(threads, 2) attention_fwd_kernel(const __grid_
     range.tile = max(range.tile, from + block * share);
     range.end = min(range.end, from + (block + 1) * share);
   }
-  const uint16_t* query = static_cast<const uint16_t*>(a.query.data) + rows.batch * a.query.batch;
+  const uint16_t* query = static_cast<const uint16_t*>(a.query.data) + a.of_queries(a.query, batch, head);
   load_tile<Cut::queries>(Tile<D>{memory}, a.query.width, query, [&](int i) -> const uint16_t* {
     const int row = rows.first + i;
     if (row >= rows.end) return nullptr;
-    return query + (rows.head + rows.member(row, a.T)) * a.query.head + rows.query(row, a.T) * a.query.row;
+    return query + rows.member(row, a.T) * a.query.head + rows.query(row, a.T) * a.query.row;
   });
   RunningSoftmax<M, D> softmax;
 #pragma unroll 1
@@ -350,7 +352,9 @@ __global__ void __launch_bounds__(threads, 2) attention_fwd_kernel(const __grid_
   }
 
   const int of_warp = 16 * M * warp();
-  const int64_t first = (int64_t(Grouped ? block * a.B : 0) * a.H + line) * a.T;  // of the rows of lse
+  const int64_t of_split = (int64_t(block * a.B) * a.H + line) * a.T;
+  const int64_t first =
+      Grouped ? of_split : batch * a.lse_batch + head * a.lse_head + a.before_queries(batch);  // of the rows of lse
 #pragma unroll
   for (int i = 0; i < 2 * M; ++i) {
     const int row = rows.first + of_warp + lane_row() + 8 * i;
@@ -360,8 +364,8 @@ __global__ void __launch_bounds__(threads, 2) attention_fwd_kernel(const __grid_
   if constexpr (Grouped) {
     store_parts<D>(softmax.total[0], a.parts + (first + of_warp) * a.value.width, a.value.width, rows.end - of_warp);
   } else {
-    const int64_t head = rows.batch * a.out.batch + rows.head * a.out.head;
-    store_rows<T, M>(softmax.total, Tile<D>{memory}, of_warp, a.out, head, rows.first + of_warp, rows.end);
+    const int64_t offset = a.of_queries(a.out, batch, head);
+    store_rows<T, M>(softmax.total, Tile<D>{memory}, of_warp, a.out, offset, rows.first + of_warp, rows.end);
   }
 }
 

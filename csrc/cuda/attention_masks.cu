@@ -142,6 +142,9 @@ AttentionArguments attention_arguments(const char* name, const AttentionProblem&
   }
   if (p.mask) a.mask = pack(name, p.mask, launch, memory);
   a.key_lengths = p.key_lengths.ptr<const int64_t>();
+  a.cu_seq_q = p.cu_seq_q.ptr<const int32_t>();
+  a.cu_seq_k = p.cu_seq_k.ptr<const int32_t>();
+  a.at_end = p.at_end;
   a.dropout = dropout(p.dropout_p, launch);
   a.B = int(p.query.shape[0]);
   a.H = int(p.query.shape[1]);

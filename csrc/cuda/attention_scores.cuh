@@ -32,9 +32,9 @@ struct Visibility {
         bits_row(a.mask.row),
         states_head(a.mask.states_head),
         states_row(a.mask.states_row),
-        T(a.T),
+        T(a.queries_in(batch)),
         S(a.S),
-        length(a.S),
+        length(a.keys_in(batch)),
         lower(a.lower),
         upper(a.upper) {
     if (a.mask.bits != nullptr) {
@@ -47,12 +47,10 @@ struct Visibility {
       const int64_t given = a.key_lengths[batch];
       length = given < 0 ? 0 : given < S ? int(given) : S;
     }
-  }
-
-  // Lets the band count from the end of the sequence: query t stands at key length - T + t.
-  __device__ void stand_at_end() {
-    lower += length - T;
-    upper += length - T;
+    if (a.at_end) {  // query t stands at key length - T + t
+      lower += length - T;
+      upper += length - T;
+    }
   }
 
   // Which of keys [s, s + 32) query t sees; s is a multiple of 32.

@@ -37,7 +37,7 @@ void attention_fwd(const AttentionForward& a, const Launch& launch);
 void attention_bwd(const AttentionBackward& a, const Launch& launch);
 // Bytes of workspace that they need.
 int64_t attention_fwd_workspace(const AttentionProblem& problem);
-int64_t attention_bwd_workspace(const AttentionProblem& problem);
+int64_t attention_bwd_workspace(const AttentionBackward& problem);
 void cross_entropy_rows(const CrossEntropyRows& a, const Launch& launch);
 void embedding_fwd(const EmbeddingForward& a, const Launch& launch);
 void embedding_table_bwd(const EmbeddingTableBackward& a, const Launch& launch);

@@ -14,7 +14,7 @@ import importlib.machinery
 import importlib.util
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
@@ -85,8 +85,9 @@ class EmulatedModule(ModuleType):
     def _watched(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             emulator.clear()  # a test of faults leaves kernels that never ended
-            for label, x in _tensors(self.names.get(name, ()), args):
-                emulator.add_tensor(label, x)
+            given = dict(_tensors(self.names.get(name, ()), args))
+            for label, x in given.items():
+                emulator.add_tensor(label, _whole(label, x, given))
             self.failure = None
             try:
                 return function(*args)
@@ -119,6 +120,14 @@ def _tensors(names: tuple[str, ...], args: tuple[Any, ...]) -> Iterator[tuple[st
         for name, part in parts:
             if isinstance(part, torch.Tensor):
                 yield name, part
+
+
+def _whole(name: str, x: torch.Tensor, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """All rows of the tensor whose view ``x`` shows sequences that lie end to end as if each began at the first row."""
+    ends = given.get("cu_seq_k" if name.removeprefix("grad_") in ("key", "value") else "cu_seq_q")
+    if ends is None or x.dim() < 3:
+        return x
+    return x.detach().as_strided((1, x.shape[1], int(ends[-1]), *x.shape[3:]), x.stride())
 
 
 @cache

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
+import test_attention_varlen as varlen_cases
 import test_embedding as embedding_cases
 import test_ffn as ffn_cases
 import test_layer_norm as layer_norm_cases
@@ -44,6 +45,11 @@ def attention(mask: str, *, T: int = 40, S: int = 70, **options: float) -> Calla
     return lambda backend: judge_attention(backend, (1, 2, 1, T, S, WIDTH, WIDTH), mask, FP16, options)
 
 
+def end_to_end(queries: tuple[int, ...], keys: tuple[int, ...]) -> Callable[[str], None]:
+    case = varlen_cases.Case(queries, keys, D=WIDTH, Dv=WIDTH)
+    return lambda backend: check("attention_varlen", case.tensors(FP16), {}, backend)
+
+
 def layer_norm(shape: tuple[int, int]) -> Callable[[str], None]:
     def call(backend: str) -> None:
         for _ in range(2):  # the second finds the counters as the first has left them
@@ -56,6 +62,7 @@ CALLS: dict[str, Callable[[str], None]] = {
     "attention": attention("window_left"),
     "attention, masked": attention("bool_full"),
     "attention, dropout": attention("none", dropout_p=0.3, seed=7),
+    "attention, end to end": end_to_end((5, 40), (7, 70)),  # of which the last ends where the tensors do
     "decode": attention("none", T=3, S=520),
     "layer_norm": layer_norm((100, 520)),
     "layer_norm, wide": layer_norm((3, 1032)),
@@ -71,6 +78,7 @@ ARRIVED = f"ptx::wait_for_copies<0>();\n{{}}{FULL}"
 FWD, FWD_H = "attention_fwd.cu", "attention_fwd.cuh"
 TILE, SCORES, MASKS = "attention_tile.cuh", "attention_scores.cuh", "attention_masks.cu"
 KEY, QUERY, DECODE = "attention_bwd_key.cu", "attention_bwd_query.cu", "attention_decode.cu"
+ARGUMENTS = "attention_arguments.h"
 NORM, NORM_BWD, REDUCE = "layer_norm.cu", "layer_norm_bwd.cu", "reduce.cuh"
 CROSS, EMBEDDING, FFN = "linear_cross_entropy.cu", "embedding.cu", "ffn.cu"
 FAULTS = [
@@ -96,6 +104,10 @@ FAULTS = [
           "__syncwarp();\n  uint16_t* head", "uint16_t* head", "race"),
     Fault("attention", QUERY, QUERY, "statistics of a query too many", "row + 8 * i < a.T ?",
           "row + 8 * i <= a.T ?", "out-of-bounds"),
+    Fault("attention, end to end", FWD, ARGUMENTS, "keys beyond the end of their sequence",
+          "S : cu_seq_k[batch + 1] - cu_seq_k[batch]", "S", "result"),
+    Fault("attention, end to end", KEY, ARGUMENTS, "queries beyond the end of their sequence",
+          "T : cu_seq_q[batch + 1] - cu_seq_q[batch]", "T", "result"),
     Fault("decode", DECODE, FWD_H, "a share of one tile", "(block + 1) * a.share / Cut::keys);",
           "block * a.share / Cut::keys + 1);", "result"),
     Fault("layer_norm, wide", NORM, REDUCE, "no barrier before the sums are read",

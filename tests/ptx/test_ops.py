@@ -16,6 +16,7 @@ import cuda_table
 import pytest
 import test_attention as attention_cases
 import test_attention_decode as decode_cases
+import test_attention_varlen as varlen_cases
 import test_embedding as embedding_cases
 import test_ffn as ffn_cases
 import test_layer_norm as layer_norm_cases
@@ -178,6 +179,16 @@ def test_attention_in_pages(emulated, name, dtype):
     skip_unless_served(emulated, "attention")
     case = decode_cases.CASES[name]
     decode_cases.check(case, case.tensors(dtype), emulated)
+
+
+# In dtypes whose kernels of the width are compiled for other cases.
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("at_the_end", FP16), ("causal", FP16), ("dropped", FP16), ("few_queries", BF16)]
+)
+def test_attention_end_to_end(emulated, name, dtype):
+    skip_unless_served(emulated, "attention")
+    case = varlen_cases.CASES[name]
+    check("attention_varlen", case.tensors(dtype), case.all_options, emulated)
 
 
 def test_activation_where_rows_do_not_start_at_16_bytes(emulated):

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from pytransformer import _cuda
-from pytransformer.backends._arguments import Packing, contiguous, empty_heads, over_scores, unit_stride, unpaged
+from pytransformer.backends._arguments import (
+    Packing,
+    contiguous,
+    empty_heads,
+    over_scores,
+    unit_stride,
+    unmasked,
+    unpaged,
+)
 from pytransformer.backends.cuda._arguments import Call, call
 
 WIDEST_HEAD = 256
@@ -45,9 +53,8 @@ def why_not(
         return f"lengths go up to {LONGEST}, got {longest}"
     if block_table is not None and (query.shape[-1] % CHUNK or value.shape[-1] % CHUNK):
         return f"in pages head dims must be multiples of {CHUNK}, got {query.shape[-1]} and {value.shape[-1]}"
-    if cu_seq_q is not None:
-        return "sequences that lie end to end are not read in place"
-    return unpaged(query, key, mask, bias, dropout_p, block_table)
+    unpacked = unmasked(mask, bias, key_lengths, block_table, cu_seq_q)
+    return unpacked or unpaged(query, key, mask, bias, dropout_p, block_table)
 
 
 def attention_fwd(
@@ -70,7 +77,7 @@ def attention_fwd(
     max_k: int = 0,
     at_end: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    packing = Packing(cu_seq_q, cu_seq_k, max_q, max_k)
+    packing = Packing(contiguous(cu_seq_q), contiguous(cu_seq_k), max_q, max_k)
     out = empty_heads(query, (*query.shape[:3], value.shape[-1]), cu_seq_q is not None)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     query, scale = _positive(query, scale)
@@ -91,12 +98,12 @@ def attention_fwd(
         softcap,
         dropout_p,
         block_table,
-        contiguous(cu_seq_q),
-        contiguous(cu_seq_k),
+        packing.cu_seq_q,
+        packing.cu_seq_k,
         at_end,
         packing.queries(out),
         packing.queries(lse),
-        _call(query, key, value, mask, rng, dropout_p, block_table),
+        _call(query, key, value, mask, rng, dropout_p, packing, block_table),
     )
     return out, lse
 
@@ -124,7 +131,7 @@ def attention_bwd(
     at_end: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    packing = Packing(cu_seq_q, cu_seq_k, max_q, max_k)
+    packing = Packing(contiguous(cu_seq_q), contiguous(cu_seq_k), max_q, max_k)
     grad_query, grad_key, grad_value = (empty_heads(x, x.shape, cu_seq_q is not None) for x in (query, key, value))
     # Summed over broadcast dimensions by torch, pairwise. Tiles that nobody sees are not written.
     size = (*query.shape[:3], key.shape[2]) if needs_bias else 0
@@ -134,6 +141,7 @@ def attention_bwd(
     query, grad_out = (packing.queries(_aligned(x)) for x in (query, grad_out))
     key, value = (packing.keys(_aligned(x)) for x in (key, value))
     mask = over_scores(mask, query, key)
+    lse = packing.queries(lse)
     _cuda.attention_bwd(
         query,
         key,
@@ -146,17 +154,17 @@ def attention_bwd(
         scale,
         softcap,
         dropout_p,
-        contiguous(cu_seq_q),
-        contiguous(cu_seq_k),
+        packing.cu_seq_q,
+        packing.cu_seq_k,
         at_end,
         packing.queries(out),
-        packing.queries(lse),
+        lse,
         grad_out,
         packing.queries(grad_query),
         packing.keys(grad_key),
         packing.keys(grad_value),
         grad_bias if needs_bias else None,
-        _call(query, key, value, mask, rng, dropout_p, backward=True),
+        _call(query, key, value, mask, rng, dropout_p, packing, lse=lse),
     )
     if needs_bias and bias is not None:
         grad_bias = grad_bias.sum_to_size(bias.shape).to(bias.dtype)
@@ -170,10 +178,12 @@ def _call(
     mask: Tensor | None,
     rng: Tensor | None,
     dropout_p: float,
+    packing: Packing,
     block_table: Tensor | None = None,
-    backward: bool = False,
+    lse: Tensor | None = None,
 ) -> Call:
-    needed = _cuda.attention_workspace(query, key, value, mask, block_table, dropout_p, backward)
+    offsets = (packing.cu_seq_q, packing.cu_seq_k)
+    needed = _cuda.attention_workspace(query, key, value, mask, block_table, *offsets, dropout_p, lse)
     workspace = torch.empty(-(-needed // 4), dtype=torch.int32, device=query.device) if needed else None
     return call(query, contiguous(rng), workspace)
 
