@@ -25,9 +25,9 @@ from pytransformer.benchmarks._statistics import standard_error
 SAMPLE_SECONDS = 0.004
 LEAST_ROUNDS, MOST_ROUNDS = 4, 200  # of a visit
 BUSY_FRACTION = 0.05  # of a sample's wall time spent waiting for a core
-WANTED_ERROR = 0.03  # standard error of a visit's ratio that is good enough
-MOST_EXTRA = 1.0  # times a visit's own time that busy rounds and disagreement may cost besides
-MOST_RETAKEN = 0.5  # of its rounds, where the least of them take longer than that
+WANTED_ERROR = 0.04  # standard error of a visit's ratio that is good enough
+MOST_EXTRA = 0.5  # times a visit's own time that busy rounds and disagreement may cost besides
+MOST_RETAKEN = 0.25  # of its rounds, where the least of them take longer than that
 FLUSH_BYTES = 2**28
 
 
