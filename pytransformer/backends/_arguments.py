@@ -73,9 +73,28 @@ def unmasked(
     return "sequences end to end are read without mask, bias, key_lengths and pages"
 
 
-def unit_stride(x: Tensor) -> Tensor:
+def misplaced(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    dropout_p: float,
+    block_table: Tensor | None,
+    cu_seq_q: Tensor | None,
+) -> str | None:
+    """Why no kernel reads this call's tensors where they lie, in pages or end to end, or None."""
+    unpacked = unmasked(mask, bias, key_lengths, block_table, cu_seq_q)
+    return unpacked or unpaged(query, key, mask, bias, dropout_p, block_table)
+
+
+@overload
+def unit_stride(x: Tensor) -> Tensor: ...
+@overload
+def unit_stride(x: Tensor | None) -> Tensor | None: ...
+def unit_stride(x: Tensor | None) -> Tensor | None:
     """``x``, or a copy of it whose last dimension is contiguous."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
 def empty_heads(like: Tensor, shape: Sequence[int], packed: bool) -> Tensor:

@@ -143,6 +143,11 @@ def hidden_keys(key_padding_mask: Tensor) -> Tensor:
     return key_padding_mask if key_padding_mask.dtype == torch.bool else key_padding_mask == -torch.inf
 
 
+def is_of_keys(keep: Tensor) -> bool:
+    """Is a mask over [B,H,L,S] the same for all heads and queries?"""
+    return keep.dim() == 4 and keep.shape[1:3] == (1, 1)
+
+
 def padding_of(key_padding_mask: Tensor | None, mask: Any, shape: Shape, batched: bool) -> Tensor | None:
     """bool [B,S], or [S] unbatched: the padding that a call names, by ``key_padding_mask`` or in a ``Mask``."""
     if key_padding_mask is not None:
@@ -151,7 +156,7 @@ def padding_of(key_padding_mask: Tensor | None, mask: Any, shape: Shape, batched
         return None
     B, _, _, S = shape
     hidden = None
-    if mask.keep is not None and mask.keep.dim() == 4 and mask.keep.shape[1:3] == (1, 1):
+    if mask.keep is not None and is_of_keys(mask.keep):
         hidden = ~mask.keep[:, 0, 0]
     if mask.key_lengths is not None:
         beyond = torch.arange(S, device=mask.key_lengths.device) >= mask.key_lengths[:, None]

@@ -14,13 +14,14 @@ tensors on the CPU in plain eager mode, and where at least one token in ``WORTHW
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pytransformer.masks import Mask
-from pytransformer.nn._masks import padding_of
+from pytransformer.nn._masks import is_of_keys, padding_of
 from pytransformer.ops._op import plain_eager
 
 WORTHWHILE = 8
@@ -40,6 +41,7 @@ class Rows:
     length: int
     index: Tensor | None = None
 
+    @cached_property
     def offsets(self) -> tuple[Tensor, int]:
         """Where each sequence begins among the rows, int32 [B+1], and the length of the longest."""
         if self.real is None:
@@ -100,14 +102,14 @@ def pack(queries: Rows, keys: Rows, mask: Mask, added: Tensor | None = None) -> 
     sequences = None
     order_matters = mask.causal and queries is not keys
     if added is None and mask.left is None and mask.right is None and not order_matters and _hides_padding(mask, keys):
-        (cu_seq_q, max_q), (cu_seq_k, max_k) = queries.offsets(), keys.offsets()
+        (cu_seq_q, max_q), (cu_seq_k, max_k) = queries.offsets, keys.offsets
         sequences = Sequences(cu_seq_q, cu_seq_k, max_q, max_k, mask.causal)
     return Packed(queries, keys, mask, added, sequences)
 
 
 def _hides_padding(mask: Mask, keys: Rows) -> bool:
     """Does the mask, but for causality, hide exactly the keys that are no rows?"""
-    if mask.keep is not None and (mask.keep.dim() != 4 or mask.keep.shape[1:3] != (1, 1)):
+    if mask.keep is not None and not is_of_keys(mask.keep):
         return False
     hidden = padding_of(None, mask, (keys.batch, 1, 1, keys.length), True)
     if hidden is None or keys.real is None:

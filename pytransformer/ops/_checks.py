@@ -100,3 +100,11 @@ def random_state(op: str, seed: int | Tensor | None, dropout_p: float, device: t
         raise TypeError(f"{op}: seed must be an integer, an int64 tensor [2] or None, got {describe(seed)}")
     signed = (seed + 2**63) % 2**64 - 2**63
     return torch.tensor([signed, 0], dtype=torch.int64, device=device)
+
+
+def check_head_counts(op: str, H: int, G: int, enable_gqa: bool, key: str = "key") -> None:
+    """``H`` query heads over ``G`` of ``key``: as many, or with ``enable_gqa`` a multiple."""
+    if G != H and not enable_gqa:
+        raise ValueError(f"{op}: {key} must have query's {H} heads, got {G}; pass enable_gqa=True to share heads")
+    if (G == 0 and H > 0) or (G > 0 and H % G):
+        raise ValueError(f"{op}: query's heads must be a multiple of {key}'s, got {H} and {G}")

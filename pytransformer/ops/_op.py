@@ -48,11 +48,11 @@ def obstacle(tensors: tuple[Tensor | None, ...]) -> str | None:
     return None
 
 
-def needs_grad(*tensors: Tensor | None) -> bool:
-    """Will autograd record a call with these tensors?"""
+def needs_grad(*arguments: Any) -> bool:
+    """Will autograd record a call with these arguments, tensors or not?"""
     if torch.is_grad_enabled():
-        for x in tensors:
-            if x is not None and x.requires_grad:
+        for x in arguments:
+            if isinstance(x, Tensor) and x.requires_grad:
                 return True
     return False
 

@@ -20,6 +20,7 @@ from pytransformer.ops._checks import (
     check_device,
     check_finite,
     check_floating,
+    check_head_counts,
     check_like,
     check_probability,
     check_shape,
@@ -190,7 +191,7 @@ def _recall(
     if isinstance(attn_mask, Mask):
         banded = (attn_mask.causal, attn_mask.left, attn_mask.right, attn_mask.align)
         tensors = (query, key, value, attn_mask.keep, bias, key_lengths, attn_mask.key_lengths)
-    wants = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
+    wants = needs_grad(*tensors)
     return recall("attention", tensors, backend, banded, wants, *options)
 
 
@@ -249,10 +250,7 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
         check_like("attention", name, x, "query", query)
     check_shape("attention", "key", key, (B, G, S, D), "[B,G,S,D]")
     check_shape("attention", "value", value, (B, G, S, value.shape[-1]), "[B,G,S,Dv]")
-    if G != H and not enable_gqa:
-        raise ValueError(f"attention: key must have query's {H} heads, got {G}; pass enable_gqa=True to share heads")
-    if (G == 0 and H > 0) or (G > 0 and H % G):
-        raise ValueError(f"attention: query's heads must be a multiple of key's, got {H} and {G}")
+    check_head_counts("attention", H, G, enable_gqa)
 
 
 def check_options(op: str, dropout_p: float, scale: float | None, softcap: float | None, causal_align: str) -> None:

@@ -19,6 +19,7 @@ from pytransformer.ops._bands import check_window, shifted_band
 from pytransformer.ops._checks import (
     check_device,
     check_floating,
+    check_head_counts,
     check_like,
     check_shape,
     check_tensor,
@@ -73,7 +74,7 @@ def attention_decode(
     signature = known = None
     if block_table is not None:
         tensors = (query, key_cache, value_cache, cache_lengths, block_table)
-        wants = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
+        wants = needs_grad(*tensors)
         signature, known = recall(_OP, tensors, backend, wants, window, scale, softcap)
     if known is None:
         _check(query, key_cache, value_cache, cache_lengths, block_table)
@@ -181,8 +182,7 @@ def _check(
     check_shape(_OP, "key_cache", key_cache, (*key_cache.shape[:3], D), key_letters)
     check_shape(_OP, "value_cache", value_cache, (*key_cache.shape[:3], value_cache.shape[3]), value_letters)
     G = key_cache.shape[1 if block_table is None else 2]
-    if (G == 0 and H > 0) or (G > 0 and H % G):
-        raise ValueError(f"{_OP}: query's heads must be a multiple of key_cache's, got {H} and {G}")
+    check_head_counts(_OP, H, G, True, "key_cache")
     check_tensor(_OP, "cache_lengths", cache_lengths)
     if cache_lengths.dtype not in (torch.int32, torch.int64) or tuple(cache_lengths.shape) != (B,):
         raise TypeError(f"{_OP}: cache_lengths must be integer [{B}], got {describe(cache_lengths)}")

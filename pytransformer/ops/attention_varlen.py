@@ -19,6 +19,7 @@ from pytransformer.ops._bands import check_window
 from pytransformer.ops._checks import (
     check_device,
     check_floating,
+    check_head_counts,
     check_like,
     check_shape,
     check_tensor,
@@ -79,7 +80,7 @@ def attention_varlen(
     """
     cu_seq_k, max_k = (cu_seq_q, max_q) if cu_seq_k is None else (cu_seq_k, max_k)
     tensors = (query, key, value, cu_seq_q, cu_seq_k)
-    wants = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
+    wants = needs_grad(*tensors)
     options = (is_causal, window, causal_align, scale, enable_gqa, dropout_p, softcap, return_lse)
     signature, known = recall(_OP, tensors, backend, wants, *options)
     if known is None:
@@ -144,11 +145,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k
         check_like(_OP, name, x, "query", query)
     check_shape(_OP, "key", key, (*key.shape[:2], query.shape[2]), "[Tk,G,D]")
     check_shape(_OP, "value", value, (*key.shape[:2], value.shape[2]), "[Tk,G,Dv]")
-    H, G = query.shape[1], key.shape[1]
-    if G != H and not enable_gqa:
-        raise ValueError(f"{_OP}: key must have query's {H} heads, got {G}; pass enable_gqa=True to share heads")
-    if (G == 0 and H > 0) or (G > 0 and H % G):
-        raise ValueError(f"{_OP}: query's heads must be a multiple of key's, got {H} and {G}")
+    check_head_counts(_OP, query.shape[1], key.shape[1], enable_gqa)
     for which, x in (("cu_seq_q", cu_seq_q), ("cu_seq_k", cu_seq_k)):
         check_tensor(_OP, which, x)
         if x.dtype not in (torch.int32, torch.int64) or x.dim() != 1 or x.numel() < 1:

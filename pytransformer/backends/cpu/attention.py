@@ -10,10 +10,9 @@ from pytransformer.backends._arguments import (
     Packing,
     contiguous,
     empty_heads,
+    misplaced,
     over_scores,
     unit_stride,
-    unmasked,
-    unpaged,
     unsupported_dtype,
 )
 
@@ -42,9 +41,7 @@ def why_not(
         return reason
     if bias is not None and bias.dtype not in (query.dtype, torch.float32):
         return f"bias must be float32 or {query.dtype}, not {bias.dtype}"
-    if (reason := unmasked(mask, bias, key_lengths, block_table, cu_seq_q)) is not None:
-        return reason
-    return unpaged(query, key, mask, bias, dropout_p, block_table)
+    return misplaced(query, key, mask, bias, key_lengths, dropout_p, block_table, cu_seq_q)
 
 
 def attention_fwd(
@@ -67,7 +64,7 @@ def attention_fwd(
     max_k: int = 0,
     at_end: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    packing = Packing(cu_seq_q, cu_seq_k, max_q, max_k)
+    packing = Packing(contiguous(cu_seq_q), contiguous(cu_seq_k), max_q, max_k)
     out = empty_heads(query, (*query.shape[:3], value.shape[-1]), cu_seq_q is not None)
     lse = torch.empty(query.shape[:3])
     _cpu.attention_fwd(
@@ -82,9 +79,9 @@ def attention_fwd(
         scale,
         softcap,
         dropout_p,
-        None if block_table is None else unit_stride(block_table),
-        contiguous(cu_seq_q),
-        contiguous(cu_seq_k),
+        unit_stride(block_table),
+        packing.cu_seq_q,
+        packing.cu_seq_k,
         at_end,
         packing.queries(out),
         packing.queries(lse),
@@ -116,7 +113,7 @@ def attention_bwd(
     at_end: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    packing = Packing(cu_seq_q, cu_seq_k, max_q, max_k)
+    packing = Packing(contiguous(cu_seq_q), contiguous(cu_seq_k), max_q, max_k)
     grad_query, grad_key, grad_value = (empty_heads(x, x.shape, cu_seq_q is not None) for x in (query, key, value))
     # Summed over broadcast dimensions by torch, pairwise: a running sum in the kernel would lose digits.
     grad_bias = torch.zeros((*query.shape[:3], key.shape[2]) if needs_bias else 0)
@@ -132,8 +129,8 @@ def attention_bwd(
         scale,
         softcap,
         dropout_p,
-        contiguous(cu_seq_q),
-        contiguous(cu_seq_k),
+        packing.cu_seq_q,
+        packing.cu_seq_k,
         at_end,
         packing.queries(out),
         packing.queries(lse),

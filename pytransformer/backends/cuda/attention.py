@@ -10,10 +10,9 @@ from pytransformer.backends._arguments import (
     Packing,
     contiguous,
     empty_heads,
+    misplaced,
     over_scores,
     unit_stride,
-    unmasked,
-    unpaged,
 )
 from pytransformer.backends.cuda._arguments import Call, call
 
@@ -53,8 +52,7 @@ def why_not(
         return f"lengths go up to {LONGEST}, got {longest}"
     if block_table is not None and (query.shape[-1] % CHUNK or value.shape[-1] % CHUNK):
         return f"in pages head dims must be multiples of {CHUNK}, got {query.shape[-1]} and {value.shape[-1]}"
-    unpacked = unmasked(mask, bias, key_lengths, block_table, cu_seq_q)
-    return unpacked or unpaged(query, key, mask, bias, dropout_p, block_table)
+    return misplaced(query, key, mask, bias, key_lengths, dropout_p, block_table, cu_seq_q)
 
 
 def attention_fwd(
@@ -84,7 +82,7 @@ def attention_fwd(
     query = packing.queries(_aligned(query))
     key, value = (packing.keys(_aligned(x)) for x in (key, value))
     mask = over_scores(mask, query, key)
-    block_table = None if block_table is None else unit_stride(block_table)
+    block_table = unit_stride(block_table)
     _cuda.attention_fwd(
         query,
         key,

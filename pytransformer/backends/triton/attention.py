@@ -10,10 +10,9 @@ from torch import Tensor
 from pytransformer.backends._arguments import (
     Packing,
     contiguous,
+    misplaced,
     over_scores,
     unit_stride,
-    unmasked,
-    unpaged,
     unsupported_dtype,
 )
 from pytransformer.kernels import attention as forward_kernels
@@ -52,9 +51,7 @@ def why_not(
         return f"head dims go up to {WIDEST_HEAD}, got {query.shape[-1]} and {value.shape[-1]}"
     if at_end and block_table is None and cu_seq_q is None:
         return "a band counts from the end in pages, and of sequences end to end, only"
-    if (reason := unmasked(mask, bias, key_lengths, block_table, cu_seq_q)) is not None:
-        return reason
-    return unpaged(query, key, mask, bias, dropout_p, block_table)
+    return misplaced(query, key, mask, bias, key_lengths, dropout_p, block_table, cu_seq_q)
 
 
 def attention_fwd(
@@ -62,11 +59,11 @@ def attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """The arguments of ``reference.attention``; returns ``(out, lse)``."""
     *rest, block_table, cu_seq_q, cu_seq_k, max_q, max_k, at_end = options
-    packing = Packing(cu_seq_q, cu_seq_k, max_q, max_k)
+    packing = Packing(contiguous(cu_seq_q), contiguous(cu_seq_k), max_q, max_k)
     query, key, value = (unit_stride(x) for x in (query, key, value))
     query, masks, softmax = _arguments(query, key, packed, packing, at_end, *rest)
     query, key, value = packing.queries(query), packing.keys(key), packing.keys(value)
-    table = None if block_table is None else unit_stride(block_table)
+    table = unit_stride(block_table)
     splits = decode_kernels.splits_of(query, key, softmax, table)
     if splits > 1 or table is not None:
         out, lse = decode_kernels.attention_decode(query, key, value, masks, softmax, splits, table)
@@ -87,7 +84,7 @@ def attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *rest, cu_seq_q, cu_seq_k, max_q, max_k, at_end, needs_bias = options
     bias, scale = rest[1], rest[6]
-    packing = Packing(cu_seq_q, cu_seq_k, max_q, max_k)
+    packing = Packing(contiguous(cu_seq_q), contiguous(cu_seq_k), max_q, max_k)
     grad_out, query, key, value = (unit_stride(x) for x in (grad_out, query, key, value))
     query, masks, softmax = _arguments(query, key, packed, packing, at_end, *rest)
     grad_out, query = packing.queries(grad_out), packing.queries(query)
@@ -126,7 +123,7 @@ def _arguments(
         query, scale = _signed(query, scale), abs(scale) or 1.0
     sequences = None
     if packing.cu_seq_q is not None and packing.cu_seq_k is not None:
-        offsets = contiguous(packing.cu_seq_q), contiguous(packing.cu_seq_k)
+        offsets = packing.cu_seq_q, packing.cu_seq_k
         sequences = forward_kernels.Sequences(*offsets, query.shape[2], key.shape[2], at_end)
     masks = forward_kernels.masking(
         over_scores(mask, query, key),
