@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -81,23 +81,36 @@ def compare(name: str, actual: Tensor, expected: Tensor, plain: Plain = None, *,
         magnitude: at least this is taken for RMS(expected): the size of the terms where they cancel, such as the
             gradient of a query that sees a single key, which is 0 by cancellation.
     """
+    return judge(name, actual, expected, allowed(expected, plain, actual.dtype, magnitude=magnitude))
+
+
+class Allowed(NamedTuple):
+    """The largest error and the largest RMS error that pass."""
+
+    max_error: float
+    rms_error: float
+
+
+def allowed(expected: Tensor, plain: Plain, dtype: torch.dtype, *, magnitude: float = 0.0) -> Allowed:
+    """What the rule allows a result in ``dtype``, of which ``judge`` accepts floating-point ones only."""
+    size = max(_errors(expected, expected.new_zeros(()).expand_as(expected))[1], magnitude)
+    eps = torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+    spellings = () if plain is None else (plain,) if isinstance(plain, Tensor) else plain
+    measured = [_errors(x, expected) for x in spellings]
+    max_plain, rms_plain = (max(errors) for errors in zip((0.0, 0.0), *measured, strict=True))
+    return Allowed(
+        PLAIN_FACTOR * max_plain + MAX_ROUNDING * eps * size, PLAIN_FACTOR * rms_plain + RMS_ROUNDING * eps * size
+    )
+
+
+def judge(name: str, actual: Tensor, expected: Tensor, within: Allowed) -> Comparison:
+    """The verdict on ``actual`` where what is allowed is known."""
     mismatch = _mismatch(actual, expected)
     if mismatch is not None:
         nan = float("nan")
         return Comparison(name, nan, nan, nan, nan, mismatch)
-    size = max(_errors(expected, expected.new_zeros(()).expand_as(expected))[1], magnitude)
-    eps = torch.finfo(actual.dtype).eps
-    spellings = () if plain is None else (plain,) if isinstance(plain, Tensor) else plain
-    measured = [_errors(x, expected) for x in spellings]
-    max_plain, rms_plain = (max(errors) for errors in zip((0.0, 0.0), *measured, strict=True))
     max_error, rms_error = _errors(actual, expected)
-    return Comparison(
-        name,
-        max_error,
-        PLAIN_FACTOR * max_plain + MAX_ROUNDING * eps * size,
-        rms_error,
-        PLAIN_FACTOR * rms_plain + RMS_ROUNDING * eps * size,
-    )
+    return Comparison(name, max_error, within.max_error, rms_error, within.rms_error)
 
 
 def assert_close(name: str, actual: Tensor, expected: Tensor, plain: Plain = None, *, magnitude: float = 0.0) -> None:

@@ -1,6 +1,7 @@
 """The only tolerance code of the tests; the rule itself is derived in ``pytransformer/_tolerance.py``.
 
 compare(name, actual, expected64, plain)        -> Comparison (max_error, max_allowed, rms_error, ..., ok)
+allowed(expected64, plain, dtype), judge(...)   the two halves of compare, for many results with one oracle
 assert_close(name, actual, expected64, plain)   raises with all the numbers
 assert_parity("attention", dict(query=q, key=k, value=v), dict(is_causal=True), backend="cpu")
                                                 forward and backward of one call, all outputs and gradients
@@ -13,9 +14,20 @@ from typing import Any
 
 from pytransformer import _plain as plain
 from pytransformer._parity import parity, results
-from pytransformer._tolerance import Comparison, assert_close, compare
+from pytransformer._tolerance import Allowed, Comparison, allowed, assert_close, compare, judge
 
-__all__ = ["Comparison", "assert_close", "assert_parity", "compare", "parity", "plain", "results"]
+__all__ = [
+    "Allowed",
+    "Comparison",
+    "allowed",
+    "assert_close",
+    "assert_parity",
+    "compare",
+    "judge",
+    "parity",
+    "plain",
+    "results",
+]
 
 
 def assert_parity(op: str, tensors: dict[str, Any], options: dict[str, Any] | None = None, **kwargs: Any) -> None:

@@ -33,7 +33,9 @@ ISAS = cpu.isa_status() if backends.unavailable("cpu") is None else {}
 
 @pytest.fixture(autouse=True)
 def _seed():
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed keeps a stack trace of each call for a GPU to come
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(0)
 
 
 def backend_names():

@@ -60,6 +60,27 @@ def missing() -> str | None:
 
 def rows() -> Iterator[str]:
     """A row for each kernel and architecture, sorted."""
+    names = readable({kernel for _, kernel, *_ in _usage()})
+    yield from sorted(ROW.format(arch, names[kernel], *figures) for arch, kernel, *figures in _usage())
+
+
+@cache
+def instructions(arch: str, kernels: tuple[str, ...]) -> dict[str, set[str]]:
+    """The instructions that occur in each of ``kernels``, by its readable name; of those that the module has."""
+    names = readable({kernel for _, kernel, *_ in _usage()})
+    asked = [mangled for mangled, name in names.items() if name in kernels]
+    found: dict[str, set[str]] = {}
+    for line in _dump("-sass", "-arch", arch, "-fun", ",".join(asked)).splitlines():
+        if match := re.search(r"^\s*Function : (\S+)", line):
+            inside = found.setdefault(names[match[1]], set())
+        elif match := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
+            inside.add(match[1])
+    return found
+
+
+@cache
+def _usage() -> set[tuple[str, str, int, int, int]]:
+    """Of each kernel: architecture, mangled name, registers, bytes of stack and of static shared memory."""
     found = set()
     arch = ""
     for line in _dump("--dump-resource-usage").splitlines():
@@ -70,22 +91,7 @@ def rows() -> Iterator[str]:
         elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
             registers, stack, shared, local = map(int, match.groups())
             found.add((arch, kernel, registers, stack + local, shared))
-    names = readable({kernel for _, kernel, *_ in found})
-    yield from sorted(ROW.format(arch, names[kernel], *figures) for arch, kernel, *figures in found)
-
-
-@cache
-def instructions(arch: str) -> dict[str, set[str]]:
-    """The instructions that occur in each kernel, by its readable name."""
-    found: dict[str, set[str]] = {}
-    inside: set[str] = set()
-    for line in _dump("-sass", "-arch", arch).splitlines():
-        if match := re.search(r"^\s*Function : (\S+)", line):
-            inside = found.setdefault(match[1], set())
-        elif match := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
-            inside.add(match[1])
-    names = readable(set(found))
-    return {names[name]: held for name, held in found.items()}
+    return found
 
 
 def readable(mangled: set[str]) -> dict[str, str]:
