@@ -65,6 +65,7 @@ def test_against_the_oracle(backend, options, bias, dtype):
 SIZES = {
     "many rows": ((4200,), 9, 70),  # several chunks of them
     "many classes": ((19,), 33, 1500),  # several blocks of them
+    "parts of classes": ((20,), 40, 2500),  # each a thread's
     "deep": ((7,), 600, 130),
     "one class": ((23,), 8, 1),
     "one row": ((1,), 8, 300),
@@ -154,10 +155,12 @@ def test_gradients_that_the_forward_did_not_store(backend, reduction):
     torch.testing.assert_close(actual, wanted)
 
 
-@pytest.mark.parametrize("threads", [2, 5])
-def test_the_number_of_threads(threads):
+@pytest.mark.parametrize("threads", [1, 2, 5, 12])
+@pytest.mark.parametrize(("rows", "classes"), [(300, 1100), (40, 2304)], ids=["shared", "parts"])
+def test_the_number_of_threads(threads, rows, classes):
+    """The 9 parts of the vocabulary go to a thread each, but for 12 threads, of which too many would wait."""
     skip_unless_served("cpu", "linear_cross_entropy")
-    tensors = make((300,), 33, 1100)
+    tensors = make((rows,), 33, classes)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

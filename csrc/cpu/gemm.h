@@ -370,20 +370,14 @@ struct BlockGrid {
     if (worth_sharing) {
       // Narrower blocks until the threads finish together, or nearly so.
       const int64_t panels = ceil_div(N, tile_width), tiles = ceil_div(M, tile_rows);
-      while (idle(threads) && blocks_across < panels) ++blocks_across;
-      while (idle(threads) && blocks_down < tiles && blocks_down * blocks_across < 8 * threads) ++blocks_down;
+      const auto waiting = [&] { return idle(blocks_down * blocks_across, threads); };
+      while (waiting() && blocks_across < panels) ++blocks_across;
+      while (waiting() && blocks_down < tiles && blocks_down * blocks_across < 8 * threads) ++blocks_down;
     }
     rows = round_up(ceil_div(M, blocks_down), tile_rows);
     columns = round_up(ceil_div(N, blocks_across), tile_width);
     blocks_down = ceil_div(M, rows);
     blocks_across = ceil_div(N, columns);
-  }
-
- private:
-  // Whether more than an eighth of the threads' time would go to waiting for the last block.
-  bool idle(int threads) const {
-    const int64_t blocks = blocks_down * blocks_across, rounds = ceil_div(blocks, threads);
-    return 8 * (rounds * threads - blocks) > rounds * threads;
   }
 };
 

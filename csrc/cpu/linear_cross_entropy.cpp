@@ -13,6 +13,10 @@
 // store none of them, would make it four (Wijmans et al., "Cut Your Losses", 2024). It happens here only where
 // the gradient of each row's loss is not known in the forward (reduction "none").
 //
+// Of few rows the products are small, and threads that share each of them wait for one another more than they work.
+// The vocabulary is then cut into parts, and a thread that takes one does everything for it; the gradients of the input
+// that parts give are added in the end.
+//
 // Rows with an ignored target are left out of the chunks, so that they cost nothing and NaN in them stays there.
 //
 // Workspace: `chunk_logits` elements for the chunk; packed blocks of `vocabulary_block` rows of the weight; where
@@ -26,6 +30,7 @@
 #include <memory>
 
 #include "gemm.h"
+#include "huge_pages.h"
 #include "parallel.h"
 #include "rows.h"
 #include "scratch.h"
@@ -40,6 +45,10 @@ namespace {
 constexpr int64_t vocabulary_block = 1024;
 constexpr int64_t chunk_logits = int64_t(1) << 24;
 constexpr int64_t least_rows = 512, most_rows = 4096;  // of a chunk: the weight is packed again for each
+constexpr int64_t least_parts = 8, most_parts = 64, least_classes = 256;
+constexpr int64_t part_sums = int64_t(1) << 21;  // elements of all parts' gradients of the input
+constexpr int64_t part_weights = int64_t(1)
+                                 << 18;  // elements of a block of the weight in a part, which should stay in L2
 constexpr float infinity = std::numeric_limits<float>::infinity();
 static_assert(vocabulary_block % block_columns == 0);
 
@@ -51,7 +60,10 @@ constexpr int sum_degree = sizeof(T) == sizeof(float) ? 6 : 5;
 // hold it while the rest of the model needs the memory.
 template <class T>
 std::unique_ptr<T[]> workspace(int64_t size) {
-  return std::unique_ptr<T[]>(size > 0 ? new T[size_t(size)] : nullptr);
+  std::unique_ptr<T[]> memory(size > 0 ? new T[size_t(size)] : nullptr);
+  const size_t bytes = size_t(size) * sizeof(T);
+  if (bytes >= always_fresh) use_huge_pages(memory.get(), bytes);
+  return memory;
 }
 
 // What a call works on, of either direction.
@@ -96,12 +108,48 @@ class CountedRows {
   int64_t count_ = 0, chunks_ = 0, chunk_rows_ = 0;
 };
 
+// The classes in parts, and these in blocks, one for each product. How they are cut does not depend on the number of
+// threads, nor therefore on it the order of sums.
+class Parts {
+ public:
+  Parts(int64_t rows, int64_t E, int64_t V) : V_(V) {
+    int64_t count = part_sums / (rows * E > 0 ? rows * E : 1);
+    for (const int64_t most : {most_parts, V / least_classes}) count = count < most ? count : most;
+    if (count >= least_parts) {
+      classes_ = round_up(ceil_div(V, count), block_depth);
+      const int64_t blocks = ceil_div(classes_ * E, part_weights);
+      block_ = round_up(ceil_div(classes_, blocks), block_depth);
+    }
+  }
+  int64_t count() const { return ceil_div(V_, classes_); }
+
+  // body(part), each on a thread of its own where that keeps all of them busy. Else all work on one part at a time.
+  template <class Body>
+  void run(const Body& body) const {
+    if (!idle(count(), max_threads())) return parallel_tasks(count(), body);
+    for (int64_t part = 0; part < count(); ++part) body(part);
+  }
+
+  // body(first class, classes) for the blocks of a part.
+  template <class Body>
+  void for_blocks(int64_t part, const Body& body) const {
+    const int64_t end = (part + 1) * classes_ < V_ ? (part + 1) * classes_ : V_;
+    for (int64_t begin = part * classes_; begin < end; begin += block_) {
+      body(begin, end - begin < block_ ? end - begin : block_);
+    }
+  }
+
+ private:
+  int64_t V_, classes_ = V_, block_ = vocabulary_block;
+};
+
 // Rows of one chunk. Their logits lie turned, [V][stride], one class after the other, so that what is done to them
 // is done to rows in lanes, and so that they and the weight are read where they lie by all but one product.
 template <class T>
 struct Chunk {
   const int64_t* row_of;  // where in the input a row of the chunk lies
   int64_t rows, stride;
+  Parts parts;
   const int64_t* target;
   T* logits;  // null where no gradient is wanted
 };
@@ -135,7 +183,8 @@ struct RowSums {
   double exponentials = 0, logits = 0;
   float target_logit = 0;
 
-  void add(const Sums& piece) {
+  template <class Piece>  // Sums, or those of a part
+  void add(const Piece& piece) {
     const float top = piece.max > max ? piece.max : max;
     if (top == -infinity) {
       exponentials += piece.exponentials;  // 0, or NaN to be passed on
@@ -177,25 +226,44 @@ void finish_logits(const Problem<T>& p, const Chunk<T>& chunk, const Block& bloc
   }
 }
 
-// Computes the logits of the rows packed in `x`, their transpose being weight x^T, and their sums.
+// Computes the logits of a block of classes, their transpose being weight x^T, and adds to the sums of the rows.
 template <class T>
-void compute_logits(const Problem<T>& p, const Chunk<T>& chunk, const Packed<operand_t<T>>& x, RowSums* sums) {
+void compute_block(const Problem<T>& p, const Chunk<T>& chunk, const Packed<operand_t<T>>& x, int64_t begin,
+                   int64_t classes, RowSums* sums) {
   using Operand = operand_t<T>;
   const int64_t rows = chunk.rows;
-  for (int64_t begin = 0; begin < p.V; begin += vocabulary_block) {
-    const int64_t classes = p.V - begin < vocabulary_block ? p.V - begin : vocabulary_block;
-    const BlockGrid grid(classes, rows, p.E, max_threads());  // as gemm has it
-    const Scratch<Sums> pieces(grid.blocks_down * rows);
-    gemm(rows, LeftRows<Operand, T>(p.weight + begin * p.E, p.E, classes, p.E, rows), x,
-         [&](const Block& block, float* values) {
-           Sums* found = pieces.get() + block.row / grid.rows * rows + block.column;
-           finish_logits(p, chunk, block, begin + block.row, values, found, sums + block.column);
-         });
-    parallel_ranges(rows, max_threads(), [&](int64_t first, int64_t last, int) {
-      for (int64_t r = first; r < last; ++r) {
-        for (int64_t i = 0; i < grid.blocks_down; ++i) sums[r].add(pieces.get()[i * rows + r]);
-      }
-    });
+  const BlockGrid grid(classes, rows, p.E, max_threads());  // as gemm has it
+  const Scratch<Sums> pieces(grid.blocks_down * rows);
+  gemm(rows, LeftRows<Operand, T>(p.weight + begin * p.E, p.E, classes, p.E, rows), x,
+       [&](const Block& block, float* values) {
+         Sums* found = pieces.get() + block.row / grid.rows * rows + block.column;
+         finish_logits(p, chunk, block, begin + block.row, values, found, sums + block.column);
+       });
+  parallel_ranges(rows, threads_for(rows * grid.blocks_down * 64), [&](int64_t first, int64_t last, int) {
+    for (int64_t r = first; r < last; ++r) {
+      for (int64_t i = 0; i < grid.blocks_down; ++i) sums[r].add(pieces.get()[i * rows + r]);
+    }
+  });
+}
+
+// Computes the logits of the rows packed in `x`, and their sums.
+template <class T>
+void compute_logits(const Problem<T>& p, const Chunk<T>& chunk, const Packed<operand_t<T>>& x, RowSums* sums) {
+  const int64_t rows = chunk.rows, parts = chunk.parts.count();
+  const Scratch<RowSums> sums_of_parts(parts * rows);
+  chunk.parts.run([&](int64_t part) {
+    RowSums* found = sums_of_parts.get() + part * rows;
+    for (int64_t r = 0; r < rows; ++r) found[r] = RowSums{};
+    chunk.parts.for_blocks(part,
+                           [&](int64_t begin, int64_t classes) { compute_block(p, chunk, x, begin, classes, found); });
+  });
+  for (int64_t r = 0; r < rows; ++r) {
+    sums[r] = RowSums{};
+    for (int64_t part = 0; part < parts; ++part) {
+      const RowSums& found = sums_of_parts.get()[part * rows + r];
+      sums[r].add(found);
+      sums[r].target_logit += found.target_logit;  // 0 in all parts but the target's
+    }
   }
 }
 
@@ -297,21 +365,26 @@ struct ChunkGradients {
   const Problem<T>& p;
   const Chunk<T>& chunk;
   int64_t number;     // of the chunk
-  float* grad_input;  // [rows,E], for sums over the vocabulary
+  float* grad_input;  // [parts][rows][E], each a sum over the classes of its part
 
   void add(const T* input, const LogitGradients& gradients, const WeightGradient<T>& grad_weight) const {
     const int64_t rows = chunk.rows;
     const Packed<Operand> x(right<Operand>(input, p.E), p.E, p.grad.weight ? rows : 0);
-    for (int64_t begin = 0; begin < p.V; begin += vocabulary_block) {
-      const int64_t classes = p.V - begin < vocabulary_block ? p.V - begin : vocabulary_block;
-      const T* grad = chunk.logits + begin * chunk.stride;
-      differentiate(gradients, begin, classes);
-      if (p.grad.bias) add_to_bias(begin, classes);
-      if (p.grad.input) add_to_input(grad, begin, classes);
-      if (!p.grad.weight) continue;
-      gemm(p.E, LeftRows<Operand, T>(grad, chunk.stride, classes, rows, p.E), x,
-           by_rows(grad_weight.add(begin, number)));
-    }
+    chunk.parts.run([&](int64_t part) {
+      float* part_input = grad_input + part * rows * p.E;
+      bool first = true;
+      chunk.parts.for_blocks(part, [&](int64_t begin, int64_t classes) {
+        const T* grad = chunk.logits + begin * chunk.stride;
+        differentiate(gradients, begin, classes);
+        if (p.grad.bias) add_to_bias(begin, classes);
+        if (p.grad.input) add_to_input(grad, begin, classes, part_input, first);
+        first = false;
+        if (!p.grad.weight) return;
+        gemm(p.E, LeftRows<Operand, T>(grad, chunk.stride, classes, rows, p.E), x,
+             by_rows(grad_weight.add(begin, number)));
+      });
+    });
+    if (p.grad.input) write_input();
   }
 
  private:
@@ -335,20 +408,31 @@ struct ChunkGradients {
     });
   }
 
-  void add_to_input(const T* grad, int64_t begin, int64_t classes) const {
+  void add_to_input(const T* grad, int64_t begin, int64_t classes, float* sums, bool first) const {
     const Packed<Operand> weight(right<Operand>(p.weight + begin * p.E, p.E), p.E, classes);
     const Packed<Operand> turned(left_transposed<Operand>(grad, chunk.stride), chunk.rows, classes);
-    const bool last = begin + classes == p.V;
     gemm<Operand>(chunk.rows, p.E, turned, weight,
                   by_rows([&](int64_t row, int64_t column, int64_t count, float* values) {
-                    float* sums = grad_input + row * p.E + column;
-                    if (begin > 0) add_row(values, sums, count);
-                    if (last) {
-                      copy_row(values, count, p.grad.input.template ptr<T>() + chunk.row_of[row] * p.E + column);
-                    } else {
-                      copy_row(values, count, sums);
-                    }
+                    float* place = sums + row * p.E + column;
+                    if (!first) add_row(values, place, count);
+                    copy_row(values, count, place);
                   }));
+  }
+
+  // The sum over parts, in order, to where the rows belong.
+  void write_input() const {
+    const int64_t rows = chunk.rows, parts = chunk.parts.count();
+    parallel_ranges(rows, threads_for(parts * rows * p.E), [&](int64_t begin, int64_t end, int) {
+      for (int64_t r = begin; r < end; ++r) {
+        T* out = p.grad.input.template ptr<T>() + chunk.row_of[r] * p.E;
+        for_vectors(p.E, [&](int64_t c, int n) {
+          const float* place = grad_input + r * p.E + c;
+          Vec sum = load(place, n);
+          for (int64_t part = 1; part < parts; ++part) sum = sum + load(place + part * rows * p.E, n);
+          store(out + c, sum, n);
+        });
+      }
+    });
   }
 };
 
@@ -380,18 +464,18 @@ void run(const Problem<T>& p) {
   const int64_t most = counted.chunk_rows();
   const WeightGradient<T> grad_weight(p.grad.weight, p.E, counted.chunks());
   const auto logits = workspace<T>(p.grad ? stride_for(most) * p.V : 0);
-  const Scratch<float> grad_input(p.grad.input ? most * p.E : 0);
+  const Parts parts(most, p.E, p.V);
+  const Scratch<float> grad_input(p.grad.input ? parts.count() * most * p.E : 0);
   const Scratch<T> input(most * p.E);
   const Scratch<int64_t> target(most);
   const Scratch<RowSums> sums(most);
 
   for (int64_t number = 0; number < counted.chunks(); ++number) {
     const int64_t rows = counted.size(number);
-    const Chunk<T> chunk{counted.of_chunk(number), rows, stride_for(rows), target.get(), logits.get()};
+    const Chunk<T> chunk{counted.of_chunk(number), rows, stride_for(rows), parts, target.get(), logits.get()};
     for (int64_t r = 0; r < rows; ++r) {
       std::memcpy(input.get() + r * p.E, p.input + chunk.row_of[r] * p.E, size_t(p.E) * sizeof(T));
       target.get()[r] = p.target[chunk.row_of[r]];
-      sums.get()[r] = RowSums{};
     }
     compute_logits(p, chunk, Packed<Operand>(right_transposed<Operand>(input.get(), p.E), rows, p.E), sums.get());
     for (int64_t r = 0; p.loss && r < rows; ++r) write_loss(p, chunk.row_of[r], sums.get()[r]);

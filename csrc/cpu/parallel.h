@@ -37,6 +37,18 @@ void on_threads(int count, const Body& body) {
   }
   for (std::thread& thread : threads) thread.join();
 }
+
+// A parallel region inside another, run by the thread that met it: as OpenMP has it, this one is number 0 there.
+class NestedRegion {
+ public:
+  NestedRegion() : outer_(current_thread) {
+    if (outer_ > 0) current_thread = 0;
+  }
+  ~NestedRegion() { current_thread = outer_; }
+
+ private:
+  int outer_;
+};
 #endif
 
 // True in a process that was forked after this module was loaded (set by an atfork handler).
@@ -73,6 +85,12 @@ inline int threads_for(int64_t elements) {
   return worth < max_threads() ? int(worth) : max_threads();
 }
 
+// Whether more than an eighth of the threads' time would go to waiting for the last of so many equal tasks.
+inline bool idle(int64_t tasks, int threads) {
+  const int64_t rounds = (tasks + threads - 1) / threads;
+  return 8 * (rounds * threads - tasks) > rounds * threads;
+}
+
 // Runs body(task) for every task in [0, tasks); threads take tasks one by one, in order, as they
 // become free. For unequal tasks: put the longest first.
 template <class Body>
@@ -85,6 +103,7 @@ void parallel_tasks(int64_t tasks, const Body& body) {
       for (int64_t task; (task = next.fetch_add(1)) < tasks;) body(task);
     });
   }
+  const NestedRegion nested;
 #endif
 #pragma omp parallel for schedule(dynamic, 1) if (threaded)
   for (int64_t task = 0; task < tasks; ++task) body(task);

@@ -4,9 +4,7 @@
 #include <cstdint>
 #include <new>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
+#include "huge_pages.h"
 
 namespace pytransformer::PYTRANSFORMER_ISA {
 
@@ -59,7 +57,7 @@ class BufferPool {
 
  private:
   static constexpr int slots = 12;
-  static constexpr size_t most_kept = size_t(128) << 20, huge_page = size_t(2) << 20;
+  static constexpr size_t most_kept = size_t(128) << 20;
   static constexpr std::align_val_t small_alignment{64}, huge_alignment{huge_page};
 
   bool full() const {
@@ -73,9 +71,7 @@ class BufferPool {
     if (bytes < huge_page) return {::operator new(bytes, small_alignment), bytes};
     bytes = (bytes + huge_page - 1) / huge_page * huge_page;
     void* data = ::operator new(bytes, huge_alignment);
-#ifdef __linux__
-    madvise(data, bytes, MADV_HUGEPAGE);
-#endif
+    use_huge_pages(data, bytes);
     return {data, bytes};
   }
 

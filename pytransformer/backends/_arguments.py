@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, overload
 
 import torch
@@ -97,12 +97,12 @@ def unit_stride(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
-def empty_heads(like: Tensor, shape: Sequence[int], packed: bool) -> Tensor:
-    """Room for [B,H,T,D]; of packed sequences, which come as [T,H,D], in the order of these."""
+def empty_heads(shape: Sequence[int], packed: bool, empty: Callable[[Sequence[int]], Tensor]) -> Tensor:
+    """``empty`` of [B,H,T,D]; of packed sequences, which come as [T,H,D], in the order of these."""
     if not packed:
-        return like.new_empty(shape)
+        return empty(shape)
     B, H, T, D = shape
-    return like.new_empty(B, T, H, D).transpose(1, 2)
+    return empty((B, T, H, D)).transpose(1, 2)
 
 
 class Packing(NamedTuple):

@@ -57,13 +57,15 @@ class AttentionOp(FusedOp):
     def fake_forward(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, ...]:
         shape, packed = query.shape[:3], args[11] is not None
         lse_dtype = torch.promote_types(query.dtype, torch.float32)
-        return empty_heads(query, (*shape, value.shape[-1]), packed), query.new_empty(shape, dtype=lse_dtype)
+        out = empty_heads((*shape, value.shape[-1]), packed, query.new_empty)
+        return out, query.new_empty(shape, dtype=lse_dtype)
 
     @staticmethod
     def fake_backward(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, ...]:
         bias, cu_seq_q, needs_bias = args[3], args[11], args[-1]
         grad_bias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device) if needs_bias else query.new_empty(0)
-        return *(empty_heads(x, x.shape, cu_seq_q is not None) for x in (query, key, value)), grad_bias
+        packed = cu_seq_q is not None
+        return *(empty_heads(x.shape, packed, x.new_empty) for x in (query, key, value)), grad_bias
 
     @staticmethod
     def save(args: Any, outputs: Any) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:

@@ -320,6 +320,7 @@ int main() {
     failed += !run("attention, large pages" + type, attention_in_pages(T, 200, 16, 2, 0));
     failed += !run("attention, end to end" + type, attention_end_to_end(T, 70, 24, false));
     failed += !run("attention, end to end, few queries" + type, attention_end_to_end(T, 4, 16, true));
+    failed += !run("linear_cross_entropy, parts" + type, linear_cross_entropy(T, 13, 9, 2300));
   }
   std::printf(failed ? "%d cases FAILED\n" : "all cases ok\n", failed);
   return failed ? 1 : 0;

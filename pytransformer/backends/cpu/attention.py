@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from pytransformer.backends._arguments import (
     unit_stride,
     unsupported_dtype,
 )
+from pytransformer.backends.cpu._memory import empty
 
 
 def why_not(
@@ -65,8 +68,9 @@ def attention_fwd(
     at_end: bool = False,
 ) -> tuple[Tensor, Tensor]:
     packing = Packing(contiguous(cu_seq_q), contiguous(cu_seq_k), max_q, max_k)
-    out = empty_heads(query, (*query.shape[:3], value.shape[-1]), cu_seq_q is not None)
-    lse = torch.empty(query.shape[:3])
+    fresh = partial(empty, dtype=query.dtype)
+    out = empty_heads((*query.shape[:3], value.shape[-1]), cu_seq_q is not None, fresh)
+    lse = empty(query.shape[:3])
     _cpu.attention_fwd(
         packing.queries(unit_stride(query)),
         packing.keys(unit_stride(key)),
@@ -114,7 +118,8 @@ def attention_bwd(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     packing = Packing(contiguous(cu_seq_q), contiguous(cu_seq_k), max_q, max_k)
-    grad_query, grad_key, grad_value = (empty_heads(x, x.shape, cu_seq_q is not None) for x in (query, key, value))
+    packed, fresh = cu_seq_q is not None, partial(empty, dtype=query.dtype)
+    grad_query, grad_key, grad_value = (empty_heads(x.shape, packed, fresh) for x in (query, key, value))
     # Summed over broadcast dimensions by torch, pairwise: a running sum in the kernel would lose digits.
     grad_bias = torch.zeros((*query.shape[:3], key.shape[2]) if needs_bias else 0)
     _cpu.attention_bwd(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from pytransformer import _cpu
 from pytransformer.backends._arguments import contiguous, flat, position_index, rows, unsupported_dtype
+from pytransformer.backends.cpu._memory import empty
 
 
 def why_not(tokens: Tensor, weight: Tensor, positions: Tensor | None, *rest: object) -> str | None:
@@ -31,7 +31,7 @@ def embedding_fwd(
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    output = torch.empty(*tokens.shape, weight.shape[1], dtype=weight.dtype)
+    output = empty((*tokens.shape, weight.shape[1]), weight.dtype)
     _cpu.embedding_fwd(
         contiguous(weight),
         flat(tokens),
@@ -62,8 +62,7 @@ def embedding_bwd(
 ) -> tuple[Tensor, ...]:
     tables = (weight, positions, segment_weight)
     grads = tuple(
-        torch.empty(x.shape if n and x is not None else (0,), dtype=weight.dtype)
-        for x, n in zip(tables, needs, strict=True)
+        empty(x.shape if n and x is not None else (0,), weight.dtype) for x, n in zip(tables, needs, strict=True)
     )
     grad_weight, grad_positions, grad_segment_weight = (
         rows(g) if n else None for g, n in zip(grads, needs, strict=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from pytransformer import _cpu
 from pytransformer.backends._arguments import contiguous, rows, unsupported_dtype
+from pytransformer.backends.cpu._memory import empty
 
 
 def why_not(
@@ -30,8 +30,8 @@ def ffn_fwd(
     store_hidden: bool,
 ) -> tuple[Tensor, Tensor]:
     lead = input.shape[:-1]
-    output = input.new_empty(*lead, weight2.shape[0])
-    hidden = input.new_empty((*lead, weight1.shape[0]) if store_hidden else 0)
+    output = empty((*lead, weight2.shape[0]), input.dtype)
+    hidden = empty((*lead, weight1.shape[0]) if store_hidden else (0,), input.dtype)
     _cpu.ffn_fwd(
         rows(input),
         contiguous(weight1),
@@ -65,13 +65,13 @@ def ffn_bwd(
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     needs_input, needs_weight1, needs_bias1, needs_weight2, needs_bias2, needs_gate, needs_bias_gate = needs
-    grad_input = torch.empty(input.shape if needs_input else (0,), dtype=input.dtype)
-    grad_weight1 = torch.empty(weight1.shape if needs_weight1 else (0,), dtype=weight1.dtype)
-    grad_weight2 = torch.empty(weight2.shape if needs_weight2 else (0,), dtype=weight2.dtype)
-    grad_bias1 = torch.empty(weight1.shape[0] if needs_bias1 else 0)
-    grad_bias2 = torch.empty(weight2.shape[0] if needs_bias2 else 0)
-    grad_gate = torch.empty(weight1.shape if needs_gate else (0,), dtype=weight1.dtype)
-    grad_bias_gate = torch.empty(weight1.shape[0] if needs_bias_gate else 0)
+    grad_input = empty(input.shape if needs_input else (0,), input.dtype)
+    grad_weight1 = empty(weight1.shape if needs_weight1 else (0,), weight1.dtype)
+    grad_weight2 = empty(weight2.shape if needs_weight2 else (0,), weight2.dtype)
+    grad_bias1 = empty(weight1.shape[:1] if needs_bias1 else (0,))
+    grad_bias2 = empty(weight2.shape[:1] if needs_bias2 else (0,))
+    grad_gate = empty(weight1.shape if needs_gate else (0,), weight1.dtype)
+    grad_bias_gate = empty(weight1.shape[:1] if needs_bias_gate else (0,))
     _cpu.ffn_bwd(
         rows(grad_output),
         rows(input),

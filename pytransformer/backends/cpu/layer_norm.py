@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pytransformer import _cpu
 from pytransformer.backends._arguments import contiguous, rows, unsupported_dtype
+from pytransformer.backends.cpu._memory import empty
 
 
 def why_not(
@@ -42,7 +43,7 @@ def layer_norm_fwd(
     store_sum: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     count = input.numel() // input.shape[-1]
-    mean, rstd = torch.empty(count), torch.empty(count)
+    mean, rstd = empty((count,)), empty((count,))
     args = (input, weight, bias, residual, input_bias, rng, dropout_p, eps, rms, store_sum)
     output, total = _forward(mean, rstd, *args)
     return output, input.new_empty(0) if total is None else total, mean, rstd
@@ -66,8 +67,8 @@ def _forward(
     rms: bool,
     store_sum: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    output = input.new_empty(input.shape)
-    total = input.new_empty(input.shape) if store_sum else None
+    output = empty(input.shape, input.dtype)
+    total = empty(input.shape, input.dtype) if store_sum else None
     _cpu.layer_norm_fwd(
         rows(input),
         contiguous(weight),
@@ -100,10 +101,10 @@ def layer_norm_bwd(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     def vector(needed: bool) -> Tensor:
-        return torch.empty(stream.shape[-1] if needed else 0)
+        return empty(stream.shape[-1:] if needed else (0,))
 
-    grad_stream = torch.empty(stream.shape, dtype=stream.dtype)
-    grad_input = torch.empty(stream.shape if dropout_p > 0 else (0,), dtype=stream.dtype)
+    grad_stream = empty(stream.shape, stream.dtype)
+    grad_input = empty(stream.shape if dropout_p > 0 else (0,), stream.dtype)
     columns = (vector(needs[0]), vector(needs[1]), vector(needs[2]))
     weight_sums, bias_sums, input_bias_sums = (x if needed else None for x, needed in zip(columns, needs, strict=True))
     _cpu.layer_norm_bwd(

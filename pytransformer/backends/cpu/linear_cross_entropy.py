@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pytransformer import _cpu
 from pytransformer.backends._arguments import contiguous, rows, unsupported_dtype
+from pytransformer.backends.cpu._memory import empty
 
 
 def why_not(input: Tensor, linear_weight: Tensor, *rest: object) -> str | None:
@@ -31,7 +32,7 @@ def linear_cross_entropy_fwd(
     softcap: float,
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    loss, lse = torch.empty(target.numel()), torch.empty(target.numel())
+    loss, lse = empty((target.numel(),)), empty((target.numel(),))
     counted = int((target != ignore_index).sum()) if reduction == "mean" else 1
     grads = _Gradients(input, linear_weight, [n and reduction != "none" for n in needs])
     _cpu.linear_cross_entropy_fwd(
@@ -92,9 +93,9 @@ class _Gradients:
     """Memory for the gradients that are needed; the kernel's ``views`` of the others are None."""
 
     def __init__(self, input: Tensor, weight: Tensor, needs: Sequence[bool]) -> None:
-        self._input = torch.empty(input.shape if needs[0] else (0,), dtype=input.dtype)
-        self._weight = torch.empty(weight.shape if needs[1] else (0,), dtype=weight.dtype)
-        self._bias = torch.empty(weight.shape[0] if needs[2] else 0)
+        self._input = empty(input.shape if needs[0] else (0,), input.dtype)
+        self._weight = empty(weight.shape if needs[1] else (0,), weight.dtype)
+        self._bias = empty(weight.shape[:1] if needs[2] else (0,))
         wide = (rows(self._input) if needs[0] else None, self._weight, self._bias)
         self.views = tuple(x if n else None for x, n in zip(wide, needs, strict=True))
 

@@ -76,7 +76,7 @@ def attention_fwd(
     at_end: bool = False,
 ) -> tuple[Tensor, Tensor]:
     packing = Packing(contiguous(cu_seq_q), contiguous(cu_seq_k), max_q, max_k)
-    out = empty_heads(query, (*query.shape[:3], value.shape[-1]), cu_seq_q is not None)
+    out = empty_heads((*query.shape[:3], value.shape[-1]), cu_seq_q is not None, query.new_empty)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     query, scale = _positive(query, scale)
     query = packing.queries(_aligned(query))
@@ -130,7 +130,8 @@ def attention_bwd(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     packing = Packing(contiguous(cu_seq_q), contiguous(cu_seq_k), max_q, max_k)
-    grad_query, grad_key, grad_value = (empty_heads(x, x.shape, cu_seq_q is not None) for x in (query, key, value))
+    packed = cu_seq_q is not None
+    grad_query, grad_key, grad_value = (empty_heads(x.shape, packed, x.new_empty) for x in (query, key, value))
     # Summed over broadcast dimensions by torch, pairwise. Tiles that nobody sees are not written.
     size = (*query.shape[:3], key.shape[2]) if needs_bias else 0
     grad_bias = torch.zeros(size, dtype=torch.float32, device=query.device)
