@@ -150,7 +150,10 @@ class OpProblem:
         return outputs + list(torch.autograd.grad(output, [inputs[k] for k in self.names], self._cut_gradient(output)))
 
     def _gradient(self, output: Tensor) -> Tensor:
-        """Where the backward starts, drawn once: it is the caller's, and no part of what is timed."""
+        """Where the backward starts, drawn once: it is the caller's, and no part of what is timed. That of a scalar,
+        a loss, is 1, as in ``loss.backward()``."""
+        if output.dim() == 0:
+            return torch.ones_like(output)
         if "gradient" not in self._kept:
             shape, dtype = output.shape, torch.bfloat16  # whose numbers every dtype holds
             self._kept["gradient"] = draw(*shape, dtype=dtype, seed=GRADIENT_SEED).to(output)
@@ -159,7 +162,7 @@ class OpProblem:
 
     def _cut_gradient(self, output: Tensor) -> Tensor:
         """The same for what the check looks at."""
-        return self._cut("output", self._kept["gradient"]).to(output)
+        return self._cut("output", self._gradient(output)).to(output)
 
 
 def _leaves(tensors: Mapping[str, Tensor | None], names: list[str]) -> dict[str, Any]:
