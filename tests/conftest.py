@@ -104,6 +104,7 @@ INTERPRETED_PART = {
     "test_against_the_oracle": 25,
     "test_few_queries_and_many_keys": 4,
     "test_several_tiles": 0,
+    "test_heads_larger_than_a_cache": 0,
     "test_sizes": 0,
     "test_dropout_over_several_tiles": 0,
     "test_dropout_and_softcap": 11,

@@ -190,6 +190,13 @@ def test_several_tiles(backend_isa):
     check("attention", {n: x.bfloat16() for n, x in tensors.items()}, {"enable_gqa": True}, backend_isa)
 
 
+@pytest.mark.parametrize("mask", ["none", "causal", "window_left", "padding"])
+def test_heads_larger_than_a_cache(backend_isa, mask):
+    """Many queries are then taken at once, so that they ask less often for the keys."""
+    sizes = B, H, G, T, S, D, Dv = 1, 1, 1, 700, 1300, 96, 64
+    check("attention", qkv(*sizes), MASKS[mask](B, H, T, S), backend_isa)
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("mask", ["none", "causal_bottom_right", "padding", "bias_per_head"])
 def test_few_queries_and_many_keys(backend_isa, mask, dtype):

@@ -7,11 +7,12 @@
 // Memory. Keys and values are packed once a head, keys transposed so that keys lie in lanes: then the
 // scores of a micro-tile are rows of P as the second product wants them, and maximum, exponential and
 // sum are vertical operations. A block of queries (36 on AVX) times a block of 512 keys gives a score
-// block of 72 KB that stays in L2. Inside it the packed panel is the outer loop: 64 keys x 64 features
-// are 16 KB, fetched from L2 once and then served to six micro-tiles from L1. (The other order, each
-// micro-tile streaming over all keys, asks L2 for 21 bytes a cycle on a core with two FMA ports.)
-// The scores are read once more: their maximum is taken from the registers of the tile, masks are
-// applied while a tile is in L1, and the exponential is taken just before a tile multiplies the values.
+// block of 72 KB that stays in L2. Each block of queries reads the packed head once: from L2, where it fits; a longer
+// head comes from the shared cache, and up to six times as many queries are taken at once to ask for it less often.
+// Inside it the packed panel is the outer loop: 64 keys x 64 features are 16 KB, fetched from L2 once and then served
+// to six micro-tiles from L1. (The other order, each micro-tile streaming over all keys, asks L2 for 21 bytes a cycle
+// on a core with two FMA ports.) The scores are read once more: their maximum is taken from the registers of the tile,
+// masks are applied while a tile is in L1, and the exponential is taken just before a tile multiplies the values.
 //
 // Masks. Band, key_lengths and key-padding masks become a range of keys a query; a micro-tile computes
 // only vectors inside the range of its rows, so time follows the visible area. Other masks and biases
@@ -36,7 +37,8 @@
 namespace pytransformer::PYTRANSFORMER_ISA {
 namespace {
 
-constexpr int64_t query_block = 6 * tile_rows;
+constexpr int64_t least_queries = 6 * tile_rows, most_queries = 6 * least_queries;  // of a block
+constexpr int64_t near_bytes = 512 << 10;  // of a packed head, that stay in L2 beside a block's scores
 constexpr int64_t key_block = 8 * key_chunk;
 // Rows of a score block lie an odd number of cache lines apart. At a power of two they would share a
 // quarter of the sets of L1 and evict the packed panel from there.
@@ -54,15 +56,15 @@ struct PackedHead {
 // One thread's state of a block of queries.
 template <class Op>
 struct QueryBlock {
-  Op* query;       // [query_block][depth_stride]
-  float* scores;   // [query_block][score_stride]
+  Op* query;       // [queries][depth_stride]
+  float* scores;   // [queries][score_stride]
   Op* weights;     // the same shape, and for float the same memory
-  float* out;      // [query_block][columns_stride], not yet divided by the sum
-  float* maxima;   // [query_block][lanes], over one block of keys
-  float* sums;     // [query_block][lanes], of all weights so far
-  float* top;      // [query_block], the highest score so far
+  float* out;      // [queries][columns_stride], not yet divided by the sum
+  float* maxima;   // [queries][lanes], over one block of keys
+  float* sums;     // [queries][lanes], of all weights so far
+  float* top;      // [queries], the highest score so far
   float* addends;  // [tile_rows][panel]
-  uint64_t* kept;  // [query_block][kept_words], what dropout leaves
+  uint64_t* kept;  // [queries][kept_words], what dropout leaves
 };
 
 template <class T>
@@ -72,7 +74,13 @@ class Forward : Scoring {
 
  public:
   explicit Forward(const AttentionForward& a)
-      : Scoring(a), a_(a), dropout_(Dropout::make(a.dropout_p, {a.seed, a.offset})) {}
+      : Scoring(a), a_(a), dropout_(Dropout::make(a.dropout_p, {a.seed, a.offset})) {
+    const int64_t far = ceil_div(carve_head(nullptr).second, near_bytes);
+    query_block_ = least(most_queries, far * least_queries);
+    while (query_block_ > least_queries && batches * heads * blocks() < 4 * max_threads()) {
+      query_block_ -= least_queries;
+    }
+  }
 
   void run() {
     const int64_t threads = max_threads(), kv_tasks = batches * kv_heads;
@@ -82,7 +90,6 @@ class Forward : Scoring {
     const Buffer<char> block_memory(threads * block_size), head_memory(packed_heads * head_size);
     const auto block = [&](int64_t i) { return carve_block(block_memory.data() + i * block_size).first; };
     const auto head = [&](int64_t i) { return carve_head(head_memory.data() + i * head_size).first; };
-    const int64_t blocks = ceil_div(query_count, query_block);
 
     if (by_head) {
       parallel_tasks(kv_tasks, [&](int64_t task) {
@@ -91,7 +98,7 @@ class Forward : Scoring {
         const QueryBlock<Op> scratch = block(thread_index());
         pack(b, g, 0, key_count, packed);
         for (int64_t h = g * group; h < (g + 1) * group; ++h)
-          for (int64_t t = 0; t < queries_in(b); t += query_block) query_rows(b, h, t, packed, scratch);
+          for (int64_t t = 0; t < queries_in(b); t += query_block_) query_rows(b, h, t, packed, scratch);
       });
       return;
     }
@@ -100,31 +107,33 @@ class Forward : Scoring {
       const int64_t i = task / key_blocks, first = task % key_blocks * key_block;
       pack(i / kv_heads, i % kv_heads, first, least(key_count, first + key_block), head(i));
     });
-    parallel_tasks(batches * heads * blocks, [&](int64_t task) {
-      const int64_t i = blocks - 1 - task / (batches * heads), bh = task % (batches * heads);
+    parallel_tasks(batches * heads * blocks(), [&](int64_t task) {
+      const int64_t i = blocks() - 1 - task / (batches * heads), bh = task % (batches * heads);
       const int64_t b = bh / heads, h = bh % heads;
-      if (i * query_block >= queries_in(b)) return;
-      query_rows(b, h, i * query_block, head(b * kv_heads + h / group), block(thread_index()));
+      if (i * query_block_ >= queries_in(b)) return;
+      query_rows(b, h, i * query_block_, head(b * kv_heads + h / group), block(thread_index()));
     });
   }
 
  private:
+  int64_t blocks() const { return ceil_div(query_count, query_block_); }
+
   std::pair<QueryBlock<Op>, int64_t> carve_block(char* base) const {
     QueryBlock<Op> s;
     Carver carver(base);
-    carver.take(s.query, query_block * depth_stride);
-    carver.take(s.scores, query_block * score_stride);
+    carver.take(s.query, query_block_ * depth_stride);
+    carver.take(s.scores, query_block_ * score_stride);
     if constexpr (in_place) {
       s.weights = s.scores;
     } else {
-      carver.take(s.weights, query_block * score_stride);
+      carver.take(s.weights, query_block_ * score_stride);
     }
-    carver.take(s.out, query_block * columns_stride);
-    carver.take(s.maxima, query_block * lanes);
-    carver.take(s.sums, query_block * lanes);
-    carver.take(s.top, query_block);
+    carver.take(s.out, query_block_ * columns_stride);
+    carver.take(s.maxima, query_block_ * lanes);
+    carver.take(s.sums, query_block_ * lanes);
+    carver.take(s.top, query_block_);
     carver.take(s.addends, tile_rows * panel);
-    carver.take(s.kept, query_block * kept_words);
+    carver.take(s.kept, query_block_ * kept_words);
     return {s, carver.used()};
   }
 
@@ -161,14 +170,15 @@ class Forward : Scoring {
   // A block of queries, from t on, of query head (b, h).
   void query_rows(int64_t b, int64_t h, int64_t t, const PackedHead<Op>& packed, const QueryBlock<Op>& s) const {
     const Keys& keys = visibility_.keys(b);
-    const Rows rows{b, h, t, least(query_block, queries_in(b) - t)};
+    const Rows rows{b, h, t, least(query_block_, queries_in(b) - t)};
     copy_rows(query_row<const T>(a_.query, b, h, t), a_.query.stride[2], rows.count, depth, nullptr, s.query,
               depth_stride);
     for (int64_t i = 0; i < rows.count * columns_stride; ++i) s.out[i] = 0;
     for (int64_t i = 0; i < rows.count * lanes; ++i) s.sums[i] = 0;
     for (int64_t i = 0; i < rows.count; ++i) s.top[i] = negative_infinity;
     const auto [begin, end] = range(keys, t, rows.count);
-    for (int64_t n = round_down(begin, key_chunk); begin < end && n < end; n += key_block) {
+    // Blocks of keys lie the same for all queries: what a row sums in what order does not depend on its neighbours.
+    for (int64_t n = round_down(begin, key_block); begin < end && n < end; n += key_block) {
       const int64_t count = least(key_block, end - n), seen = most(n, keys.begin);
       const uint8_t* keep = keys.keep;
       if (keep != nullptr && std::memchr(keep + seen, 1, size_t(n + count - seen)) == nullptr) continue;
@@ -305,6 +315,7 @@ class Forward : Scoring {
 
   const AttentionForward& a_;
   const Dropout dropout_;
+  int64_t query_block_;
 };
 
 }  // namespace
