@@ -9,7 +9,8 @@
 // Memory. A task is one key/value head. It keeps K and V, unpacked as left operands and K also packed
 // for dQ, and float32 sums of dK and dV; queries come in blocks of 64, packed when their turn comes, and
 // the sum of dQ lives only as long as the block. Each of the five products of a block runs with its
-// packed 64 x 64 operand, 16 KB, in L1; nothing of size [T,S] or [T,D] is ever stored.
+// packed 64 x 64 operand, 16 KB, in L1; nothing of size [T,S] or [T,D] is ever stored. A head that does not stay in
+// L2 is walked through by a group of blocks together, each block of keys serving all of them while it is near.
 //
 // Parallelism. Where there are fewer heads than threads can use, the blocks of queries of a head are
 // dealt out to several tasks in turn (so that causal ones cost the same), each with its own sums of dK
@@ -31,6 +32,9 @@ namespace {
 
 constexpr int64_t query_block = 64;
 constexpr int64_t key_block = 96;
+constexpr int64_t most_blocks = 4;          // of queries, in a group
+constexpr int64_t near_bytes = 768 << 10;   // of a head, that stay in L2 beside a block
+constexpr int64_t group_bytes = 640 << 10;  // of the operands of a group
 static_assert(query_block == 64, "the bits of a key's queries are one word");
 
 // One key/value head: operands and sums. Rows of key and grad_key have depth_stride elements, rows of
@@ -44,19 +48,27 @@ struct HeadSums {
   float *grad_key, *grad_value;
 };
 
-// One thread's block of queries, and a block of keys against it.
+// A block of queries.
 template <class Op>
-struct Block {
+struct Queries {
+  Rows rows;
+  int64_t begin, end;                // the keys that some of them see
   Op *query_columns, *grad_columns;  // pack_columns of query and grad_out
   Op *query_rows, *grad_rows;        // pack_rows of the same
   uint8_t* live;                     // [query_block] whether a query sees any key
   float *lse, *lse_low, *delta;      // [query_block]; lse in units of log2, and what its rounding lost
   float* grad_query;                 // [query_block][depth_stride]
-  float *scores, *addends;           // [key_block][query_block]
-  float *grad_weights, *slopes;      // [tile_rows][query_block]
-  Op *weights, *grad_scores;         // [key_block][query_block]
-  Op* grad_score_pairs;              // [key_block / 2][query_block][2], for paired operands
-  uint64_t* kept;                    // [key_block] what dropout leaves: bit i is query i
+};
+
+// One thread's group of blocks of queries, and a block of keys against one of them.
+template <class Op>
+struct Block {
+  Queries<Op> queries[most_blocks];
+  float *scores, *addends;       // [key_block][query_block]
+  float *grad_weights, *slopes;  // [tile_rows][query_block]
+  Op *weights, *grad_scores;     // [key_block][query_block]
+  Op* grad_score_pairs;          // [key_block / 2][query_block][2], for paired operands
+  uint64_t* kept;                // [key_block] what dropout leaves: bit i is query i
 };
 
 template <class T>
@@ -66,7 +78,13 @@ class Backward : Scoring {
 
  public:
   explicit Backward(const AttentionBackward& a)
-      : Scoring(a), a_(a), dropout_(Dropout::make(a.dropout_p, {a.seed, a.offset})) {}
+      : Scoring(a), a_(a), dropout_(Dropout::make(a.dropout_p, {a.seed, a.offset})) {
+    const int64_t head_bytes = carve_head(nullptr).second + carve_sums(nullptr).second;
+    Carver one;
+    Queries<Op> unused;
+    take_queries(one, unused);
+    group_ = least(ceil_div(head_bytes, near_bytes), least(most_blocks, most(group_bytes / one.used(), 1)));
+  }
 
   void run() {
     const int64_t threads = max_threads(), kv_tasks = batches * kv_heads, wanted = 4 * threads;
@@ -117,18 +135,22 @@ class Backward : Scoring {
     return {sums, carver.used()};
   }
 
+  void take_queries(Carver& carver, Queries<Op>& q) const {
+    carver.take(q.query_columns, query_block * round_up(depth, step));
+    carver.take(q.grad_columns, query_block * round_up(columns, step));
+    carver.take(q.query_rows, query_block * depth_stride);
+    carver.take(q.grad_rows, query_block * columns_stride);
+    carver.take(q.live, query_block);
+    carver.take(q.lse, query_block);
+    carver.take(q.lse_low, query_block);
+    carver.take(q.delta, query_block);
+    carver.take(q.grad_query, query_block * depth_stride);
+  }
+
   std::pair<Block<Op>, int64_t> carve_block(char* base) const {
     Block<Op> s;
     Carver carver(base);
-    carver.take(s.query_columns, query_block * round_up(depth, step));
-    carver.take(s.grad_columns, query_block * round_up(columns, step));
-    carver.take(s.query_rows, query_block * depth_stride);
-    carver.take(s.grad_rows, query_block * columns_stride);
-    carver.take(s.live, query_block);
-    carver.take(s.lse, query_block);
-    carver.take(s.lse_low, query_block);
-    carver.take(s.delta, query_block);
-    carver.take(s.grad_query, query_block * depth_stride);
+    for (int64_t i = 0; i < group_; ++i) take_queries(carver, s.queries[i]);
     carver.take(s.scores, key_block * query_block);
     carver.take(s.addends, key_block * query_block);
     carver.take(s.grad_weights, tile_rows * query_block);
@@ -142,13 +164,17 @@ class Backward : Scoring {
 
   // Every parts-th block of queries, of all query heads that read key/value head (b, g).
   void kv_head(int64_t b, int64_t g, int64_t part, int64_t parts, const Head<Op>& head, const HeadSums& sums,
-               const Block<Op>& s) const {
+               Block<Op> s) const {
     for (int64_t i = 0; i < keys_in(b) * depth_stride; ++i) sums.grad_key[i] = 0;
     for (int64_t i = 0; i < keys_in(b) * columns_stride; ++i) sums.grad_value[i] = 0;
     const bool flagged = pack_head(b, g, head);
     for (int64_t h = g * group; h < (g + 1) * group; ++h) {
-      for (int64_t t = part * query_block; t < queries_in(b); t += parts * query_block) {
-        query_rows({b, h, t, least(query_block, queries_in(b) - t)}, flagged, head, sums, s);
+      for (int64_t t = part * query_block; t < queries_in(b);) {
+        int64_t blocks = 0;
+        for (; blocks < group_ && t < queries_in(b); t += parts * query_block) {
+          s.queries[blocks++].rows = {b, h, t, least(query_block, queries_in(b) - t)};
+        }
+        query_group(blocks, flagged, head, sums, s);
       }
     }
   }
@@ -166,45 +192,57 @@ class Backward : Scoring {
     return pack_rows(key, a_.key.stride[2], first, rows, key_count, depth, keep, head.key_rows);
   }
 
-  // All of the gradients that flow through a block of queries.
-  void query_rows(const Rows& rows, bool flagged, const Head<Op>& head, const HeadSums& sums,
-                  const Block<Op>& s) const {
-    const Keys& keys = visibility_.keys(rows.b);
-    const int64_t begin = visibility_.lower(keys, rows.t), end = visibility_.upper(keys, rows.t + rows.count - 1);
-    for (int64_t i = 0; i < query_block * depth_stride; ++i) s.grad_query[i] = 0;
-    if (begin < end) pack_queries(rows, s);
-    for (int64_t n = round_down(begin, step); begin < end && n < end; n += key_block) {
-      const int64_t count = least(key_block, end - n);
-      const int64_t seen = most(n, keys.begin);
-      if (keys.keep != nullptr && std::memchr(keys.keep + seen, 1, size_t(n + count - seen)) == nullptr) continue;
-      if (a_.dropout_p > 0) draw(rows, n, count, s.kept);
-      score_gradients(rows, n, count, head, s);
-      accumulate(rows, n, count, flagged, head, sums, s);
+  // All of the gradients that flow through a group of blocks of queries, of one head and in order.
+  void query_group(int64_t blocks, bool flagged, const Head<Op>& head, const HeadSums& sums, Block<Op>& s) const {
+    const Keys& keys = visibility_.keys(s.queries[0].rows.b);
+    int64_t first = keys.end, last = 0;
+    for (int64_t i = 0; i < blocks; ++i) {
+      Queries<Op>& q = s.queries[i];
+      q.begin = visibility_.lower(keys, q.rows.t), q.end = visibility_.upper(keys, q.rows.t + q.rows.count - 1);
+      for (int64_t j = 0; j < query_block * depth_stride; ++j) q.grad_query[j] = 0;
+      if (q.begin >= q.end) continue;
+      pack_queries(q);
+      first = least(first, q.begin), last = most(last, q.end);
+    }
+    for (int64_t n = round_down(first, step); n < last; n += key_block) {
+      const int64_t seen = most(n, keys.begin), size = least(key_block, last - n);
+      if (keys.keep != nullptr && std::memchr(keys.keep + seen, 1, size_t(n + size - seen)) == nullptr) continue;
+      for (int64_t i = 0; i < blocks; ++i) {
+        const Queries<Op>& q = s.queries[i];
+        const int64_t count = least(size, q.end - n);
+        if (count <= 0 || q.begin >= n + count) continue;
+        if (a_.dropout_p > 0) draw(q.rows, n, count, s.kept);
+        score_gradients(q, n, count, head, s);
+        accumulate(q, n, count, flagged, head, sums, s);
+      }
     }
     const Vec scale = Vec::set1(a_.scale);
-    for (int64_t r = 0; r < rows.count; ++r) {
-      store_row(query_row<T>(a_.grad_query, rows.b, rows.h, rows.t + r), s.grad_query + r * depth_stride, depth, scale);
+    for (int64_t i = 0; i < blocks; ++i) {
+      const auto& [b, h, t, count] = s.queries[i].rows;
+      for (int64_t r = 0; r < count; ++r) {
+        store_row(query_row<T>(a_.grad_query, b, h, t + r), s.queries[i].grad_query + r * depth_stride, depth, scale);
+      }
     }
   }
 
-  void pack_queries(const Rows& block, const Block<Op>& s) const {
-    const auto [b, h, t, rows] = block;
+  void pack_queries(const Queries<Op>& q) const {
+    const auto [b, h, t, rows] = q.rows;
     const float* lse = query_row<const float>(a_.lse, b, h, t);
     for (int64_t r = 0; r < query_block; ++r) {
-      s.live[r] = r < rows && lse[r] != negative_infinity;
+      q.live[r] = r < rows && lse[r] != negative_infinity;
       // Half an ulp of lse would scale all weights of the row: the conversion keeps what it rounds away.
-      const double exact = s.live[r] ? double(lse[r]) * 1.4426950408889634 : double(-negative_infinity);
-      s.lse[r] = float(exact);
-      s.lse_low[r] = s.live[r] ? float(exact - double(s.lse[r])) : 0.0f;
-      s.delta[r] = s.live[r] ? row_product(b, h, t + r) : 0.0f;
+      const double exact = q.live[r] ? double(lse[r]) * 1.4426950408889634 : double(-negative_infinity);
+      q.lse[r] = float(exact);
+      q.lse_low[r] = q.live[r] ? float(exact - double(q.lse[r])) : 0.0f;
+      q.delta[r] = q.live[r] ? row_product(b, h, t + r) : 0.0f;
     }
     const T* query = query_row<const T>(a_.query, b, h, t);
     const T* grad = query_row<const T>(a_.grad_out, b, h, t);
     const int64_t query_stride = a_.query.stride[2], grad_stride = a_.grad_out.stride[2];
-    pack_columns(query, query_stride, rows, depth, s.live, s.query_columns);
-    pack_columns(grad, grad_stride, rows, columns, s.live, s.grad_columns);
-    pack_rows(query, query_stride, 0, rows, query_block, depth, s.live, s.query_rows);
-    pack_rows(grad, grad_stride, 0, rows, query_block, columns, s.live, s.grad_rows);
+    pack_columns(query, query_stride, rows, depth, q.live, q.query_columns);
+    pack_columns(grad, grad_stride, rows, columns, q.live, q.grad_columns);
+    pack_rows(query, query_stride, 0, rows, query_block, depth, q.live, q.query_rows);
+    pack_rows(grad, grad_stride, 0, rows, query_block, columns, q.live, q.grad_rows);
   }
 
   float row_product(int64_t b, int64_t h, int64_t t) const {
@@ -225,7 +263,8 @@ class Backward : Scoring {
   }
 
   // P^T and dS^T of keys [n, n + count) against the block's queries, in weights and grad_scores.
-  void score_gradients(const Rows& rows, int64_t n, int64_t count, const Head<Op>& head, const Block<Op>& s) const {
+  void score_gradients(const Queries<Op>& q, int64_t n, int64_t count, const Head<Op>& head, const Block<Op>& s) const {
+    const Rows& rows = q.rows;
     const Keys& keys = visibility_.keys(rows.b);
     const bool mapped = maps(rows.b);
     if (mapped) {
@@ -234,17 +273,17 @@ class Backward : Scoring {
     }
     for (int64_t r = 0; r < count; r += tile_rows) {
       const int64_t tile = least(tile_rows, count - r);
-      multiply_columns(head.key + (n + r) * depth_stride, depth_stride, tile, s.query_columns, rows.count, depth,
+      multiply_columns(head.key + (n + r) * depth_stride, depth_stride, tile, q.query_columns, rows.count, depth,
                        query_range(rows, n + r, tile), s.scores + r * query_block);
     }
     for (int64_t r = 0; r < count; r += tile_rows) {
       const int64_t tile = least(tile_rows, count - r);
       const auto seen = query_range(rows, n + r, tile);
-      multiply_columns(head.value + (n + r) * columns_stride, columns_stride, tile, s.grad_columns, rows.count, columns,
+      multiply_columns(head.value + (n + r) * columns_stride, columns_stride, tile, q.grad_columns, rows.count, columns,
                        seen, s.grad_weights);
       for (int64_t i = 0; i < tile; ++i) {
         mask_row(keys, rows, n, r + i, seen, mapped, s, s.slopes + i * query_block);
-        weigh_row(r + i, seen, s.grad_weights + i * query_block, s.slopes + i * query_block, factor(rows.b), s);
+        weigh_row(q, r + i, seen, s.grad_weights + i * query_block, s.slopes + i * query_block, s);
         if (a_.grad_bias) store_bias_gradient(rows, seen, n + r + i, s.scores + (r + i) * query_block);
       }
     }
@@ -286,24 +325,24 @@ class Backward : Scoring {
   }
 
   // P and dS of one key; dS stays also, in float32 and before the slope, in the place of the scores.
-  void weigh_row(int64_t row, std::pair<int64_t, int64_t> seen, const float* grad_weights, const float* slopes,
-                 float scale, const Block<Op>& s) const {
+  void weigh_row(const Queries<Op>& q, int64_t row, std::pair<int64_t, int64_t> seen, const float* grad_weights,
+                 const float* slopes, const Block<Op>& s) const {
     const bool drops = a_.dropout_p > 0, capped = a_.softcap > 0;
     const uint64_t kept = drops ? s.kept[row] : 0;
-    const Vec factor = Vec::set1(scale), zero = Vec::zero(), rescale = Vec::set1(dropout_.scale);
+    const Vec scale = Vec::set1(factor(q.rows.b)), zero = Vec::zero(), rescale = Vec::set1(dropout_.scale);
     float* scores = s.scores + row * query_block;
     Op *weights = s.weights + row * query_block, *grad_scores = s.grad_scores + row * query_block;
     for (int64_t j = 0; j < seen.first; j += lanes) zero.store(grad_scores + j);
     for (int64_t j = seen.first; j < seen.second; j += lanes) {
-      const Vec exponent = fused(Vec::load(scores + j), factor, zero - Vec::load(s.lse + j));
-      const Vec p = power_of_two<T>(exponent - Vec::load(s.lse_low + j));
+      const Vec exponent = fused(Vec::load(scores + j), scale, zero - Vec::load(q.lse + j));
+      const Vec p = power_of_two<T>(exponent - Vec::load(q.lse_low + j));
       Vec weight = p, upstream = Vec::load(grad_weights + j);
       if (drops) {
         const Mask keep = Mask::from_bits(uint32_t(kept >> j));
         weight = select(keep, p, zero);
         upstream = select(keep, upstream * rescale, zero);
       }
-      const Vec d = select(p == zero, zero, p * (upstream - Vec::load(s.delta + j)));
+      const Vec d = select(p == zero, zero, p * (upstream - Vec::load(q.delta + j)));
       weight.store(weights + j);
       (capped ? d * Vec::load(slopes + j) : d).store(grad_scores + j);
       d.store(scores + j);
@@ -331,18 +370,19 @@ class Backward : Scoring {
   }
 
   // The three products with P and dS.
-  void accumulate(const Rows& rows, int64_t n, int64_t count, bool flagged, const Head<Op>& head, const HeadSums& sums,
-                  const Block<Op>& s) const {
+  void accumulate(const Queries<Op>& q, int64_t n, int64_t count, bool flagged, const Head<Op>& head,
+                  const HeadSums& sums, const Block<Op>& s) const {
+    const Rows& rows = q.rows;
     const auto of_keys = [&](int64_t r, int64_t tile) { return query_range(rows, n + r, tile); };
-    multiply_rows<Op>({s.weights, query_block, step}, count, s.grad_rows, query_block, 0, columns, of_keys,
+    multiply_rows<Op>({s.weights, query_block, step}, count, q.grad_rows, query_block, 0, columns, of_keys,
                       sums.grad_value + n * columns_stride, columns_stride);
-    multiply_rows<Op>({s.grad_scores, query_block, step}, count, s.query_rows, query_block, 0, depth, of_keys,
+    multiply_rows<Op>({s.grad_scores, query_block, step}, count, q.query_rows, query_block, 0, depth, of_keys,
                       sums.grad_key + n * depth_stride, depth_stride);
     if constexpr (step == 2) pair_keys(count, s);
     const Left<Op> turned = {step == 2 ? s.grad_score_pairs : s.grad_scores, step, step * query_block};
     if (flagged) {
       const T* key = key_row<const T>(a_.key, rows.b, rows.h / group, n);
-      multiply_rows_nonzero(turned, rows.count, key, a_.key.stride[2], depth, count, s.grad_query, depth_stride);
+      multiply_rows_nonzero(turned, rows.count, key, a_.key.stride[2], depth, count, q.grad_query, depth_stride);
       return;
     }
     const Keys& keys_seen = visibility_.keys(rows.b);
@@ -350,7 +390,7 @@ class Backward : Scoring {
       return std::make_pair(clamp(visibility_.lower(keys_seen, rows.t + r) - n, 0, count),
                             clamp(visibility_.upper(keys_seen, rows.t + r + tile - 1) - n, 0, count));
     };
-    multiply_rows<Op>(turned, rows.count, head.key_rows, key_count, n, depth, of_queries, s.grad_query, depth_stride);
+    multiply_rows<Op>(turned, rows.count, head.key_rows, key_count, n, depth, of_queries, q.grad_query, depth_stride);
   }
 
   // grad_scores in pairs of keys.
@@ -379,6 +419,7 @@ class Backward : Scoring {
 
   const AttentionBackward& a_;
   const Dropout dropout_;
+  int64_t group_;
 };
 
 }  // namespace

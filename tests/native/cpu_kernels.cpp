@@ -322,6 +322,7 @@ int main() {
     failed += !run("attention, end to end, few queries" + type, attention_end_to_end(T, 4, 16, true));
     failed += !run("linear_cross_entropy, parts" + type, linear_cross_entropy(T, 13, 9, 2300));
   }
+  failed += !run("attention, heads larger than a cache", attention(DType::float32, 420, 160, true, false));
   std::printf(failed ? "%d cases FAILED\n" : "all cases ok\n", failed);
   return failed ? 1 : 0;
 }
