@@ -19,9 +19,9 @@
 //
 // Rows with an ignored target are left out of the chunks, so that they cost nothing and NaN in them stays there.
 //
-// Workspace: `chunk_logits` elements for the chunk; packed blocks of `vocabulary_block` rows of the weight; where
-// there are several chunks and the weight has 16 bits, as many bytes as its gradient has, for the digits that do
-// not fit in there (WeightGradient).
+// Workspace: `chunk_logits` elements for the chunk; packed blocks of `vocabulary_block` rows of the weight; of parts,
+// `part_sums` floats and a smaller block of the weight for each thread; where there are several chunks and the weight
+// has 16 bits, as many bytes as its gradient has, for the digits that do not fit in there (WeightGradient).
 #include "linear_cross_entropy.h"
 
 #include <cmath>
@@ -46,9 +46,8 @@ constexpr int64_t vocabulary_block = 1024;
 constexpr int64_t chunk_logits = int64_t(1) << 24;
 constexpr int64_t least_rows = 512, most_rows = 4096;  // of a chunk: the weight is packed again for each
 constexpr int64_t least_parts = 8, most_parts = 64, least_classes = 256;
-constexpr int64_t part_sums = int64_t(1) << 21;  // elements of all parts' gradients of the input
-constexpr int64_t part_weights = int64_t(1)
-                                 << 18;  // elements of a block of the weight in a part, which should stay in L2
+constexpr int64_t part_sums = int64_t(1) << 21;     // elements of all parts' gradients of the input
+constexpr int64_t part_weights = int64_t(1) << 18;  // elements of a block of the weight: of a size for L2
 constexpr float infinity = std::numeric_limits<float>::infinity();
 static_assert(vocabulary_block % block_columns == 0);
 
@@ -239,6 +238,7 @@ void compute_block(const Problem<T>& p, const Chunk<T>& chunk, const Packed<oper
          Sums* found = pieces.get() + block.row / grid.rows * rows + block.column;
          finish_logits(p, chunk, block, begin + block.row, values, found, sums + block.column);
        });
+  // A piece costs two exponentials in double, as much as some 64 elements.
   parallel_ranges(rows, threads_for(rows * grid.blocks_down * 64), [&](int64_t first, int64_t last, int) {
     for (int64_t r = first; r < last; ++r) {
       for (int64_t i = 0; i < grid.blocks_down; ++i) sums[r].add(pieces.get()[i * rows + r]);
