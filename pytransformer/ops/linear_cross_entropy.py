@@ -30,7 +30,8 @@ _OP = "linear_cross_entropy"
 
 class LinearCrossEntropyOp(FusedOp):
     """Returns ``(loss, lse, grad_input, grad_weight, grad_bias)``: the gradients of a mean or a sum are formed where
-    the logits are at hand, in the forward, as far as ``needs`` asks for them; the backward scales them."""
+    the logits are at hand, in the forward, as far as ``needs`` asks for them; the backward scales them. By a factor
+    that is no power of two, that rounds gradients of 16 bits a second time."""
 
     name = "linear_cross_entropy"
     forward_schema = (
@@ -126,7 +127,8 @@ def linear_cross_entropy(
 
     Returns:
         float32 (float64 for float64 inputs): a scalar, or [...] with ``reduction="none"``. The mean over no
-        target is NaN, as in torch.
+        target is NaN, as in torch. The gradients of a scalar are formed with it and scaled in the backward: in
+        16 bits a factor that is no power of two rounds them once more.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, device or value is wrong.
