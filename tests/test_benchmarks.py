@@ -11,6 +11,7 @@ import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -186,39 +187,46 @@ def test_providers_are_interleaved():
 
 
 class Scripted:
-    """A provider whose samples wait as long as the script says."""
+    """A provider whose samples wait as long as the script says; each takes a millisecond of `_timing`'s clock."""
 
     clock = "wall time"
 
-    def __init__(self, waits, walls=()):
+    def __init__(self, monkeypatch, waits=(), walls=()):
         self.waits, self.walls = iter([0.0, *waits]), iter([1.0, *walls])  # the first finds the number of calls
+        self.now = 0.0
+        monkeypatch.setattr(_timing, "time", SimpleNamespace(perf_counter=lambda: self.now))
 
     def sample(self, calls):
-        time.sleep(0.001)
+        self.now += 0.001
         return _timing.Sample(next(self.walls, 1.0), 1.0, next(self.waits, 0.0))
 
 
-def test_rounds_of_a_busy_machine_are_flagged_and_retaken():
-    found = _timing.measure({"a": Scripted([0.0, 0.5, 0.0, 0.0])}, 0.0)
+@pytest.fixture
+def scripted(monkeypatch):
+    return partial(Scripted, monkeypatch)
+
+
+def test_rounds_of_a_busy_machine_are_flagged_and_retaken(scripted):
+    found = _timing.measure({"a": scripted([0.0, 0.5, 0.0, 0.0])}, 0.0)
     assert found.busy[:4] == [False, True, False, False]
     assert found.quiet == _timing.LEAST_ROUNDS
-    endless = _timing.measure({"a": Scripted([0.5] * 1000)}, 0.0)
+    endless = _timing.measure({"a": scripted([0.5] * 1000)}, 0.0)
     assert endless.quiet == 0
     assert len(endless.busy) <= 3 * _timing.LEAST_ROUNDS
 
 
-def test_rounds_go_on_until_they_agree():
-    """A scripted sample takes 1 ms of the row's 10, whatever it says it took."""
-    quiet = _timing.measure({"a": Scripted([])}, 0.01)
-    wild = _timing.measure({"a": Scripted([], walls=[1.0, 3.0] * 100)}, 0.01)
+def test_rounds_go_on_until_they_agree(scripted):
+    """A row of ten samples' time, whatever they say they took."""
+    quiet = _timing.measure({"a": scripted()}, 0.01)
+    wild = _timing.measure({"a": scripted(walls=[1.0, 3.0] * 100)}, 0.01)
     assert len(quiet.busy) <= 10 < 12 < len(wild.busy) <= 20
     assert quiet.error() == 0
     assert wild.error() > _timing.WANTED_ERROR
 
 
-def test_the_caches_are_flushed_before_every_sample():
+def test_the_caches_are_flushed_before_every_sample(scripted):
     flushed = []
-    found = _timing.measure({"a": Scripted([])}, 0.0, flush=lambda: flushed.append(1))
+    found = _timing.measure({"a": scripted()}, 0.0, flush=lambda: flushed.append(1))
     assert len(flushed) == len(found.busy)
     assert found.samples["a"].calls == 1
 
