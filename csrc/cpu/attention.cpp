@@ -12,7 +12,16 @@
 // Inside it the packed panel is the outer loop: 64 keys x 64 features are 16 KB, fetched from L2 once and then served
 // to six micro-tiles from L1. (The other order, each micro-tile streaming over all keys, asks L2 for 21 bytes a cycle
 // on a core with two FMA ports.) The scores are read once more: their maximum is taken from the registers of the tile,
-// masks are applied while a tile is in L1, and the exponential is taken just before a tile multiplies the values.
+// masks are applied while a tile is in L1, and then a row at a time becomes weights. Values are multiplied in panels of
+// 32 KB: every sum that a tile takes from memory and puts back there costs it cycles, so there should be few.
+//
+// Weights at once. Stores are what a tile of bfloat16 pairs waits for (a store of 64 bytes takes two cycles of a Zen 4,
+// 24 of them 6% of a tile's time), and scores are stored only because a maximum is wanted before the exponential. But
+// the maximum need not be the true one. Weights relative to a lower one are larger, by a power of two that float32 and
+// bfloat16 bear without loss, and the division by their sum takes it out again. So, where weights are rounded to 16 bits
+// anyway, the first panel that a row sees gives its maximum, and from then on a tile without masks turns its sums into
+// weights while they are in registers. If a sum of weights shows that a score was too high, by 2^8, the tile's weights of
+// this block of keys are formed again, by way of scores.
 //
 // Masks. Band, key_lengths and key-padding masks become a range of keys a query; a micro-tile computes
 // only vectors inside the range of its rows, so time follows the visible area. Other masks and biases
@@ -44,6 +53,7 @@ constexpr int64_t key_block = 8 * key_chunk;
 // quarter of the sets of L1 and evict the packed panel from there.
 constexpr int64_t score_stride = key_block + lanes;
 constexpr int64_t kept_words = key_block / 64;
+constexpr int64_t value_bytes = 32 << 10;  // of a packed panel of values, for one product
 
 // One key/value head, packed.
 template <class Op>
@@ -62,15 +72,24 @@ struct QueryBlock {
   float* out;      // [queries][columns_stride], not yet divided by the sum
   float* maxima;   // [queries][lanes], over one block of keys
   float* sums;     // [queries][lanes], of all weights so far
-  float* top;      // [queries], the highest score so far
+  float* top;      // [queries], what weights are relative to: the highest score so far, or little less
   float* addends;  // [tile_rows][panel]
   uint64_t* kept;  // [queries][kept_words], what dropout leaves
+  // For weights at once:
+  float* low;          // [queries], -top as an exponent of 2
+  float* direct_sums;  // [queries][lanes], over one block of keys
+  uint32_t* direct;    // [tiles of queries], bit i: panel i of a block of keys is weights already
 };
 
 template <class T>
 class Forward : Scoring {
   using Op = operand_t<T>;
   static constexpr bool in_place = sizeof(Op) == sizeof(float);
+  static constexpr bool at_once = !in_place;              // weights at once, where a tile is fit for it
+  static constexpr float headroom = at_once ? 8.0f : 0.0f;  // how far, in powers of two, weights may exceed 1
+  static constexpr int64_t value_chunk = least(key_block, value_bytes / int64_t(panel * sizeof(Op)));
+  static_assert(value_chunk % key_chunk == 0 && key_block % value_chunk == 0);
+  static_assert(!at_once || key_block / panel <= 32, "a panel is a bit of a word");
 
  public:
   explicit Forward(const AttentionForward& a)
@@ -87,9 +106,9 @@ class Forward : Scoring {
     const bool by_head = kv_tasks >= 4 * threads || (threads == 1);
     const int64_t packed_heads = by_head ? threads : kv_tasks;
     const int64_t block_size = carve_block(nullptr).second, head_size = carve_head(nullptr).second;
-    const Buffer<char> block_memory(threads * block_size), head_memory(packed_heads * head_size);
-    const auto block = [&](int64_t i) { return carve_block(block_memory.data() + i * block_size).first; };
-    const auto head = [&](int64_t i) { return carve_head(head_memory.data() + i * head_size).first; };
+    const Scratch<char> block_memory(threads * block_size), head_memory(packed_heads * head_size);
+    const auto block = [&](int64_t i) { return carve_block(block_memory.get() + i * block_size).first; };
+    const auto head = [&](int64_t i) { return carve_head(head_memory.get() + i * head_size).first; };
 
     if (by_head) {
       parallel_tasks(kv_tasks, [&](int64_t task) {
@@ -134,6 +153,9 @@ class Forward : Scoring {
     carver.take(s.top, query_block_);
     carver.take(s.addends, tile_rows * panel);
     carver.take(s.kept, query_block_ * kept_words);
+    carver.take(s.low, query_block_);
+    carver.take(s.direct_sums, at_once ? query_block_ * lanes : 0);
+    carver.take(s.direct, at_once ? ceil_div(query_block_, tile_rows) : 0);
     return {s, carver.used()};
   }
 
@@ -146,9 +168,10 @@ class Forward : Scoring {
     return {p, carver.used()};
   }
 
-  // Keys [from, to) of a head; `from` begins a chunk. Chunks that no query may see stay unwritten.
+  // Keys [from, to) of a head; `from` begins a chunk. What no query may see stays unwritten, but for its flags.
   void pack(int64_t b, int64_t g, int64_t from, int64_t to, const PackedHead<Op>& packed) const {
     const Keys& keys = visibility_.keys(b);
+    std::memset(packed.flagged + from / key_chunk, 0, size_t(ceil_div(to - from, key_chunk)));
     from = most(from, round_down(keys.begin, key_chunk));
     to = least(to, keys.end);
     for (int64_t s = from; s < to; s += key_chunk) {
@@ -173,9 +196,12 @@ class Forward : Scoring {
     const Rows rows{b, h, t, least(query_block_, queries_in(b) - t)};
     copy_rows(query_row<const T>(a_.query, b, h, t), a_.query.stride[2], rows.count, depth, nullptr, s.query,
               depth_stride);
+    for (int64_t i = t + rows.count; i < least(t + 2 * rows.count, queries_in(b)); ++i) {
+      prefetch_row(query_row<const T>(a_.query, b, h, i), depth);
+    }
     for (int64_t i = 0; i < rows.count * columns_stride; ++i) s.out[i] = 0;
     for (int64_t i = 0; i < rows.count * lanes; ++i) s.sums[i] = 0;
-    for (int64_t i = 0; i < rows.count; ++i) s.top[i] = negative_infinity;
+    for (int64_t i = 0; i < rows.count; ++i) set_top(b, i, negative_infinity, s);
     const auto [begin, end] = range(keys, t, rows.count);
     // Blocks of keys lie the same for all queries: what a row sums in what order does not depend on its neighbours.
     for (int64_t n = round_down(begin, key_block); begin < end && n < end; n += key_block) {
@@ -184,9 +210,9 @@ class Forward : Scoring {
       if (keep != nullptr && std::memchr(keep + seen, 1, size_t(n + count - seen)) == nullptr) continue;
       if (a_.dropout_p > 0) draw(rows, n, count, s);
       score(rows, n, count, packed, s);
-      for (int64_t i = 0; i < rows.count; ++i) raise_top(b, i, s);
-      for (int64_t c = n; c < n + count; c += key_chunk) {
-        add_values(rows, n, c, least(c + key_chunk, n + count), packed, s);
+      weigh(rows, n, count, packed, s);
+      for (int64_t c = n; c < n + count; c += value_chunk) {
+        add_values(rows, n, c, least(c + value_chunk, n + count), packed, s);
       }
     }
     store(rows, s);
@@ -203,29 +229,64 @@ class Forward : Scoring {
     }
   }
 
-  // scores = query key^T for keys [n, n + count), in the vectors that some row of a tile sees, and the
-  // maxima of the visible ones.
+  // Of tile row r: how many rows the tile has, and the vectors [first, last) of keys [from, to) that some of them see.
+  struct Seen {
+    int64_t rows, first, last;
+    bool any() const { return first < last; }
+  };
+  Seen seen_by(const Rows& rows, int64_t r, int64_t from, int64_t to) const {
+    const int64_t tile = least(tile_rows, rows.count - r);
+    const auto [begin, end] = range(visibility_.keys(rows.b), rows.t + r, tile);
+    return {tile, most(from, round_down(begin, lanes)), begin < end ? least(end, to) : from};
+  }
+
+  // Keys [n, n + count) against the block's queries, in the vectors that some row of a tile sees: scores and the maxima
+  // of the visible ones, or weights at once.
   void score(const Rows& rows, int64_t n, int64_t count, const PackedHead<Op>& packed, const QueryBlock<Op>& s) const {
-    const Keys& keys = visibility_.keys(rows.b);
-    const bool mapped = maps(rows.b);
     for (int64_t i = 0; i < rows.count * lanes; ++i) s.maxima[i] = negative_infinity;
+    if constexpr (at_once) {
+      for (int64_t i = 0; i < rows.count * lanes; ++i) s.direct_sums[i] = 0;
+      for (int64_t i = 0; i < ceil_div(rows.count, tile_rows); ++i) s.direct[i] = 0;
+    }
     for (int64_t p = n; p < n + count; p += panel) {
-      const Op* key = packed.key + p * round_up(depth, depth_step<Op>);
-      const int64_t key_stride = least(panel, round_up(keys.end - p, lanes)) * depth_step<Op>;
-      for (int64_t r = 0; r < rows.count; r += tile_rows) {
-        const int64_t tile = least(tile_rows, rows.count - r), t = rows.t + r;
-        const auto [begin, end] = range(keys, t, tile);
-        const int64_t first = most(p, round_down(begin, lanes)), last = least(end, p + panel);
-        if (begin >= end || first >= last) continue;
-        const bool whole = !mapped && visibility_.lower(keys, t + tile - 1) <= first &&
-                           visibility_.upper(keys, t) >= round_up(last, lanes);
-        float* scores = s.scores + r * score_stride + (first - n);
-        multiply_tile<Op>({s.query + r * depth_stride, depth_stride, depth_step<Op>}, tile,
-                          key + (first - p) * depth_step<Op>, key_stride, last - first, depth,
-                          {scores, score_stride, false, whole ? s.maxima + r * lanes : nullptr});
-        if (!whole) mask_tile({rows.b, rows.h, t, tile}, first, last, mapped, scores, s.maxima + r * lanes, s.addends);
+      for (int64_t r = 0; r < rows.count; r += tile_rows) score_tile(rows, r, n, p, packed, s, at_once);
+    }
+  }
+
+  // The same for the tile of queries from row r on and the panel of keys from p on.
+  void score_tile(const Rows& rows, int64_t r, int64_t n, int64_t p, const PackedHead<Op>& packed,
+                  const QueryBlock<Op>& s, bool may_be_direct) const {
+    const Keys& keys = visibility_.keys(rows.b);
+    const auto [tile, first, last] = seen_by(rows, r, p, p + panel);
+    if (first >= last) return;
+    const int64_t t = rows.t + r, place = r * score_stride + (first - n), steps = round_up(depth, depth_step<Op>);
+    const bool mapped = maps(rows.b);
+    const bool whole = !mapped && visibility_.lower(keys, t + tile - 1) <= first &&
+                       visibility_.upper(keys, t) >= round_up(last, lanes);
+    const Left<Op> query = {s.query + r * depth_stride, depth_stride, depth_step<Op>};
+    const Op* key = packed.key + p * steps + (first - p) * depth_step<Op>;
+    const int64_t key_stride = least(panel, round_up(keys.end - p, lanes)) * depth_step<Op>;
+    if constexpr (at_once) {
+      if (may_be_direct && whole && has_tops(r, tile, s)) {
+        s.direct[r / tile_rows] |= 1u << (p - n) / panel;
+        const Powers<Op> powers = {s.weights + place, score_stride, factor(rows.b), s.low + r,
+                                   s.direct_sums + r * lanes};
+        return multiply_tile<Op>(query, tile, key, key_stride, last - first, depth, powers);
       }
     }
+    float *scores = s.scores + place, *maxima = s.maxima + r * lanes;
+    const Result result = {scores, score_stride, false, whole ? maxima : nullptr};
+    multiply_tile<Op>(query, tile, key, key_stride, last - first, depth, result);
+    if (!whole) mask_tile({rows.b, rows.h, t, tile}, first, last, mapped, scores, maxima, s.addends);
+    for (int64_t i = r; at_once && i < r + tile; ++i) {
+      if (s.top[i] == negative_infinity) set_top(rows.b, i, highest(i, s), s);
+    }
+  }
+
+  bool has_tops(int64_t r, int64_t tile, const QueryBlock<Op>& s) const {
+    bool all = a_.dropout_p == 0;  // which is applied on the way from scores to weights
+    for (int64_t i = r; i < r + tile; ++i) all &= s.top[i] != negative_infinity;
+    return all;
   }
 
   // Scores of keys [first, last): mapped, if there are addends, and -inf where a row does not see them.
@@ -246,11 +307,23 @@ class Forward : Scoring {
     }
   }
 
-  // Takes the maximum of a block of keys into account.
+  // The highest score of row i in a block of keys, of those that were not weighed at once.
+  static float highest(int64_t i, const QueryBlock<Op>& s) { return Vec::load(s.maxima + i * lanes).max(); }
+
+  void set_top(int64_t b, int64_t i, float top, const QueryBlock<Op>& s) const {
+    s.top[i] = top;
+    s.low[i] = top == negative_infinity ? 0.0f : -top * factor(b);
+  }
+
+  // Whether scores of a block of keys are too high for weights relative to row i's top.
+  bool exceeds(int64_t b, int64_t i, const QueryBlock<Op>& s) const {
+    return (highest(i, s) - s.top[i]) * factor(b) > headroom;
+  }
+
   void raise_top(int64_t b, int64_t i, const QueryBlock<Op>& s) const {
-    const float here = Vec::load(s.maxima + i * lanes).max(), before = s.top[i];
-    if (!(here > before)) return;
-    s.top[i] = here;
+    const float here = highest(i, s), before = s.top[i];
+    if (!exceeds(b, i, s)) return;
+    set_top(b, i, here, s);
     if (before == negative_infinity) return;
     const Vec shrink = Vec::set1(std::exp2((before - here) * factor(b)));
     float *out = s.out + i * columns_stride, *sums = s.sums + i * lanes;
@@ -258,17 +331,56 @@ class Forward : Scoring {
     (Vec::load(sums) * shrink).store(sums);
   }
 
+  // All scores of keys [n, n + count) to weights.
+  void weigh(const Rows& rows, int64_t n, int64_t count, const PackedHead<Op>& packed, const QueryBlock<Op>& s) const {
+    for (int64_t r = 0; r < rows.count; r += tile_rows) {
+      const Seen seen = seen_by(rows, r, n, n + count);
+      if (!seen.any()) continue;
+      const uint32_t done = settle(rows, r, seen.rows, n, packed, s);
+      for (int64_t i = r; i < r + seen.rows; ++i) raise_top(rows.b, i, s);
+      for (int64_t p = n, end; p < seen.last; p = end) {
+        const auto is_done = [&](int64_t at) { return done >> (at - n) / panel & 1; };
+        for (end = p + panel; end < seen.last && is_done(end) == is_done(p);) end += panel;
+        const int64_t first = most(p, seen.first) - n, last = least(end, seen.last) - n;
+        for (int64_t i = r; !is_done(p) && i < r + seen.rows; ++i) weigh_row(rows.b, i, first, last, s);
+      }
+    }
+  }
+
+  // Which panels of a tile are weights already: none, after all, if they are too large.
+  uint32_t settle(const Rows& rows, int64_t r, int64_t tile, int64_t n, const PackedHead<Op>& packed,
+                  const QueryBlock<Op>& s) const {
+    if constexpr (!at_once) return 0;
+    const uint32_t panels = s.direct[r / tile_rows];
+    bool fit = true;
+    for (int64_t i = r; i < r + tile; ++i) {
+      // A NaN among the sums, of an infinite score too, is not less.
+      fit &= !exceeds(rows.b, i, s) && not_less(Vec::load(s.direct_sums + i * lanes), most_direct()).bits() == 0;
+    }
+    for (int64_t j = 0; !fit && panels >> j; ++j) {
+      if (panels >> j & 1) score_tile(rows, r, n, n + j * panel, packed, s, false);
+    }
+    for (int64_t i = r; fit && i < r + tile; ++i) {
+      (Vec::load(s.sums + i * lanes) + Vec::load(s.direct_sums + i * lanes)).store(s.sums + i * lanes);
+    }
+    return fit ? panels : 0;
+  }
+  static Vec most_direct() { return Vec::set1(float(1 << int(headroom))); }
+
   // Scores of row i to weights, for vectors [first, last) counted from the first key of the block.
-  void weigh(int64_t b, int64_t i, int64_t first, int64_t last, const QueryBlock<Op>& s) const {
-    // The difference first: its rounding then matters least where the weight is largest.
-    const Vec top = Vec::set1(s.top[i] == negative_infinity ? 0.0f : s.top[i]), scale = Vec::set1(factor(b));
+  void weigh_row(int64_t b, int64_t i, int64_t first, int64_t last, const QueryBlock<Op>& s) const {
+    const Vec top = Vec::set1(s.top[i] == negative_infinity ? 0.0f : s.top[i]), low = Vec::set1(s.low[i]);
+    const Vec scale = Vec::set1(factor(b));
     const float* scores = s.scores + i * score_stride;
     const uint64_t* kept = a_.dropout_p > 0 ? s.kept + i * kept_words : nullptr;
     Op* weights = s.weights + i * score_stride;
     Vec sum = Vec::load(s.sums + i * lanes);
 #pragma GCC unroll 4
     for (int64_t j = first; j < last; j += lanes) {
-      const Vec weight = power_of_two<T>((Vec::load(scores + j) - top) * scale);
+      const Vec score = Vec::load(scores + j);
+      // In float32 the difference first: its rounding then matters least where the weight is largest.
+      const Vec exponent = at_once ? fma(score, scale, low) : (score - top) * scale;
+      const Vec weight = exp2_or_zero<exp_degree<T>>(exponent);
       sum = sum + weight;
       if (kept == nullptr) {
         weight.store(weights + j);
@@ -280,18 +392,16 @@ class Forward : Scoring {
     sum.store(s.sums + i * lanes);
   }
 
-  // out += weights * value for keys [from, to) of one chunk; the block of keys begins at n.
+  // out += weights * value for keys [from, to) of a block that begins at n; `from` begins a chunk.
   void add_values(const Rows& rows, int64_t n, int64_t from, int64_t to, const PackedHead<Op>& packed,
                   const QueryBlock<Op>& s) const {
-    const bool flagged = packed.flagged[from / key_chunk];
+    const bool flagged =
+        std::memchr(packed.flagged + from / key_chunk, 1, size_t(ceil_div(to - from, key_chunk))) != nullptr;
     for (int64_t c = 0; c < columns; c += flagged ? columns : panel) {
       const int64_t width = least(panel, columns_stride - c);
       for (int64_t r = 0; r < rows.count; r += tile_rows) {
-        const int64_t tile = least(tile_rows, rows.count - r);
-        const auto [begin, end] = range(visibility_.keys(rows.b), rows.t + r, tile);
-        const int64_t first = round_down(most(begin, from), lanes), last = least(end, to);
-        if (begin >= end || first >= last) continue;
-        for (int64_t i = r; c == 0 && i < r + tile; ++i) weigh(rows.b, i, first - n, last - n, s);
+        const auto [tile, first, last] = seen_by(rows, r, from, to);
+        if (first >= last) continue;
         const Left<Op> weights = {s.weights + r * score_stride + (first - n), score_stride, depth_step<Op>};
         float* out = s.out + r * columns_stride + c;
         if (flagged) {
@@ -300,7 +410,7 @@ class Forward : Scoring {
         } else {
           const Op* value = packed.value + c * round_up(key_count, depth_step<Op>) + first * width;
           multiply_tile<Op>(weights, tile, value, width * depth_step<Op>, width, last - first,
-                            {out, columns_stride, true});
+                            Result{out, columns_stride, true});
         }
       }
     }

@@ -7,14 +7,15 @@
 #pragma once
 
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <new>
+#include <type_traits>
 #include <utility>
 
 #include "attention.h"
 #include "parallel.h"
+#include "rows.h"
+#include "scratch.h"
 #include "softcap.h"
 #include "tile.h"
 #include "vec_math.h"
@@ -29,10 +30,10 @@ static_assert(key_chunk % panel == 0, "chunks consist of whole panels");
 
 constexpr float negative_infinity = -std::numeric_limits<float>::infinity();
 
-inline int64_t least(int64_t a, int64_t b) {
+constexpr int64_t least(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
-inline int64_t most(int64_t a, int64_t b) {
+constexpr int64_t most(int64_t a, int64_t b) {
   return a > b ? a : b;
 }
 inline int64_t clamp(int64_t x, int64_t low, int64_t high) {
@@ -41,24 +42,6 @@ inline int64_t clamp(int64_t x, int64_t low, int64_t high) {
 inline int64_t round_down(int64_t a, int64_t b) {
   return a / b * b;
 }
-
-// Uninitialised memory, aligned to cache lines. Allocated outside of parallel regions only: it may throw.
-template <class X>
-class Buffer {
- public:
-  explicit Buffer(int64_t count) {
-    if (count <= 0) return;
-    data_ = static_cast<X*>(std::aligned_alloc(64, size_t(round_up(count * int64_t(sizeof(X)), 64))));
-    if (data_ == nullptr) throw std::bad_alloc();
-  }
-  ~Buffer() { std::free(data_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  X* data() const { return data_; }
-
- private:
-  X* data_ = nullptr;
-};
 
 // Parts of one scratch allocation, each beginning on a cache line. The first pass, with no memory
 // behind it, adds up the size; the second hands out the parts.
@@ -116,11 +99,19 @@ struct Result {
   float* maxima = nullptr;
 };
 
-template <class Op, int Rows, int Vecs>
-void tile(const Left<Op>& a, const Op* b, int64_t b_stride, int64_t steps, const Result& result) {
-  Vec acc[Rows][Vecs];
-  clear(acc);
-  multiply_add<Rows, Vecs>(a.data, a.row_stride, a.depth_stride, b, b_stride, steps, acc);
+// Or where its exponentials go: 2^(scale * product + low[row]), rounded to operands, to weights[row * stride + column],
+// and added to sums[row * lanes + lane].
+template <class Op>
+struct Powers {
+  Op* weights;
+  int64_t stride;
+  float scale;
+  const float* low;
+  float* sums;
+};
+
+template <int Rows, int Vecs>
+inline __attribute__((always_inline)) void finish(Vec (&acc)[Rows][Vecs], const Result& result) {
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 4
@@ -139,18 +130,46 @@ void tile(const Left<Op>& a, const Op* b, int64_t b_stride, int64_t steps, const
   }
 }
 
-template <class Op>
+template <int Rows, int Vecs, class Op>
+inline __attribute__((always_inline)) void finish(Vec (&acc)[Rows][Vecs], const Powers<Op>& powers) {
+  const auto [weights, stride, factor, low, sums] = powers;  // copies: a store of weights might alias the structure
+  const Vec scale = Vec::set1(factor);
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; ++i) {
+    Op* row = weights + i * stride;
+    Vec sum = Vec::load(sums + i * lanes);
+#pragma GCC unroll 4
+    for (int j = 0; j < Vecs; ++j) {
+      acc[i][j] = exp2_or_zero<exp_degree<Op>>(fma(acc[i][j], scale, Vec::set1(low[i])));
+      sum = sum + acc[i][j];
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j + 1 < Vecs; j += 2) store(row + j * lanes, acc[i][j], acc[i][j + 1]);
+    if constexpr (Vecs % 2 != 0) acc[i][Vecs - 1].store(row + (Vecs - 1) * lanes);
+    sum.store(sums + i * lanes);
+  }
+}
+
+template <class Op, class Target, int Rows, int Vecs>
+void tile(const Left<Op>& a, const Op* b, int64_t b_stride, int64_t steps, const Target& target) {
+  Vec acc[Rows][Vecs];
+  clear(acc);
+  multiply_add<Rows, Vecs>(a.data, a.row_stride, a.depth_stride, b, b_stride, steps, acc);
+  finish(acc, target);
+}
+
+template <class Op, class Target>
 struct Tiles {
   template <int Rows, int Vecs>
-  static constexpr auto of = &tile<Op, Rows, Vecs>;
+  static constexpr auto of = &tile<Op, Target, Rows, Vecs>;
 };
 
-// result[rows][columns] = a[rows][depth] * one panel b; rows <= tile_rows.
-template <class Op>
+// target = a[rows][depth] * one panel b of `columns`; rows <= tile_rows.
+template <class Op, class Target = Result>
 void multiply_tile(const Left<Op>& a, int64_t rows, const Op* b, int64_t b_stride, int64_t columns, int64_t depth,
-                   const Result& result) {
-  instance_for<Tiles<Op>, tile_rows, tile_vecs>(rows, ceil_div(columns, lanes))(
-      a, b, b_stride, ceil_div(depth, depth_step<Op>), result);
+                   const Target& target) {
+  instance_for<Tiles<Op, Target>, tile_rows, tile_vecs>(rows, ceil_div(columns, lanes))(
+      a, b, b_stride, ceil_div(depth, depth_step<Op>), target);
 }
 
 // c[rows][columns] += a[rows][depth] * the panels b that pack_rows wrote for `packed_depth` rows, a's
@@ -204,9 +223,32 @@ Vec load_operands(const T* p, int64_t count, float*) {
   return load_some(p, count);
 }
 inline Vec load_operands(const bfloat16* p, int64_t count, bfloat16*) {
+  if (count >= 2 * lanes) return Vec::load(reinterpret_cast<const float*>(p));
   float pairs[lanes] = {};
   std::memcpy(pairs, p, size_t(least(count, 2 * lanes)) * sizeof *p);
   return Vec::load(pairs);
+}
+
+// One square of what follows: `rows` rows of `steps` operands or pairs of them, made of up to `count` elements.
+template <class Op, class T>
+void pack_square(const T* source, int64_t stride, int64_t rows, int64_t count, int64_t steps, const uint8_t* keep,
+                 Op* packed, int64_t width) {
+  float* out = reinterpret_cast<float*>(packed);
+  constexpr Op* kind = nullptr;
+  Vec square[lanes];
+  if (rows >= lanes && steps >= lanes && count >= lanes * depth_step<Op> && keep == nullptr) {
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) square[i] = load_operands(source + i * stride, count, kind);
+    transpose(square);
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes; ++i) square[i].store(out + i * width);
+    return;
+  }
+  for (int i = 0; i < lanes; ++i) {
+    square[i] = i < rows && kept(keep, i) ? load_operands(source + i * stride, count, kind) : Vec::zero();
+  }
+  transpose(square);
+  for (int64_t i = 0; i < least(lanes, steps); ++i) square[i].store(out + i * width);
 }
 
 // Rows become columns: packed[depth][rows of source], for products that sum over the features.
@@ -216,17 +258,10 @@ void pack_columns(const T* source, int64_t stride, int64_t rows, int64_t depth, 
   const int64_t steps = ceil_div(depth, step);
   for (int64_t r = 0; r < rows; r += lanes) {
     const int64_t first = round_down(r, panel), width = least(panel, round_up(rows - first, lanes));
-    float* out = reinterpret_cast<float*>(packed + first * steps * step) + (r - first);
+    Op* out = packed + first * steps * step + (r - first) * step;
     for (int64_t k = 0; k < steps; k += lanes) {
-      Vec square[lanes];
-      for (int i = 0; i < lanes; ++i) {
-        const bool used = r + i < rows && kept(keep, r + i);
-        square[i] =
-            used ? load_operands(source + (r + i) * stride + k * step, depth - k * step, static_cast<Op*>(nullptr))
-                 : Vec::zero();
-      }
-      transpose(square);
-      for (int64_t i = 0; i < least(lanes, steps - k); ++i) square[i].store(out + (k + i) * width);
+      pack_square(source + r * stride + k * step, stride, rows - r, depth - k * step, steps - k,
+                  keep != nullptr ? keep + r : nullptr, out + k * width * step, width);
     }
   }
 }
@@ -255,26 +290,22 @@ bool pack_rows(const T* source, int64_t stride, int64_t first, int64_t rows, int
 // In pairs of rows; `first` is even.
 inline bool pack_rows(const bfloat16* source, int64_t stride, int64_t first, int64_t rows, int64_t total,
                       int64_t columns, const uint8_t* keep, bfloat16* packed) {
-  Vec check = Vec::zero();
+  Magnitudes magnitudes;
   for (int64_t c = 0; c < columns; c += panel) {
     const int64_t width = least(panel, round_up(columns - c, lanes));
     bfloat16* out = packed + c * round_up(total, 2) + first * width;
     for (int64_t r = 0; r < rows; r += 2) {
+      const auto row = [&](int64_t i) { return i < rows && kept(keep, i) ? source + i * stride + c : nullptr; };
+      const bfloat16 *even = row(r), *odd = row(r + 1);
       for (int64_t j = 0; j < width; j += lanes) {
-        alignas(32) uint16_t half[2][lanes] = {};
-        for (int i = 0; i < 2; ++i) {
-          if (r + i >= rows || !kept(keep, r + i)) continue;
-          const bfloat16* row = source + (r + i) * stride + c + j;
-          check = fma(load_some(row, columns - c - j), Vec::zero(), check);
-          std::memcpy(half[i], row, size_t(least(lanes, columns - c - j)) * sizeof *row);
-        }
-        uint32_t pairs[lanes];
-        for (int i = 0; i < lanes; ++i) pairs[i] = half[0][i] | uint32_t(half[1][i]) << 16;
-        std::memcpy(out + r * width + 2 * j, pairs, sizeof pairs);
+        const PairVec pairs = PairVec::zip(even ? even + j : nullptr, odd ? odd + j : nullptr,
+                                           int(least(lanes, columns - c - j)));
+        pairs.store(out + r * width + 2 * j);
+        magnitudes.see(pairs);
       }
     }
   }
-  return !(check.sum() == 0);
+  return !magnitudes.finite();
 }
 #endif
 
@@ -283,10 +314,15 @@ template <class Op, class T>
 void copy_rows(const T* source, int64_t stride, int64_t rows, int64_t columns, const uint8_t* keep, Op* out,
                int64_t stride_out) {
   for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t j = 0; j < stride_out; j += lanes) {
-      const bool used = j < columns && kept(keep, r);
-      (used ? load_some(source + r * stride + j, columns - j) : Vec::zero()).store(out + r * stride_out + j);
+    const T* from = source + r * stride;
+    Op* to = out + r * stride_out;
+    const int64_t count = kept(keep, r) ? columns : 0;
+    if constexpr (std::is_same_v<T, Op>) {
+      std::memcpy(to, from, size_t(count) * sizeof *to);
+    } else {
+      for (int64_t j = 0; j < count; j += lanes) load_some(from + j, count - j).store(to + j);
     }
+    std::memset(to + count, 0, size_t(stride_out - count) * sizeof *to);
   }
 }
 
@@ -316,13 +352,6 @@ class ScoreMap {
   Softcap cap_;
   Vec scale_;
 };
-
-// 2^x, and exactly 0 for what a mask turned to -inf. Cut off where results leave the normal range:
-// arithmetic on denormals is a hundred times slower.
-template <class T>
-inline __attribute__((always_inline)) Vec power_of_two(Vec x) {
-  return select(x < Vec::set1(-126.0f), Vec::zero(), exp2_normal<exp_degree<T>>(x));
-}
 
 // ---- The problem's sizes
 
@@ -457,7 +486,7 @@ class Visibility {
     lower_ = clamp(a.band_lower, -reach, reach);
     upper_ = clamp(a.band_upper, -reach, reach);
     for (int64_t b = 0; b < d.batches; ++b) {
-      Keys& keys = keys_.data()[b];
+      Keys& keys = keys_.get()[b];
       keys = Keys{};
       keys.end = a.key_lengths ? clamp(a.key_lengths.ptr<int64_t>()[b], 0, d.key_count) : d.keys_in(b);
       if (a.at_end) keys.shift = keys.end - d.queries_in(b);
@@ -465,7 +494,7 @@ class Visibility {
     }
   }
 
-  const Keys& keys(int64_t b) const { return keys_.data()[b]; }
+  const Keys& keys(int64_t b) const { return keys_.get()[b]; }
   const Addends& addends() const { return addends_; }
 
   // The keys [lower, upper) that the band and Keys leave to query t; both grow with t.
@@ -479,7 +508,7 @@ class Visibility {
   static bool broadcast(const TensorView& x, int dim) { return x.stride[dim] == 0 || x.shape[dim] == 1; }
 
   void apply_mask(const TensorView& mask, int64_t b, int64_t length, Keys& keys) {
-    uint8_t* keep = keep_.data() + b * length;
+    uint8_t* keep = keep_.get() + b * length;
     const uint8_t* m = row_of<const uint8_t>(mask, b, 0, 0);
     int64_t first = keys.end, last = 0, count = 0;
     for (int64_t s = 0; s < keys.end; ++s) {
@@ -496,8 +525,8 @@ class Visibility {
 
   bool mask_in_keys_;
   Addends addends_;
-  Buffer<Keys> keys_;
-  Buffer<uint8_t> keep_;
+  Scratch<Keys> keys_;
+  Scratch<uint8_t> keep_;
   int64_t lower_ = 0, upper_ = 0;
 };
 

@@ -93,12 +93,12 @@ class Backward : Scoring {
 
     const int64_t head_size = carve_head(nullptr).second, sum_size = carve_sums(nullptr).second;
     const int64_t block_size = carve_block(nullptr).second;
-    const Buffer<char> memory(threads * (head_size + block_size));
-    const Buffer<char> sum_memory((parts == 1 ? threads : kv_tasks * parts) * sum_size);
-    const auto sums = [&](int64_t i) { return carve_sums(sum_memory.data() + i * sum_size).first; };
+    const Scratch<char> memory(threads * (head_size + block_size));
+    const Scratch<char> sum_memory((parts == 1 ? threads : kv_tasks * parts) * sum_size);
+    const auto sums = [&](int64_t i) { return carve_sums(sum_memory.get() + i * sum_size).first; };
 
     parallel_tasks(kv_tasks * parts, [&](int64_t task) {
-      char* own = memory.data() + thread_index() * (head_size + block_size);
+      char* own = memory.get() + thread_index() * (head_size + block_size);
       const int64_t b = task / parts / kv_heads, g = task / parts % kv_heads;
       const HeadSums own_sums = sums(parts == 1 ? thread_index() : task);
       kv_head(b, g, task % parts, parts, carve_head(own).first, own_sums, carve_block(own + head_size).first);
@@ -335,7 +335,7 @@ class Backward : Scoring {
     for (int64_t j = 0; j < seen.first; j += lanes) zero.store(grad_scores + j);
     for (int64_t j = seen.first; j < seen.second; j += lanes) {
       const Vec exponent = fused(Vec::load(scores + j), scale, zero - Vec::load(q.lse + j));
-      const Vec p = power_of_two<T>(exponent - Vec::load(q.lse_low + j));
+      const Vec p = exp2_or_zero<exp_degree<T>>(exponent - Vec::load(q.lse_low + j));
       Vec weight = p, upstream = Vec::load(grad_weights + j);
       if (drops) {
         const Mask keep = Mask::from_bits(uint32_t(kept >> j));

@@ -44,11 +44,11 @@ class Decode : Scoring {
   void run() {
     const int64_t splits = ceil_div(key_count, split), kv_tasks = batches * kv_heads;
     const int64_t part_size = carve_part(nullptr).second, partial_size = carve_partial(nullptr).second;
-    const Buffer<char> part_memory(max_threads() * part_size);
-    const Buffer<char> partial_memory(kv_tasks * splits * partial_size);
-    const auto partial = [&](int64_t i) { return carve_partial(partial_memory.data() + i * partial_size).first; };
+    const Scratch<char> part_memory(max_threads() * part_size);
+    const Scratch<char> partial_memory(kv_tasks * splits * partial_size);
+    const auto partial = [&](int64_t i) { return carve_partial(partial_memory.get() + i * partial_size).first; };
     parallel_tasks(kv_tasks * splits, [&](int64_t task) {
-      const Part part = carve_part(part_memory.data() + thread_index() * part_size).first;
+      const Part part = carve_part(part_memory.get() + thread_index() * part_size).first;
       const int64_t head = task / splits, first = task % splits * split;
       attend(head / kv_heads, head % kv_heads, first, part, partial(task));
     });
@@ -184,7 +184,7 @@ class Decode : Scoring {
     const Vec top = Vec::set1(result.top[r] == negative_infinity ? 0.0f : result.top[r]), scale = Vec::set1(factor(b));
     Vec sum = Vec::zero();
     for (int64_t j = 0; j < end - begin; j += lanes) {
-      const Vec weight = power_of_two<T>((Vec::load(scores + j) - top) * scale);
+      const Vec weight = exp2_or_zero<exp_degree<T>>((Vec::load(scores + j) - top) * scale);
       weight.store(scores + j);
       sum = sum + weight;
     }

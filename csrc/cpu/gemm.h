@@ -53,14 +53,6 @@ struct Factor {
   void (*pack)(const Factor& from, int64_t outer, int64_t count, int64_t k, int64_t depth, Operand* to);
 };
 
-// Asks for the next rows of a matrix while one is packed: they lie a page or more apart, where the
-// hardware does not look ahead. Asking beyond the end of the matrix does no harm.
-template <class T>
-inline void prefetch_row(const T* row, int64_t count) {
-  const char* p = reinterpret_cast<const char*>(row);
-  for (int64_t i = 0; i < count * int64_t(sizeof(T)); i += 64) __builtin_prefetch(p + i);
-}
-
 // A whose rows lie along k in memory: [count][depth], the same layout.
 template <class T, class Operand>
 void pack_left_rows(const Factor<Operand>& from, int64_t outer, int64_t count, int64_t k, int64_t depth, Operand* to) {

@@ -27,6 +27,14 @@ inline __attribute__((always_inline)) void store(T* p, Vec v, int count) {
   }
 }
 
+// Asks for a row that is wanted soon, of a matrix whose rows may lie a page or more apart, where the hardware does not
+// look ahead. Asking beyond the end of the matrix does no harm.
+template <class T>
+inline void prefetch_row(const T* row, int64_t count) {
+  const char* p = reinterpret_cast<const char*>(row);
+  for (int64_t i = 0; i < count * int64_t(sizeof(T)); i += 64) __builtin_prefetch(p + i);
+}
+
 template <class From, class To>
 inline void copy_row(const From* from, int64_t count, To* to) {
   for_vectors(count, [&](int64_t c, int n) { store(to + c, load(from + c, n), n); });

@@ -84,6 +84,8 @@ struct Vec {
   friend Mask operator<(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
   friend Mask operator>=(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ)}; }
   friend Mask operator==(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
+  // a >= b, or one of them is NaN.
+  friend Mask not_less(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_NLT_UQ)}; }
 
  private:
   __m128i to_bfloat16() const {  // round to nearest even; NaN stays a quiet NaN
@@ -129,11 +131,14 @@ inline Vec round(Vec a) {
   return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 
-// a * 2^n for an integral n; 0 where n <= -127.
+// a * 2^n for an integral n; 0 where n <= -127, and in the lanes not kept.
 inline Vec scale_by_power_of_two(Vec a, Vec n) {
   __m256i exponent = _mm256_cvtps_epi32(_mm256_max_ps(n.v, _mm256_set1_ps(-127.0f)));
   exponent = _mm256_slli_epi32(_mm256_add_epi32(exponent, _mm256_set1_epi32(127)), 23);
   return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(exponent))};
+}
+inline Vec scale_by_power_of_two(Vec a, Vec n, Mask keep) {
+  return select(keep, scale_by_power_of_two(a, n), Vec::zero());
 }
 
 struct UVec {

@@ -84,6 +84,8 @@ struct Vec {
   friend Mask operator<(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
   friend Mask operator>=(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ)}; }
   friend Mask operator==(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
+  // a >= b, or one of them is NaN.
+  friend Mask not_less(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_NLT_UQ)}; }
 
  private:
   __m256i to_float16() const { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -120,9 +122,12 @@ inline Vec round(Vec a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 
-// a * 2^n for an integral n; 0 where the result underflows.
+// a * 2^n for an integral n; 0 where the result underflows, and in the lanes not kept.
 inline Vec scale_by_power_of_two(Vec a, Vec n) {
   return {_mm512_scalef_ps(a.v, n.v)};
+}
+inline Vec scale_by_power_of_two(Vec a, Vec n, Mask keep) {
+  return {_mm512_maskz_scalef_ps(keep.v, a.v, n.v)};
 }
 
 struct UVec {
@@ -153,13 +158,44 @@ struct PairVec {
   __m512i v;
 
   static PairVec load(const bfloat16* p) { return {_mm512_loadu_si512(p)}; }
+  // Pairs (even[i], odd[i]) for i < count, and zeros beyond. A row that is null is zeros.
+  static PairVec zip(const bfloat16* even, const bfloat16* odd, int count) {
+    const __mmask16 some = Mask::first(count).v;
+    const auto row = [some](const bfloat16* p) {
+      return p == nullptr ? _mm512_setzero_si512() : _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, p));
+    };
+    return {_mm512_or_si512(row(even), _mm512_slli_epi32(row(odd), 16))};
+  }
   // One pair for all lanes.
   static PairVec broadcast(const bfloat16* p) {
     int32_t pair;
     __builtin_memcpy(&pair, p, sizeof pair);
     return {_mm512_set1_epi32(pair)};
   }
+  void store(bfloat16* p) const { _mm512_storeu_si512(p, v); }
 };
+
+// The largest magnitudes of the values seen, to tell whether all of them were finite.
+class Magnitudes {
+ public:
+  void see(PairVec x) {
+    largest_ = _mm512_max_epu16(largest_, _mm512_and_si512(x.v, _mm512_set1_epi16(0x7fff)));
+  }
+  bool finite() const { return _mm512_cmpge_epu16_mask(largest_, _mm512_set1_epi16(0x7f80)) == 0; }
+
+ private:
+  __m512i largest_ = _mm512_setzero_si512();
+};
+
+// Both vectors, one after the other.
+inline void store(bfloat16* p, Vec first, Vec second) {
+#if defined(__AVX512BF16__)
+  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(second.v, first.v));
+#else
+  first.store(p);
+  second.store(p + Vec::lanes);
+#endif
+}
 
 // acc + a.first * b.first + a.second * b.second, lane by lane, accumulated in float32.
 inline Vec dot(PairVec a, PairVec b, Vec acc) {

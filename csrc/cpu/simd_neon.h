@@ -85,6 +85,8 @@ struct Vec {
   friend Mask operator<(Vec a, Vec b) { return {vcltq_f32(a.v, b.v)}; }
   friend Mask operator>=(Vec a, Vec b) { return {vcgeq_f32(a.v, b.v)}; }
   friend Mask operator==(Vec a, Vec b) { return {vceqq_f32(a.v, b.v)}; }
+  // a >= b, or one of them is NaN.
+  friend Mask not_less(Vec a, Vec b) { return ~(a < b); }
 };
 
 inline Vec fma(Vec a, Vec b, Vec c) {
@@ -118,10 +120,13 @@ inline Vec round(Vec a) {
   return {vrndnq_f32(a.v)};
 }
 
-// a * 2^n for an integral n; 0 where n <= -127.
+// a * 2^n for an integral n; 0 where n <= -127, and in the lanes not kept.
 inline Vec scale_by_power_of_two(Vec a, Vec n) {
   const int32x4_t exponent = vcvtq_s32_f32(max(n, Vec::set1(-127.0f)).v);
   return {vmulq_f32(a.v, vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(exponent, vdupq_n_s32(127)), 23)))};
+}
+inline Vec scale_by_power_of_two(Vec a, Vec n, Mask keep) {
+  return select(keep, scale_by_power_of_two(a, n), Vec::zero());
 }
 
 struct UVec {

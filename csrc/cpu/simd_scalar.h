@@ -92,6 +92,8 @@ struct Vec {
   friend Mask operator<(Vec a, Vec b) { return {a.v < b.v}; }
   friend Mask operator>=(Vec a, Vec b) { return {a.v >= b.v}; }
   friend Mask operator==(Vec a, Vec b) { return {a.v == b.v}; }
+  // a >= b, or one of them is NaN.
+  friend Mask not_less(Vec a, Vec b) { return ~(a < b); }
 };
 
 inline Vec fma(Vec a, Vec b, Vec c) {
@@ -129,10 +131,13 @@ inline Vec round(Vec a) {
   return (a + magic) - magic;
 }
 
-// a * 2^n for an integral n; 0 where n <= -127.
+// a * 2^n for an integral n; 0 where n <= -127, and in the lanes not kept.
 inline Vec scale_by_power_of_two(Vec a, Vec n) {
   int4 exponent = __builtin_convertvector(max(n, Vec::set1(-127.0f)).v, int4);
   return {a.v * (float4)((exponent + 127) << 23)};
+}
+inline Vec scale_by_power_of_two(Vec a, Vec n, Mask keep) {
+  return select(keep, scale_by_power_of_two(a, n), Vec::zero());
 }
 
 struct UVec {

@@ -15,11 +15,11 @@ namespace pytransformer::PYTRANSFORMER_ISA {
 constexpr float log2_e = 1.4426950408889634f;
 constexpr float ln_2 = 0.6931471805599453f;
 
-// For x in [-126, 127], where the result is a normal number; elsewhere it is anything.
+// 2^f of x = n + f.
 template <int Degree>
-inline Vec exp2_normal(Vec x) {
+inline Vec exp2_of_fraction(Vec x, Vec& n) {
   static_assert(Degree == 3 || Degree == 5 || Degree == 6, "no coefficients for this degree");
-  const Vec n = round(x);
+  n = round(x);
   const Vec f = x - n;
   Vec p;
   if constexpr (Degree == 3) {
@@ -43,7 +43,24 @@ inline Vec exp2_normal(Vec x) {
     p = fma(p, f, Vec::set1(0.69314694f));
     p = fma(p, f, Vec::set1(1.0000001f));
   }
+  return p;
+}
+
+// For x in [-126, 127], where the result is a normal number; elsewhere it is anything.
+template <int Degree>
+inline Vec exp2_normal(Vec x) {
+  Vec n;
+  const Vec p = exp2_of_fraction<Degree>(x, n);
   return scale_by_power_of_two(p, n);
+}
+
+// The same, and exactly 0 below: for what a mask turned to -inf, and because arithmetic on denormals is a hundred times
+// slower.
+template <int Degree>
+inline Vec exp2_or_zero(Vec x) {
+  Vec n;
+  const Vec p = exp2_of_fraction<Degree>(x, n);
+  return scale_by_power_of_two(p, n, not_less(x, Vec::set1(-126.0f)));
 }
 
 // The degree for a result that is rounded to T.
