@@ -432,9 +432,7 @@ class Forward : Scoring {
 
 void attention_fwd(const AttentionForward& a) {
   if (a.lse.numel() == 0) return;
-  // Rows that share a key/value head: with few, packing keys and values costs more than using them.
-  const int64_t rows = a.query.shape[1] / a.key.shape[1] * a.query.shape[2];
-  if ((rows <= 8 && a.dropout_p == 0) || a.block_table) return attention_decode(a);
+  if (few_queries(a) || a.block_table) return attention_decode(a);
   with_storage(a.query.dtype, [&](auto type) { Forward<decltype(type)>(a).run(); });
 }
 

@@ -150,11 +150,29 @@ inline __attribute__((always_inline)) void finish(Vec (&acc)[Rows][Vecs], const 
   }
 }
 
+// Long sums of float32 are formed in halves, which rounds them less; of bfloat16 it is the operands that are rounded.
+template <class Op>
+constexpr int64_t longest_sum = depth_step<Op> == 1 ? 128 : std::numeric_limits<int64_t>::max();
+
 template <class Op, class Target, int Rows, int Vecs>
 void tile(const Left<Op>& a, const Op* b, int64_t b_stride, int64_t steps, const Target& target) {
   Vec acc[Rows][Vecs];
   clear(acc);
-  multiply_add<Rows, Vecs>(a.data, a.row_stride, a.depth_stride, b, b_stride, steps, acc);
+  if (steps <= longest_sum<Op>) {
+    multiply_add<Rows, Vecs>(a.data, a.row_stride, a.depth_stride, b, b_stride, steps, acc);
+  } else {
+    const int64_t half = steps / 2;
+    Vec first[Rows][Vecs];
+    clear(first);
+    multiply_add<Rows, Vecs>(a.data, a.row_stride, a.depth_stride, b, b_stride, half, first);
+    multiply_add<Rows, Vecs>(a.data + half * a.depth_stride, a.row_stride, a.depth_stride, b + half * b_stride,
+                             b_stride, steps - half, acc);
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < Vecs; ++j) acc[i][j] = first[i][j] + acc[i][j];
+    }
+  }
   finish(acc, target);
 }
 
@@ -582,7 +600,16 @@ class Scoring : protected Dimensions {
 
 }  // namespace
 
-// attention_fwd for few queries and without dropout, keys in pages or not: attention_decode.cpp.
+// Few queries: rows that share a key/value head. Packing keys and values for them costs more than using them. Other
+// libraries take dot products there, whose many partial sums are more accurate than one long one; so here sums over
+// features are formed of short ones, in the forward and, bit for bit the same, in the backward.
+inline bool few_queries(const AttentionProblem& a) {
+  return a.query.shape[1] / a.key.shape[1] * a.query.shape[2] <= 8 && a.dropout_p == 0;
+}
+constexpr int64_t short_sum = 16;
+static_assert(short_sum % lanes == 0);
+
+// attention_fwd for few queries, keys in pages or not: attention_decode.cpp.
 void attention_decode(const AttentionForward& a);
 
 }  // namespace pytransformer::PYTRANSFORMER_ISA

@@ -78,7 +78,10 @@ class Backward : Scoring {
 
  public:
   explicit Backward(const AttentionBackward& a)
-      : Scoring(a), a_(a), dropout_(Dropout::make(a.dropout_p, {a.seed, a.offset})) {
+      : Scoring(a),
+        a_(a),
+        dropout_(Dropout::make(a.dropout_p, {a.seed, a.offset})),
+        short_sums_(sizeof(T) == sizeof(float) && few_queries(a)) {
     const int64_t head_bytes = carve_head(nullptr).second + carve_sums(nullptr).second;
     Carver one;
     Queries<Op> unused;
@@ -290,14 +293,19 @@ class Backward : Scoring {
   }
 
   // c[rows][queries] = a[rows][depth] * all panels of pack_columns, in the columns `seen`.
-  static void multiply_columns(const Op* a, int64_t a_stride, int64_t rows, const Op* packed, int64_t count,
-                               int64_t depth, std::pair<int64_t, int64_t> seen, float* c) {
+  void multiply_columns(const Op* a, int64_t a_stride, int64_t rows, const Op* packed, int64_t count, int64_t depth,
+                        std::pair<int64_t, int64_t> seen, float* c) const {
+    const int64_t run = short_sums_ ? short_sum : depth;
     for (int64_t p = 0; p < count; p += panel) {
       const int64_t width = least(panel, round_up(count - p, lanes));
       const int64_t first = most(p, seen.first), last = least(p + width, seen.second);
       if (first >= last) continue;
-      multiply_tile<Op>({a, a_stride, step}, rows, packed + p * round_up(depth, step) + (first - p) * step,
-                        width * step, last - first, depth, {c + first, query_block});
+      const Op* b = packed + p * round_up(depth, step) + (first - p) * step;
+      for (int64_t k = 0; k < depth; k += run) {
+        const Result result = {c + first, query_block, k > 0};
+        multiply_tile<Op>({a + k, a_stride, step}, rows, b + k * width, width * step, last - first,
+                          least(run, depth - k), result);
+      }
     }
   }
 
@@ -419,6 +427,7 @@ class Backward : Scoring {
 
   const AttentionBackward& a_;
   const Dropout dropout_;
+  const bool short_sums_;
   int64_t group_;
 };
 

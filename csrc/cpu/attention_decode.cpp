@@ -143,20 +143,26 @@ class Decode : Scoring {
     }
   }
 
-  // Feature by feature, keys in lanes: the order, and so the bits, in which the backward forms its scores.
+  // Feature by feature in short sums, keys in lanes: the order, and so the bits, in which the backward forms its scores.
   // Any other would make its probabilities, exp(score - lse), relatively wrong by the rounding of a score.
   void score_in_order(const T* key, int64_t count, float* scores, const Part& s) const {
     for (int64_t r = 0; r < rows_; ++r) Vec::zero().store(scores + r * score_stride);
-    for (int64_t j = 0; j < depth; j += lanes) {
-      Vec square[lanes];
+    for (int64_t j = 0; j < depth; j += short_sum) {
+      const int64_t features = least(short_sum, depth - j);
+      Vec columns_of_keys[short_sum];
+      for (int64_t f = 0; f < features; f += lanes) {
+        Vec square[lanes];
 #pragma GCC unroll 16
-      for (int i = 0; i < lanes; ++i) square[i] = load_key(key, count, i, j);
-      transpose(square);
+        for (int i = 0; i < lanes; ++i) square[i] = load_key(key, count, i, j + f);
+        transpose(square);
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) columns_of_keys[f + i] = square[i];
+      }
       for (int64_t r = 0; r < rows_; ++r) {
         const float* query = s.query + r * depth_stride + j;
-        Vec sum = Vec::load(scores + r * score_stride);
-        for (int i = 0; i < least(lanes, depth - j); ++i) sum = fma(Vec::set1(query[i]), square[i], sum);
-        sum.store(scores + r * score_stride);
+        Vec sum = Vec::zero();
+        for (int64_t i = 0; i < features; ++i) sum = fma(Vec::set1(query[i]), columns_of_keys[i], sum);
+        (Vec::load(scores + r * score_stride) + sum).store(scores + r * score_stride);
       }
     }
   }
