@@ -332,7 +332,7 @@ class Backward : Scoring {
     }
   }
 
-  // P and dS of one key; dS stays also, in float32 and before the slope, in the place of the scores.
+  // P and dS of one key; for the bias, dS stays also, in float32 and before the slope, in the place of the scores.
   void weigh_row(const Queries<Op>& q, int64_t row, std::pair<int64_t, int64_t> seen, const float* grad_weights,
                  const float* slopes, const Block<Op>& s) const {
     const bool drops = a_.dropout_p > 0, capped = a_.softcap > 0;
@@ -353,7 +353,7 @@ class Backward : Scoring {
       const Vec d = select(p == zero, zero, p * (upstream - Vec::load(q.delta + j)));
       weight.store(weights + j);
       (capped ? d * Vec::load(slopes + j) : d).store(grad_scores + j);
-      d.store(scores + j);
+      if (a_.grad_bias) d.store(scores + j);
     }
     for (int64_t j = round_up(seen.second, lanes); j < query_block; j += lanes) zero.store(grad_scores + j);
   }
@@ -401,17 +401,18 @@ class Backward : Scoring {
     multiply_rows<Op>(turned, rows.count, head.key_rows, key_count, n, depth, of_queries, q.grad_query, depth_stride);
   }
 
+#ifdef PYTRANSFORMER_BF16_DOT
   // grad_scores in pairs of keys.
-  static void pair_keys(int64_t count, const Block<Op>& s) {
+  static void pair_keys(int64_t count, const Block<bfloat16>& s) {
     for (int64_t k = 0; k < count; k += 2) {
-      const Op* even = s.grad_scores + k * query_block;
-      Op* pairs = s.grad_score_pairs + k * query_block;
-      for (int64_t j = 0; j < query_block; ++j) {
-        pairs[2 * j] = even[j];
-        pairs[2 * j + 1] = k + 1 < count ? even[query_block + j] : Op{};
+      const bfloat16* even = s.grad_scores + k * query_block;
+      bfloat16* pairs = s.grad_score_pairs + k * query_block;
+      for (int64_t j = 0; j < query_block; j += lanes) {
+        PairVec::zip(even + j, k + 1 < count ? even + query_block + j : nullptr, lanes).store(pairs + 2 * j);
       }
     }
   }
+#endif
 
   static void store_row(T* out, const float* from, int64_t count, Vec scale) {
     for (int64_t c = 0; c < count; c += lanes) store_some(out + c, Vec::load(from + c) * scale, count - c);

@@ -252,7 +252,7 @@ struct FewTokens {
   struct Weight {
     const T* data;
     int64_t stride, features;
-    Weight(const T* data, int64_t stride, int64_t features, int64_t, int64_t)
+    Weight(const T* data, int64_t stride, int64_t features, int64_t)
         : data(data), stride(stride), features(features) {}
   };
   using Right = NarrowRight;
@@ -272,7 +272,7 @@ class Gate {
   Gate(const Parameters& a, int64_t F, int64_t E, int64_t tokens)
       : defined_(a.weight_gate),
         bias_(a.bias_gate),
-        weight_(a.weight_gate.template ptr<const T>(), E, defined_ ? F : 0, E, tokens),
+        weight_(a.weight_gate.template ptr<const T>(), E, defined_ ? F : 0, E),
         values_(defined_ ? F : 0, tokens) {}
 
   // For the tokens of `input`.
@@ -308,8 +308,8 @@ void forward(const FfnForward& a) {
   const Dropout dropout = Dropout::make(a.dropout_p, {a.seed, a.offset});
   const Chunks chunks(N, F);
   const Gate<T, Product> gate(a, F, E, chunks.rows);
-  const typename Product::Weight weight1(a.weight1.ptr<const T>(), E, F, E, chunks.rows);
-  const typename Product::Weight weight2(a.weight2.ptr<const T>(), F, O, F, chunks.rows);
+  const typename Product::Weight weight1(a.weight1.ptr<const T>(), E, F, E);
+  const typename Product::Weight weight2(a.weight2.ptr<const T>(), F, O, F);
 
   for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
     const int64_t begin = chunks.begin(chunk), tokens = chunks.size(chunk, N);

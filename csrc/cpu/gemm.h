@@ -10,11 +10,14 @@
 //
 // C is cut into blocks of block_rows x block_columns, and a thread that takes one computes all of it:
 //
-//     for a block of depth k:                          A[rows, k]: 132 KB as float32, stays in L2
+//     for a block of depth k:                          A[rows, k]: 66 KB, stays in L2
 //       for each panel of B[k, columns]:               32 KB, from L2 for the first tile, then from L1
 //         for each tile of A[rows, k]:                 3 KB, from L2
 //           sums += A B in registers (tile.h)
 //     epilogue(block, sums)
+//
+// Blocks are low for the sake of an A in place: where its rows are a multiple of 4 KB apart, as those of weights often
+// are, they share an eighth of the sets of L2, and more of them would push each other out.
 //
 // While a tile is computed, its share of the next panel and of the next block of A is prefetched into
 // L2: shared caches of servers are slow, and without this a quarter of the time goes to waiting for
@@ -34,12 +37,13 @@
 
 namespace pytransformer::PYTRANSFORMER_ISA {
 
-constexpr int64_t block_rows = 264;     // divisible by tile_rows: 4 and 6
+constexpr int64_t block_rows = 132;     // divisible by tile_rows: 4 and 6
 constexpr int64_t block_columns = 256;  // divisible by tile_width
-constexpr int64_t block_depth = 128;
+template <class Operand>
+constexpr int64_t block_depth = 128 * depth_step<Operand>;
 constexpr int64_t tile_width = tile_vecs * Vec::lanes;
 constexpr int64_t pack_share = 192;  // rows or columns packed by one task; divisible by tile_rows and tile_width
-static_assert(block_rows % tile_rows == 0 && block_columns % tile_width == 0 && block_depth % 2 == 0);
+static_assert(block_rows % tile_rows == 0 && block_columns % tile_width == 0);
 static_assert(tile_rows <= Vec::lanes, "packing by columns moves a row of a tile as one vector");
 
 // A matrix as an operand of a product. For A, `outer` counts the rows of the product, for B its columns;
@@ -213,12 +217,13 @@ inline void prefetch_share(const void* from, int64_t bytes, int64_t share, int64
 }
 
 // The extent of the block of depth that begins at k: as it is, and as it is padded.
-inline int64_t depth_of_block(int64_t K, int64_t k) {
-  return K - k < block_depth ? K - k : block_depth;
+template <class Operand>
+int64_t depth_of_block(int64_t K, int64_t k) {
+  return K - k < block_depth<Operand> ? K - k : block_depth<Operand>;
 }
 template <class Operand>
 int64_t padded_depth(int64_t K, int64_t k) {
-  return round_up(depth_of_block(K, k), depth_step<Operand>);
+  return round_up(depth_of_block<Operand>(K, k), depth_step<Operand>);
 }
 
 // A as the product reads it: element (row, k), or pair of k, of the tile that begins at `first` lies at
@@ -249,15 +254,10 @@ struct LeftView {
   }
 };
 
-// Whether A may be read where it lies, its rows along k and `stride` apart, for a product with `columns`
-// columns. Its type must be the tile's own, and hold whole pairs. L2 places memory by its address: rows a
-// multiple of 4 KB apart share so few of its sets that a block of them does not stay there, which is no
-// matter where hardly any columns want to read it again.
+// Whether A, its rows along k, may be read where it lies. Its type must be the tile's own, and hold whole pairs.
 template <class Operand, class T>
-bool may_stay(int64_t stride, int64_t K, int64_t columns) {
-  constexpr int64_t page = 4096 / int64_t(sizeof(T));
-  return sizeof(T) == sizeof(Operand) && K > 0 && K % depth_step<Operand> == 0 &&
-         (stride % page != 0 || columns <= 2 * tile_width);
+bool may_stay(int64_t K) {
+  return sizeof(T) == sizeof(Operand) && K > 0 && K % depth_step<Operand> == 0;
 }
 
 // A packed operand: [K in blocks of block_depth][outer in tiles][what a tile needs of the block].
@@ -271,10 +271,10 @@ class Packed {
         data_(outer_ * round_up(K, depth_step<Operand>)) {
     static_assert(pack_share % tile_rows == 0 && pack_share % tile_width == 0);
     const int64_t shares = ceil_div(outer, pack_share);
-    parallel_tasks(shares * ceil_div(K, block_depth), [&](int64_t task) {
-      const int64_t first = task % shares * pack_share, k = task / shares * block_depth;
+    parallel_tasks(shares * ceil_div(K, block_depth<Operand>), [&](int64_t task) {
+      const int64_t first = task % shares * pack_share, k = task / shares * block_depth<Operand>;
       const int64_t count = outer - first < pack_share ? outer - first : pack_share;
-      from.pack(from, first, count, k, depth_of_block(K, k), data_.get() + offset(first, k));
+      from.pack(from, first, count, k, depth_of_block<Operand>(K, k), data_.get() + offset(first, k));
     });
   }
 
@@ -293,7 +293,7 @@ class Packed {
   void store_depths(int64_t k, int64_t depths, int64_t first, int64_t count, const float* values) const {
     constexpr int step = depth_step<Operand>;
     for (int64_t i = 0; i < depths; i += step) {
-      const int64_t start = (k + i) / block_depth * block_depth;
+      const int64_t start = (k + i) / block_depth<Operand> * block_depth<Operand>;
       for (int64_t j = 0; j < count; j += Vec::lanes) {
         const int n = count - j < Vec::lanes ? int(count - j) : Vec::lanes;
         Operand* to = data_.get() + offset((first + j) / tile_width * tile_width, start) +
@@ -384,7 +384,7 @@ template <class Operand>
 void multiply_block(const LeftView<Operand>& left, const Packed<Operand>& right, const Block& block, int64_t k,
                     int64_t run, float* sums) {
   constexpr int step = depth_step<Operand>;
-  const int64_t padded = left.padded(k), next_k = k + block_depth;
+  const int64_t padded = left.padded(k), next_k = k + block_depth<Operand>;
   const int64_t row_stride = left.row_stride(k), depth_stride = left.depth_stride();
   const int64_t tiles = ceil_div(block.rows, tile_rows), panels = ceil_div(block.columns, tile_width);
   const int64_t panel_bytes = tile_width * padded * int64_t(sizeof(Operand));
@@ -441,17 +441,17 @@ struct RowProducts {
   static constexpr auto of = &multiply_rows<Operand, Vecs>;
 };
 
-// A whose rows lie along k, for products with `columns` columns: in place where that serves, else packed, whole for
-// all products or, where it is too large to be kept, a strip at a time for each.
+// A whose rows lie along k: in place where that serves, else packed, whole for all products or, where it is too large to
+// be kept, a strip at a time for each.
 template <class Operand, class T>
 class LeftRows {
  public:
-  LeftRows(const T* data, int64_t stride, int64_t rows, int64_t K, int64_t columns)
+  LeftRows(const T* data, int64_t stride, int64_t rows, int64_t K)
       : data_(data),
         stride_(stride),
         rows_(rows),
         K_(K),
-        stays_(may_stay<Operand, T>(stride, K, columns)),
+        stays_(may_stay<Operand, T>(K)),
         in_strips_(!stays_ && rows * K > most_packed),
         packed_(left<Operand>(data, stride), stays_ || in_strips_ ? 0 : rows, K) {}
 
@@ -467,7 +467,7 @@ class LeftRows {
 
  private:
   static constexpr int64_t most_packed = int64_t(8) << 20;  // elements
-  static constexpr int64_t strip_rows = 4 * block_rows;
+  static constexpr int64_t strip_rows = 8 * block_rows;
 
   LeftView<Operand> in_place() const { return {reinterpret_cast<const Operand*>(data_), K_, stride_, 0, false}; }
 
@@ -486,7 +486,7 @@ void gemm(int64_t M, int64_t N, const LeftView<Operand>& left, const Packed<Oper
   const BlockGrid grid(M, N, left.K, threads);
   // Of a few rows, other libraries take dot products, whose many partial sums are more accurate than
   // one long one. Reading the other operand takes most of the time there: short runs are to be had for nothing.
-  const int64_t run = M <= 16 || N <= 16 ? 32 : block_depth;
+  const int64_t run = M <= 16 || N <= 16 ? 32 : block_depth<Operand>;
   const Scratch<float> memory(threads * block_rows * block_columns);
 
   parallel_tasks(grid.blocks_down * grid.blocks_across, [&](int64_t task) {
@@ -500,7 +500,7 @@ void gemm(int64_t M, int64_t N, const LeftView<Operand>& left, const Packed<Oper
       int64_t k = 0;
       do {  // once even for K = 0, to clear the sums
         multiply_block(left, right, block, k, run, sums);
-        k += block_depth;
+        k += block_depth<Operand>;
       } while (k < left.K);
     }
     epilogue(block, sums);

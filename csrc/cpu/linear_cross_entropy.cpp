@@ -112,12 +112,13 @@ class CountedRows {
 class Parts {
  public:
   Parts(int64_t rows, int64_t E, int64_t V) : V_(V) {
+    constexpr int64_t whole = block_depth<bfloat16>;  // a multiple of every operand's
     int64_t count = part_sums / (rows * E > 0 ? rows * E : 1);
     for (const int64_t most : {most_parts, V / least_classes}) count = count < most ? count : most;
     if (count >= least_parts) {
-      classes_ = round_up(ceil_div(V, count), block_depth);
+      classes_ = round_up(ceil_div(V, count), whole);
       const int64_t blocks = ceil_div(classes_ * E, part_weights);
-      block_ = round_up(ceil_div(classes_, blocks), block_depth);
+      block_ = round_up(ceil_div(classes_, blocks), whole);
     }
   }
   int64_t count() const { return ceil_div(V_, classes_); }
@@ -233,7 +234,7 @@ void compute_block(const Problem<T>& p, const Chunk<T>& chunk, const Packed<oper
   const int64_t rows = chunk.rows;
   const BlockGrid grid(classes, rows, p.E, max_threads());  // as gemm has it
   const Scratch<Sums> pieces(grid.blocks_down * rows);
-  gemm(rows, LeftRows<Operand, T>(p.weight + begin * p.E, p.E, classes, p.E, rows), x,
+  gemm(rows, LeftRows<Operand, T>(p.weight + begin * p.E, p.E, classes, p.E), x,
        [&](const Block& block, float* values) {
          Sums* found = pieces.get() + block.row / grid.rows * rows + block.column;
          finish_logits(p, chunk, block, begin + block.row, values, found, sums + block.column);
@@ -380,7 +381,7 @@ struct ChunkGradients {
         if (p.grad.input) add_to_input(grad, begin, classes, part_input, first);
         first = false;
         if (!p.grad.weight) return;
-        gemm(p.E, LeftRows<Operand, T>(grad, chunk.stride, classes, rows, p.E), x,
+        gemm(p.E, LeftRows<Operand, T>(grad, chunk.stride, classes, rows), x,
              by_rows(grad_weight.add(begin, number)));
       });
     });
