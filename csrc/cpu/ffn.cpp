@@ -40,8 +40,9 @@ namespace {
 
 constexpr int lanes = Vec::lanes;
 
-// ---- Activations: value y and derivative dy.
+// ---- Activations: value y and derivative dy, to the precision of T.
 
+template <class T>
 struct Relu {
   static Vec value(Vec x) { return max(Vec::zero(), x); }  // in this order NaN passes through
   static void both(Vec x, Vec grad, Vec& y, Vec& dx) {
@@ -50,20 +51,22 @@ struct Relu {
   }
 };
 
+template <class T>
 struct Gelu {
-  static Vec value(Vec x) { return x * normal_distribution(x).cumulative; }
+  static Vec value(Vec x) { return x * normal_distribution<T>(x).cumulative; }
   static void both(Vec x, Vec grad, Vec& y, Vec& dx) {
-    const NormalDistribution normal = normal_distribution(x);
+    const NormalDistribution normal = normal_distribution<T>(x);
     y = x * normal.cumulative;
     dx = grad * fma(x, normal.density, normal.cumulative);
   }
 };
 
 // x (1 + tanh u) / 2 = x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3).
+template <class T>
 struct GeluTanh {
   static constexpr float linear = 1.5957691216057308f, cubic = 0.044715f * linear;
 
-  static Sigmoid gate(Vec x) { return sigmoid(x * fma(x * x, Vec::set1(cubic), Vec::set1(linear))); }
+  static Sigmoid gate(Vec x) { return sigmoid<T>(x * fma(x * x, Vec::set1(cubic), Vec::set1(linear))); }
   static Vec value(Vec x) { return x * gate(x).value; }
   static void both(Vec x, Vec grad, Vec& y, Vec& dx) {
     const Sigmoid s = gate(x);
@@ -73,42 +76,50 @@ struct GeluTanh {
   }
 };
 
+template <class T>
 struct Silu {
-  static Vec value(Vec x) { return x * sigmoid(x).value; }
+  static Vec value(Vec x) { return x * sigmoid<T>(x).value; }
   static void both(Vec x, Vec grad, Vec& y, Vec& dx) {
-    const Sigmoid s = sigmoid(x);
+    const Sigmoid s = sigmoid<T>(x);
     y = x * s.value;
     dx = grad * fma(y, s.complement, s.value);
   }
 };
 
 // body(kind), with the structure above that `activation` names.
-template <class Body>
+template <class T, class Body>
 inline void with_activation(Activation activation, const Body& body) {
   switch (activation) {
-    case Activation::relu: return body(Relu{});
-    case Activation::gelu: return body(Gelu{});
-    case Activation::gelu_tanh: return body(GeluTanh{});
-    case Activation::silu: return body(Silu{});
+    case Activation::relu: return body(Relu<T>{});
+    case Activation::gelu: return body(Gelu<T>{});
+    case Activation::gelu_tanh: return body(GeluTanh<T>{});
+    case Activation::silu: return body(Silu<T>{});
   }
 }
 
-// values = activation(values)
-void activate(Activation activation, float* values, int64_t count) {
-  with_activation(activation, [&](auto kind) {
-    for_vectors(count, [&](int64_t c, int n) { store(values + c, kind.value(load(values + c, n)), n); });
+// values = activation(values), for the rows of a strip
+template <class T>
+void activate(Activation activation, const Block& strip, float* values) {
+  with_activation<T>(activation, [&](auto kind) {
+    for (int64_t i = 0; i < strip.rows; ++i) {
+      float* row = values + i * block_columns;
+      for_vectors(strip.columns, [&](int64_t c, int n) { store(row + c, kind.value(load(row + c, n)), n); });
+    }
   });
 }
 
 // grad *= activation'(values); values = activation(values)
-void activate_backward(Activation activation, float* values, float* grad, int64_t count) {
-  with_activation(activation, [&](auto kind) {
-    for_vectors(count, [&](int64_t c, int n) {
-      Vec y, dx;
-      kind.both(load(values + c, n), load(grad + c, n), y, dx);
-      store(values + c, y, n);
-      store(grad + c, dx, n);
-    });
+template <class T>
+void activate_backward(Activation activation, const Block& strip, float* values, float* grad) {
+  with_activation<T>(activation, [&](auto kind) {
+    for (int64_t i = 0; i < strip.rows * block_columns; i += block_columns) {
+      for_vectors(strip.columns, [&](int64_t c, int n) {
+        Vec y, dx;
+        kind.both(load(values + i + c, n), load(grad + i + c, n), y, dx);
+        store(values + i + c, y, n);
+        store(grad + i + c, dx, n);
+      });
+    }
   });
 }
 
@@ -322,7 +333,7 @@ void forward(const FfnForward& a) {
         by_strips(block, sums, [&](const Block& strip, float* values) {
           bias1.add_to(strip, values);
           if (a.hidden) store_output(strip, values, a.hidden.ptr<T>() + begin * F, F);
-          for (int64_t i = 0; i < strip.rows; ++i) activate(a.activation, values + i * block_columns, strip.columns);
+          activate<T>(a.activation, strip, values);
           gate.multiply(strip, values);
           drop.apply(strip, values);
           activated.store_depths(strip.row, strip.rows, strip.column, strip.columns, values);
@@ -480,9 +491,9 @@ struct HiddenBackward {
       load_turned(a.hidden.ptr<const T>() + (begin + strip.column) * F + strip.row, F, strip.rows, strip.columns,
                   values);
       if (grad_gate.wanted()) copy_row(grad, strip.rows * block_columns, through_gate);
-      for (int64_t i = 0; i < strip.rows * block_columns; i += block_columns) {
-        activate_backward(a.activation, values + i, grad + i, strip.columns);
-        if (grad_gate.wanted()) multiply_row(through_gate + i, values + i, strip.columns);
+      activate_backward<T>(a.activation, strip, values, grad);
+      for (int64_t i = 0; grad_gate.wanted() && i < strip.rows * block_columns; i += block_columns) {
+        multiply_row(through_gate + i, values + i, strip.columns);
       }
       gate.multiply(strip, values);
       gate.multiply(strip, grad);

@@ -74,11 +74,22 @@ void pack_left_rows(const Factor<Operand>& from, int64_t outer, int64_t count, i
   }
 }
 
+#ifdef PYTRANSFORMER_BF16_DOT
+inline void store_pairs(Vec even, Vec odd, bfloat16* to) {
+  PairVec::zip(even, odd).store(to);
+}
+inline void store_pairs(const bfloat16* even, const bfloat16* odd, bfloat16* to) {
+  PairVec::zip(even, odd, Vec::lanes).store(to);
+}
+#endif
+
 // `n` elements of one k, or in the paired form of two, side by side. `more` says that k + 1 exists.
 template <class T, class Operand>
 inline __attribute__((always_inline)) void pack_step(const T* source, int64_t stride, bool more, int n, Operand* to) {
   if constexpr (depth_step<Operand> == 1) {
     store(to, load(source, n), n);
+  } else if (n == Vec::lanes) {
+    store_pairs(source, more ? source + stride : nullptr, to);
   } else {
     for (int i = 0; i < n; ++i) {
       to[2 * i] = source[i];
@@ -302,10 +313,8 @@ class Packed {
         if constexpr (step == 1) {
           even.store(to);
         } else {
-          Operand pairs[2][Vec::lanes];
-          even.store(pairs[0]);
-          (i + 1 < depths ? load(values + (i + 1) * block_columns + j, n) : Vec::zero()).store(pairs[1]);
-          for (int l = 0; l < Vec::lanes; ++l) to[2 * l] = pairs[0][l], to[2 * l + 1] = pairs[1][l];
+          const Vec odd = i + 1 < depths ? load(values + (i + 1) * block_columns + j, n) : Vec::zero();
+          store_pairs(even, odd, to);
         }
       }
     }

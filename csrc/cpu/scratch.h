@@ -56,7 +56,7 @@ class BufferPool {
   }
 
  private:
-  static constexpr int slots = 12;
+  static constexpr int slots = 32;
   static constexpr size_t most_kept = size_t(128) << 20;
   static constexpr std::align_val_t small_alignment{64}, huge_alignment{huge_page};
 

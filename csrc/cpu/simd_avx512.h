@@ -166,6 +166,11 @@ struct PairVec {
     };
     return {_mm512_or_si512(row(even), _mm512_slli_epi32(row(odd), 16))};
   }
+  // The same of values yet to be rounded.
+  static PairVec zip(Vec even, Vec odd) {
+    const auto wide = [](Vec x) { return _mm512_cvtepu16_epi32(round_to_bfloat16(x.v)); };
+    return {_mm512_or_si512(wide(even), _mm512_slli_epi32(wide(odd), 16))};
+  }
   // One pair for all lanes.
   static PairVec broadcast(const bfloat16* p) {
     int32_t pair;
