@@ -271,12 +271,12 @@ class Forward : Scoring {
         s.direct[r / tile_rows] |= 1u << (p - n) / panel;
         const Powers<Op> powers = {s.weights + place, score_stride, factor(rows.b), s.low + r,
                                    s.direct_sums + r * lanes};
-        return multiply_tile<Op>(query, tile, key, key_stride, last - first, depth, powers);
+        return multiply_tile(query, tile, key, key_stride, last - first, depth, powers);
       }
     }
     float *scores = s.scores + place, *maxima = s.maxima + r * lanes;
     const Result result = {scores, score_stride, false, whole ? maxima : nullptr};
-    multiply_tile<Op>(query, tile, key, key_stride, last - first, depth, result);
+    multiply_tile(query, tile, key, key_stride, last - first, depth, result);
     if (!whole) mask_tile({rows.b, rows.h, t, tile}, first, last, mapped, scores, maxima, s.addends);
     for (int64_t i = r; at_once && i < r + tile; ++i) {
       if (s.top[i] == negative_infinity) set_top(rows.b, i, highest(i, s), s);
@@ -409,7 +409,7 @@ class Forward : Scoring {
                                 a_.value.stride[2], columns, last - first, out, columns_stride);
         } else {
           const Op* value = packed.value + c * round_up(key_count, depth_step<Op>) + first * width;
-          multiply_tile<Op>(weights, tile, value, width * depth_step<Op>, width, last - first,
+          multiply_tile(weights, tile, value, width * depth_step<Op>, width, last - first,
                             Result{out, columns_stride, true});
         }
       }

@@ -154,8 +154,8 @@ inline __attribute__((always_inline)) void finish(Vec (&acc)[Rows][Vecs], const 
 template <class Op>
 constexpr int64_t longest_sum = depth_step<Op> == 1 ? 128 : std::numeric_limits<int64_t>::max();
 
-template <class Op, class Target, int Rows, int Vecs>
-void tile(const Left<Op>& a, const Op* b, int64_t b_stride, int64_t steps, const Target& target) {
+template <class Op, class B, class Target, int Rows, int Vecs>
+void tile(const Left<Op>& a, const B* b, int64_t b_stride, int64_t steps, const Target& target) {
   Vec acc[Rows][Vecs];
   clear(acc);
   if (steps <= longest_sum<Op>) {
@@ -176,17 +176,17 @@ void tile(const Left<Op>& a, const Op* b, int64_t b_stride, int64_t steps, const
   finish(acc, target);
 }
 
-template <class Op, class Target>
+template <class Op, class B, class Target>
 struct Tiles {
   template <int Rows, int Vecs>
-  static constexpr auto of = &tile<Op, Target, Rows, Vecs>;
+  static constexpr auto of = &tile<Op, B, Target, Rows, Vecs>;
 };
 
 // target = a[rows][depth] * one panel b of `columns`; rows <= tile_rows.
-template <class Op, class Target = Result>
-void multiply_tile(const Left<Op>& a, int64_t rows, const Op* b, int64_t b_stride, int64_t columns, int64_t depth,
+template <class Op, class B, class Target = Result>
+void multiply_tile(const Left<Op>& a, int64_t rows, const B* b, int64_t b_stride, int64_t columns, int64_t depth,
                    const Target& target) {
-  instance_for<Tiles<Op, Target>, tile_rows, tile_vecs>(rows, ceil_div(columns, lanes))(
+  instance_for<Tiles<Op, B, Target>, tile_rows, tile_vecs>(rows, ceil_div(columns, lanes))(
       a, b, b_stride, ceil_div(depth, depth_step<Op>), target);
 }
 
@@ -205,8 +205,8 @@ void multiply_rows(const Left<Op>& a, int64_t rows, const Op* b, int64_t packed_
       first = round_down(first, depth_step<Op>);
       if (first >= last) continue;
       const Op* left = a.data + r * a.row_stride + first / depth_step<Op> * a.depth_stride;
-      multiply_tile<Op>({left, a.row_stride, a.depth_stride}, tile, source + first * width, width * depth_step<Op>,
-                        width, last - first, {c + r * c_stride + begin, c_stride, true});
+      multiply_tile(Left<Op>{left, a.row_stride, a.depth_stride}, tile, source + first * width, width * depth_step<Op>,
+                        width, last - first, Result{c + r * c_stride + begin, c_stride, true});
     }
   }
 }
@@ -246,6 +246,16 @@ inline Vec load_operands(const bfloat16* p, int64_t count, bfloat16*) {
   std::memcpy(pairs, p, size_t(least(count, 2 * lanes)) * sizeof *p);
   return Vec::load(pairs);
 }
+
+// acc + a * b of what load_operands loaded; of pairs, both products.
+inline Vec multiply_operands(Vec a, Vec b, Vec acc, float*) {
+  return fma(a, b, acc);
+}
+#ifdef PYTRANSFORMER_BF16_DOT
+inline Vec multiply_operands(Vec a, Vec b, Vec acc, bfloat16*) {
+  return dot(PairVec::of_bits(a), PairVec::of_bits(b), acc);
+}
+#endif
 
 // One square of what follows: `rows` rows of `steps` operands or pairs of them, made of up to `count` elements.
 template <class Op, class T>

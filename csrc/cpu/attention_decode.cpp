@@ -1,9 +1,10 @@
 // Attention for few queries, as in decoding: one or a handful of queries against a long cache of keys.
 //
 // Nothing is packed: every key and value is read once, as it lies, and used by all rows that share its
-// head (query heads of a group, queries of a head) while it is in L1. The call is bound by that reading.
-// Scores are formed for as many keys at a time as there are lanes; values go through L1 in chunks, as the
-// panel of a tile.
+// head (query heads of a group, queries of a head) while it is in L1. The call is bound by that reading, which
+// is fastest from one address to the next: the hardware then looks ahead, and asking for keys only a little earlier
+// than it does is worth a third of the time, for many at once the opposite. Scores are formed for as many keys
+// at a time as there are lanes; a chunk of values is the panel of a tile, and of a next tile from L1.
 //
 // Keys and values in pages are read in place too, a stretch of rows at a time that lies in one page: as many keys as
 // there are lanes where the size of a page is a multiple of these, fewer where it is not.
@@ -25,10 +26,12 @@ constexpr int64_t value_chunk = 64;
 constexpr int64_t score_stride = split + lanes;
 
 // One thread's scratch.
+template <class Op>
 struct Part {
-  float* query;             // [rows][depth_stride]
+  Op* query;                // [rows][query_stride]
   float *scores, *addends;  // [rows][score_stride], [split]
-  float* value;             // a chunk of values, pack_rows
+  float* value;             // [value_chunk][lanes], the last part of a vector of values
+  float *sums, *totals;     // [tile_rows][columns_stride] of a chunk, [rows][columns_stride]
 };
 // What a task leaves: sum(2^(score - top) value), not normalised.
 struct Partial {
@@ -38,8 +41,12 @@ struct Partial {
 
 template <class T>
 class Decode : Scoring {
+  using Op = operand_t<T>;
+  static constexpr int64_t ahead = 32 / int64_t(sizeof(T));  // keys, from which on the next are asked for
+
  public:
-  explicit Decode(const AttentionForward& a) : Scoring(a), a_(a), rows_(group * query_count) {}
+  explicit Decode(const AttentionForward& a)
+      : Scoring(a), a_(a), rows_(group * query_count), query_stride_(round_up(depth, lanes * depth_step<Op>)) {}
 
   void run() {
     const int64_t splits = ceil_div(key_count, split), kv_tasks = batches * kv_heads;
@@ -48,7 +55,7 @@ class Decode : Scoring {
     const Scratch<char> partial_memory(kv_tasks * splits * partial_size);
     const auto partial = [&](int64_t i) { return carve_partial(partial_memory.get() + i * partial_size).first; };
     parallel_tasks(kv_tasks * splits, [&](int64_t task) {
-      const Part part = carve_part(part_memory.get() + thread_index() * part_size).first;
+      const Part<Op> part = carve_part(part_memory.get() + thread_index() * part_size).first;
       const int64_t head = task / splits, first = task % splits * split;
       attend(head / kv_heads, head % kv_heads, first, part, partial(task));
     });
@@ -60,13 +67,15 @@ class Decode : Scoring {
   }
 
  private:
-  std::pair<Part, int64_t> carve_part(char* base) const {
-    Part s;
+  std::pair<Part<Op>, int64_t> carve_part(char* base) const {
+    Part<Op> s;
     Carver carver(base);
-    carver.take(s.query, rows_ * depth_stride);
+    carver.take(s.query, rows_ * query_stride_);
     carver.take(s.scores, rows_ * score_stride);
     carver.take(s.addends, split);
-    carver.take(s.value, value_chunk * columns_stride);
+    carver.take(s.value, value_chunk * lanes);
+    carver.take(s.sums, tile_rows * columns_stride);
+    carver.take(s.totals, rows_ * columns_stride);
     return {s, carver.used()};
   }
 
@@ -93,14 +102,14 @@ class Decode : Scoring {
   int64_t page() const { return a_.key.shape[2]; }
 
   // Keys [first, first + split) of head (b, g), as far as some row sees them.
-  void attend(int64_t b, int64_t g, int64_t first, const Part& s, const Partial& result) const {
+  void attend(int64_t b, int64_t g, int64_t first, const Part<Op>& s, const Partial& result) const {
     for (int64_t i = 0; i < rows_ * columns_stride; ++i) result.out[i] = 0;
     for (int64_t r = 0; r < rows_; ++r) {
       result.top[r] = negative_infinity;
       result.sum[r] = 0;
       const int64_t features = query_of(r) < queries_in(b) ? depth : 0;  // others than the sequence's are zeros
       copy_rows(query_row<const T>(a_.query, b, head_of(g, r), query_of(r)), 0, 1, features, nullptr,
-                s.query + r * depth_stride, depth_stride);
+                s.query + r * query_stride_, query_stride_);
     }
     const Keys& keys = visibility_.keys(b);
     const int64_t begin = most(first, visibility_.lower(keys, 0));
@@ -117,7 +126,8 @@ class Decode : Scoring {
   }
 
   // scores[r][i] = query r . key i, for up to `lanes` keys.
-  void score(const T* key, int64_t count, float* scores, const Part& s) const {
+  void score(const T* key, int64_t count, float* scores, const Part<Op>& s) const {
+    for (int64_t i = 0; i < count; ++i) prefetch_row(key + (ahead + i) * a_.key.stride[2], depth);
     if constexpr (sizeof(T) == sizeof(float)) {
       score_in_order(key, count, scores, s);
     } else {
@@ -125,27 +135,27 @@ class Decode : Scoring {
     }
   }
 
-  // Lane by lane along the features, then across the lanes.
-  void score_by_lanes(const T* key, int64_t count, float* scores, const Part& s) const {
+  // Lane by lane along the features, or pairs of them, then across the lanes.
+  void score_by_lanes(const T* key, int64_t count, float* scores, const Part<Op>& s) const {
+    constexpr int64_t step = lanes * depth_step<Op>;
+    constexpr Op* kind = nullptr;
     for (int64_t r = 0; r < rows_; ++r) {
-      Vec square[lanes];
-      for (Vec& sums : square) sums = Vec::zero();
-      for (int64_t j = 0; j < depth; j += lanes) {
-        const Vec query = Vec::load(s.query + r * depth_stride + j);
-#pragma GCC unroll 16
-        for (int i = 0; i < lanes; ++i) square[i] = fma(query, load_key(key, count, i, j), square[i]);
+      Vec sums[lanes];
+      for (int i = 0; i < lanes; ++i) {
+        const T* features = key_of(key, count, i);
+        sums[i] = Vec::zero();
+        for (int64_t j = 0; j < depth; j += step) {
+          const Vec query = load_operands(s.query + r * query_stride_ + j, step, kind);
+          sums[i] = multiply_operands(query, load_operands(features + j, depth - j, kind), sums[i], kind);
+        }
       }
-      transpose(square);
-      for (int i = lanes / 2; i > 0; i /= 2) {
-        for (int k = 0; k < i; ++k) square[k] = square[k] + square[k + i];
-      }
-      square[0].store(scores + r * score_stride);
+      sums_of_lanes(sums).store(scores + r * score_stride);
     }
   }
 
   // Feature by feature in short sums, keys in lanes: the order, and so the bits, in which the backward forms its scores.
   // Any other would make its probabilities, exp(score - lse), relatively wrong by the rounding of a score.
-  void score_in_order(const T* key, int64_t count, float* scores, const Part& s) const {
+  void score_in_order(const T* key, int64_t count, float* scores, const Part<Op>& s) const {
     for (int64_t r = 0; r < rows_; ++r) Vec::zero().store(scores + r * score_stride);
     for (int64_t j = 0; j < depth; j += short_sum) {
       const int64_t features = least(short_sum, depth - j);
@@ -153,13 +163,13 @@ class Decode : Scoring {
       for (int64_t f = 0; f < features; f += lanes) {
         Vec square[lanes];
 #pragma GCC unroll 16
-        for (int i = 0; i < lanes; ++i) square[i] = load_key(key, count, i, j + f);
+        for (int i = 0; i < lanes; ++i) square[i] = load_some(key_of(key, count, i) + j + f, depth - j - f);
         transpose(square);
 #pragma GCC unroll 16
         for (int i = 0; i < lanes; ++i) columns_of_keys[f + i] = square[i];
       }
       for (int64_t r = 0; r < rows_; ++r) {
-        const float* query = s.query + r * depth_stride + j;
+        const float* query = s.query + r * query_stride_ + j;
         Vec sum = Vec::zero();
         for (int64_t i = 0; i < features; ++i) sum = fma(Vec::set1(query[i]), columns_of_keys[i], sum);
         (Vec::load(scores + r * score_stride) + sum).store(scores + r * score_stride);
@@ -167,15 +177,13 @@ class Decode : Scoring {
     }
   }
 
-  // Features [j, j + lanes) of key i of `count`; beyond them, of the last.
-  Vec load_key(const T* key, int64_t count, int64_t i, int64_t j) const {
-    const T* row = key + least(i, count - 1) * a_.key.stride[2] + j;
-    __builtin_prefetch(row + 2 * lanes * a_.key.stride[2]);
-    return load_some(row, depth - j);
+  // Key i of `count`; beyond them, the last.
+  const T* key_of(const T* key, int64_t count, int64_t i) const {
+    return key + least(i, count - 1) * a_.key.stride[2];
   }
 
   // Scores of row r to weights, their maximum and sum.
-  void weigh(int64_t b, int64_t g, int64_t r, int64_t begin, int64_t end, const Part& s, const Partial& result) const {
+  void weigh(int64_t b, int64_t g, int64_t r, int64_t begin, int64_t end, const Part<Op>& s, const Partial& result) const {
     const Keys& keys = visibility_.keys(b);
     const int64_t t = query_of(r), low = visibility_.lower(keys, t) - begin;
     const int64_t high = least(visibility_.upper(keys, t), end) - begin;
@@ -198,9 +206,8 @@ class Decode : Scoring {
   }
 
   // out += weights * value for keys [n, n + count).
-  void add_values(int64_t b, int64_t g, int64_t n, int64_t count, const float* weights, const Part& s,
+  void add_values(int64_t b, int64_t g, int64_t n, int64_t count, const float* weights, const Part<Op>& s,
                   const Partial& result) const {
-    const Keys& keys = visibility_.keys(b);
     const int64_t stride = a_.value.stride[2];
     const auto each_stretch = [&](const auto& body) {
       for (int64_t i = 0, some; i < count; i += some) {
@@ -208,21 +215,43 @@ class Decode : Scoring {
         body(i, some, row_at(a_.value, b, g, n + i));
       }
     };
-    bool flagged = false;
-    each_stretch([&](int64_t i, int64_t some, const T* value) {
-      const uint8_t* keep = keys.keep != nullptr ? keys.keep + n + i : nullptr;
-      flagged |= pack_rows(value, stride, i, some, value_chunk, columns, keep, s.value);
-    });
-    if (flagged) {
+    Vec check = Vec::zero();  // 0 * x is NaN for a NaN or an infinity, and 0 for all others
+    for (int64_t r = 0; r < rows_; r += tile_rows) {
+      const int64_t rows = least(tile_rows, rows_ - r);
       each_stretch([&](int64_t i, int64_t some, const T* value) {
-        const Left<float> left = {weights + i, score_stride, 1};
-        multiply_rows_nonzero(left, rows_, value, stride, columns, some, result.out, columns_stride);
+        const Left<float> left = {weights + r * score_stride + i, score_stride, 1};
+        multiply_values(left, rows, value, some, s, Result{s.sums, columns_stride, i > 0});
       });
-    } else {
-      const Left<float> left = {weights, score_stride, 1};
-      const auto all = [&](int64_t, int64_t) { return std::make_pair(int64_t(0), count); };
-      multiply_rows<float>(left, rows_, s.value, value_chunk, 0, columns, all, result.out, columns_stride);
+      for (int64_t i = 0; i < rows * columns_stride; i += lanes) {
+        const Vec sum = Vec::load(s.sums + i);
+        check = fma(sum, Vec::zero(), check);
+        float* out = result.out + r * columns_stride + i;
+        (Vec::load(out) + sum).store(s.totals + r * columns_stride + i);
+      }
     }
+    if (check.sum() == 0) {
+      std::memcpy(result.out, s.totals, size_t(rows_ * columns_stride) * sizeof(float));
+      return;
+    }
+    each_stretch([&](int64_t i, int64_t some, const T* value) {  // of what is not finite, some may lie behind a mask
+      const Left<float> left = {weights + i, score_stride, 1};
+      multiply_rows_nonzero(left, rows_, value, stride, columns, some, result.out, columns_stride);
+    });
+  }
+
+  // target = weights * value for `count` rows of the latter, which are read as they lie, but for a last part of a vector.
+  void multiply_values(const Left<float>& weights, int64_t rows, const T* value, int64_t count, const Part<Op>& s,
+                       const Result& target) const {
+    const int64_t stride = a_.value.stride[2], whole = round_down(columns, lanes);
+    for (int64_t c = 0; c < whole; c += panel) {
+      multiply_tile(weights, rows, value + c, stride, least(panel, whole - c), count,
+                    Result{target.c + c, target.stride, target.add});
+    }
+    if (whole == columns) return;
+    for (int64_t i = 0; i < count; ++i) {
+      load_some(value + i * stride + whole, columns - whole).store(s.value + i * lanes);
+    }
+    multiply_tile(weights, rows, s.value, lanes, lanes, count, Result{target.c + whole, target.stride, target.add});
   }
 
   void combine(int64_t b, const Partial& total, const Partial& part) const {
@@ -246,7 +275,7 @@ class Decode : Scoring {
   }
 
   const AttentionForward& a_;
-  const int64_t rows_;
+  const int64_t rows_, query_stride_;
 };
 
 }  // namespace

@@ -68,21 +68,6 @@ class NarrowRight {
   int64_t K_;
 };
 
-// Lane i is the sum of the lanes of v[i]. Interleaving two vectors and adding the halves leaves one vector of both:
-// half the shuffles of adding up each by itself. `v` is overwritten.
-inline __attribute__((always_inline)) Vec sums_of_lanes(Vec (&v)[Vec::lanes]) {
-#pragma GCC unroll 4
-  for (int half = Vec::lanes / 2; half > 0; half /= 2) {
-#pragma GCC unroll 8
-    for (int i = 0; i < half; ++i) {
-      Vec low, high;
-      interleave(v[i], v[i + half], low, high);
-      v[i] = low + high;
-    }
-  }
-  return v[0];
-}
-
 // sums[i][j] (+)= the sum of the lanes of acc[i][j]
 template <int Rows, int Columns>
 inline __attribute__((always_inline)) void add_lanes(const Vec (&acc)[Rows][Columns], float* sums, bool add) {

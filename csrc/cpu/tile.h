@@ -54,10 +54,11 @@ inline __attribute__((always_inline)) void clear(Vec (&acc)[Rows][Vecs]) {
     for (Vec& v : row) v = Vec::zero();
 }
 
-// `steps` counts depth_step's; b_stride is the distance between the packed rows of B, in operands.
-template <int Rows, int Vecs>
+// `steps` counts depth_step's; b_stride is the distance between the packed rows of B, in operands. With A of float32, B
+// may be of any storage type, widened as it is read.
+template <int Rows, int Vecs, class T>
 inline __attribute__((always_inline)) void multiply_add(const float* a, int64_t row_stride, int64_t depth_stride,
-                                                        const float* b, int64_t b_stride, int64_t steps,
+                                                        const T* b, int64_t b_stride, int64_t steps,
                                                         Vec (&acc)[Rows][Vecs]) {
   for (int64_t k = 0; k < steps; ++k) {
     Vec row[Vecs];
@@ -122,6 +123,21 @@ inline __attribute__((always_inline)) void transpose(Vec (&square)[Vec::lanes]) 
 #pragma GCC unroll 16
     for (int i = 0; i < Vec::lanes; ++i) square[i] = next[i];
   }
+}
+
+// Lane i is the sum of the lanes of v[i]. Interleaving two vectors and adding the halves leaves one vector of both:
+// half the shuffles of adding up each by itself. `v` is overwritten.
+inline __attribute__((always_inline)) Vec sums_of_lanes(Vec (&v)[Vec::lanes]) {
+#pragma GCC unroll 4
+  for (int half = Vec::lanes / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) {
+      Vec low, high;
+      interleave(v[i], v[i + half], low, high);
+      v[i] = low + high;
+    }
+  }
+  return v[0];
 }
 
 }  // namespace pytransformer::PYTRANSFORMER_ISA
