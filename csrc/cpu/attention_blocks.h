@@ -235,28 +235,6 @@ inline bool kept(const uint8_t* keep, int64_t row) {
   return keep == nullptr || keep[row] != 0;
 }
 
-// `lanes` operands, or pairs of them, from up to `count` elements; the others are 0.
-template <class T>
-Vec load_operands(const T* p, int64_t count, float*) {
-  return load_some(p, count);
-}
-inline Vec load_operands(const bfloat16* p, int64_t count, bfloat16*) {
-  if (count >= 2 * lanes) return Vec::load(reinterpret_cast<const float*>(p));
-  float pairs[lanes] = {};
-  std::memcpy(pairs, p, size_t(least(count, 2 * lanes)) * sizeof *p);
-  return Vec::load(pairs);
-}
-
-// acc + a * b of what load_operands loaded; of pairs, both products.
-inline Vec multiply_operands(Vec a, Vec b, Vec acc, float*) {
-  return fma(a, b, acc);
-}
-#ifdef PYTRANSFORMER_BF16_DOT
-inline Vec multiply_operands(Vec a, Vec b, Vec acc, bfloat16*) {
-  return dot(PairVec::of_bits(a), PairVec::of_bits(b), acc);
-}
-#endif
-
 // One square of what follows: `rows` rows of `steps` operands or pairs of them, made of up to `count` elements.
 template <class Op, class T>
 void pack_square(const T* source, int64_t stride, int64_t rows, int64_t count, int64_t steps, const uint8_t* keep,

@@ -266,7 +266,7 @@ struct FewTokens {
     Weight(const T* data, int64_t stride, int64_t features, int64_t)
         : data(data), stride(stride), features(features) {}
   };
-  using Right = NarrowRight;
+  using Right = NarrowRight<operand_t<T>>;
 
   static Right right(const T* rows, int64_t tokens, int64_t K) { return {rows, K, tokens, K}; }
   template <class Epilogue>

@@ -2,8 +2,8 @@
 //
 // gemm.h puts columns in lanes, which a decoding step has too few of, and where the type of A is not the tile's it
 // packs all of A, which then costs far more than the product. Here k lies in lanes: a vector of A is read once,
-// where it lies, widened in registers, and multiplied with as many vectors of B as there are columns. B is kept as
-// float32 with its columns along k; a block of depth of it stays in L1 while rows of A pass by:
+// where it lies, widened in registers unless it is operands already, and multiplied with as many vectors of B as there
+// are columns. B is kept as operands with its columns along k; a block of depth of it stays in L1 while rows of A pass by:
 //
 //     for narrow_share rows of A:                     a task
 //       for a block of depth:                         A[rows, depth]: from memory, once, then from L2
@@ -26,7 +26,10 @@
 namespace pytransformer::PYTRANSFORMER_ISA {
 
 constexpr int narrow_rows = 3, narrow_columns = tile_vecs == 4 ? 8 : 3;  // accumulators that fit in the registers
-constexpr int64_t narrow_depth = 64 * Vec::lanes;  // a lane adds up 64 products; B for the columns of a tile is 32 KB
+template <class Operand>
+constexpr int64_t narrow_vector = Vec::lanes * depth_step<Operand>;  // how many k a vector holds
+template <class Operand>
+constexpr int64_t narrow_depth = 64 * narrow_vector<Operand>;  // of 64 vectors; B for the columns of a tile is 32 KB
 constexpr int64_t narrow_share = 48;               // rows of A for a task; divisible by narrow_rows and by lanes
 static_assert(narrow_share % narrow_rows == 0 && narrow_share % Vec::lanes == 0);
 
@@ -34,13 +37,20 @@ static_assert(narrow_share % narrow_rows == 0 && narrow_share % Vec::lanes == 0)
 template <class T>
 constexpr int64_t few_columns = sizeof(T) == sizeof(operand_t<T>) ? 16 : 48;
 
-// B as the tiles read it: [columns in groups of narrow_columns][vectors of k][narrow_columns][lanes], with zeros
-// beyond K.
+// B as the tiles read it: [columns in groups of narrow_columns][vectors of k][narrow_columns][narrow_vector], with
+// zeros beyond K.
+template <class Operand>
 class NarrowRight {
+  static constexpr int64_t vector = narrow_vector<Operand>;
+
  public:
   // Yet to be written, by store_depths.
   NarrowRight(int64_t columns, int64_t K)
-      : depth_(round_up(K, Vec::lanes)), data_(round_up(columns, narrow_columns) * depth_), K_(K) {}
+      : depth_(round_up(K, vector)), data_(round_up(columns, narrow_columns) * depth_), K_(K) {
+    for (int64_t j = 0; j < columns && K < depth_; ++j) {
+      for (int64_t k = depth_ - vector; k < depth_; k += Vec::lanes) Vec::zero().store(at(j, k));
+    }
+  }
 
   // B = rows^T: row j of the matrix in memory is column j.
   template <class T>
@@ -56,15 +66,15 @@ class NarrowRight {
   }
 
   int64_t K() const { return K_; }
-  // Where the vector of a column lies that begins at k.
-  float* at(int64_t column, int64_t k) const {
-    return data_.get() + column / narrow_columns * narrow_columns * depth_ + k * narrow_columns +
-           column % narrow_columns * Vec::lanes;
+  // Where element k of a column lies.
+  Operand* at(int64_t column, int64_t k) const {
+    return data_.get() + column / narrow_columns * narrow_columns * depth_ + k / vector * vector * narrow_columns +
+           column % narrow_columns * vector + k % vector;
   }
 
  private:
   int64_t depth_;
-  Scratch<float> data_;
+  Scratch<Operand> data_;
   int64_t K_;
 };
 
@@ -99,41 +109,44 @@ inline __attribute__((always_inline)) void keep_in_register(Vec& x) {
 }
 
 // sums[i][j] (+)= the product of row i of A and column j of B over `depth` values of k.
-template <class T, int Rows, int Columns>
-__attribute__((noinline)) void narrow_product(const T* a, int64_t a_stride, const float* b, int64_t depth, float* sums,
-                                              bool add) {
+template <class T, class Operand, int Rows, int Columns>
+__attribute__((noinline)) void narrow_product(const T* a, int64_t a_stride, const Operand* b, int64_t depth,
+                                              float* sums, bool add) {
+  constexpr int64_t vector = narrow_vector<Operand>;
+  constexpr Operand* kind = nullptr;
   Vec acc[Rows][Columns];
   clear(acc);
-  const auto step = [&](int64_t k, int n) __attribute__((always_inline)) {
+  const auto step = [&](int64_t k, int64_t n) __attribute__((always_inline)) {
     Vec row[Rows];
 #pragma GCC unroll 3
-    for (int i = 0; i < Rows; ++i) row[i] = load(a + i * a_stride + k, n);
+    for (int i = 0; i < Rows; ++i) row[i] = load_operands(a + i * a_stride + k, n, kind);
 #pragma GCC unroll 8
     for (int j = 0; j < Columns; ++j) {
-      Vec x = Vec::load(b + k * narrow_columns + j * Vec::lanes);
+      Vec x = load_operands(b + k * narrow_columns + j * vector, vector, kind);
       keep_in_register(x);
 #pragma GCC unroll 3
-      for (int i = 0; i < Rows; ++i) acc[i][j] = fma(row[i], x, acc[i][j]);
+      for (int i = 0; i < Rows; ++i) acc[i][j] = multiply_operands(row[i], x, acc[i][j], kind);
     }
   };
   int64_t k = 0;
-  for (; k + Vec::lanes <= depth; k += Vec::lanes) {
+  for (; k + vector <= depth; k += vector) {
     for (int i = 0; i < Rows; ++i) __builtin_prefetch(a + (Rows + i) * a_stride + k);
-    step(k, Vec::lanes);
+    step(k, vector);
   }
-  if (k < depth) step(k, int(depth - k));
+  if (k < depth) step(k, depth - k);
   add_lanes(acc, sums, add);
 }
 
-template <class T>
+template <class T, class Operand>
 struct NarrowProducts {
   template <int Rows, int Columns>
-  static constexpr auto of = &narrow_product<T, Rows, Columns>;
+  static constexpr auto of = &narrow_product<T, Operand, Rows, Columns>;
 };
 
 // epilogue(block, sums) as gemm has it, for A [M,K] in memory with its rows `stride` apart; N <= block_columns.
-template <class T, class Epilogue>
-void narrow_gemm(int64_t M, int64_t N, const T* a, int64_t stride, const NarrowRight& right, const Epilogue& epilogue) {
+template <class T, class Operand, class Epilogue>
+void narrow_gemm(int64_t M, int64_t N, const T* a, int64_t stride, const NarrowRight<Operand>& right,
+                 const Epilogue& epilogue) {
   if (M <= 0 || N <= 0) return;
   const int64_t K = right.K();
   const bool worth_sharing = double(M) * double(N) * double(K) > 1e6;
@@ -145,14 +158,14 @@ void narrow_gemm(int64_t M, int64_t N, const T* a, int64_t stride, const NarrowR
     const int64_t first = task * share, rows = M - first < share ? M - first : share;
     int64_t k = 0;
     do {  // once even for K = 0, to clear the sums
-      const int64_t now = K - k < narrow_depth ? K - k : narrow_depth;
+      const int64_t now = K - k < narrow_depth<Operand> ? K - k : narrow_depth<Operand>;
       for (int64_t j = 0; j < N; j += narrow_columns) {
         for (int64_t i = 0; i < rows; i += narrow_rows) {
-          const auto product = instance_for<NarrowProducts<T>, narrow_rows, narrow_columns>(rows - i, N - j);
+          const auto product = instance_for<NarrowProducts<T, Operand>, narrow_rows, narrow_columns>(rows - i, N - j);
           product(a + (first + i) * stride + k, stride, right.at(j, k), now, sums + i * block_columns + j, k > 0);
         }
       }
-      k += narrow_depth;
+      k += narrow_depth<Operand>;
     } while (k < K);
     epilogue(Block{first, 0, rows, N}, sums);
   });

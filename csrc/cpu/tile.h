@@ -92,6 +92,29 @@ inline __attribute__((always_inline)) void multiply_add(const bfloat16* a, int64
 }
 #endif
 
+// ---- Operands, or pairs of them, in lanes
+
+// A vector of them from up to `count` elements; the others are 0.
+template <class T>
+inline __attribute__((always_inline)) Vec load_operands(const T* p, int64_t count, float*) {
+  return count >= Vec::lanes ? Vec::load(p) : Vec::load(p, int(count));
+}
+// acc + a * b; of pairs, both products.
+inline Vec multiply_operands(Vec a, Vec b, Vec acc, float*) {
+  return fma(a, b, acc);
+}
+#ifdef PYTRANSFORMER_BF16_DOT
+inline __attribute__((always_inline)) Vec load_operands(const bfloat16* p, int64_t count, bfloat16*) {
+  if (count >= 2 * Vec::lanes) return Vec::load(reinterpret_cast<const float*>(p));
+  float pairs[Vec::lanes] = {};
+  __builtin_memcpy(pairs, p, size_t(count) * sizeof *p);
+  return Vec::load(pairs);
+}
+inline Vec multiply_operands(Vec a, Vec b, Vec acc, bfloat16*) {
+  return dot(PairVec::of_bits(a), PairVec::of_bits(b), acc);
+}
+#endif
+
 // low, high = the lanes of a and b taken alternately: a0 b0 a1 b1 ...
 inline __attribute__((always_inline)) void interleave(Vec a, Vec b, Vec& low, Vec& high) {
 #if defined(__AVX512F__)
