@@ -18,10 +18,10 @@
 // Weights at once. Stores are what a tile of bfloat16 pairs waits for (a store of 64 bytes takes two cycles of a Zen 4,
 // 24 of them 6% of a tile's time), and scores are stored only because a maximum is wanted before the exponential. But
 // the maximum need not be the true one. Weights relative to a lower one are larger, by a power of two that float32 and
-// bfloat16 bear without loss, and the division by their sum takes it out again. So, where weights are rounded to 16 bits
-// anyway, the first panel that a row sees gives its maximum, and from then on a tile without masks turns its sums into
-// weights while they are in registers. If a sum of weights shows that a score was too high, by 2^8, the tile's weights of
-// this block of keys are formed again, by way of scores.
+// bfloat16 bear without loss, and the division by their sum takes it out again. So, where weights are rounded to 16
+// bits anyway, the first panel that a row sees gives its maximum, and from then on a tile without masks turns its sums
+// into weights while they are in registers. If a sum of weights shows that a score was too high, by 2^8, the tile's
+// weights of this block of keys are formed again, by way of scores.
 //
 // Masks. Band, key_lengths and key-padding masks become a range of keys a query; a micro-tile computes
 // only vectors inside the range of its rows, so time follows the visible area. Other masks and biases
@@ -85,7 +85,7 @@ template <class T>
 class Forward : Scoring {
   using Op = operand_t<T>;
   static constexpr bool in_place = sizeof(Op) == sizeof(float);
-  static constexpr bool at_once = !in_place;              // weights at once, where a tile is fit for it
+  static constexpr bool at_once = !in_place;                // weights at once, where a tile is fit for it
   static constexpr float headroom = at_once ? 8.0f : 0.0f;  // how far, in powers of two, weights may exceed 1
   static constexpr int64_t value_chunk = least(key_block, value_bytes / int64_t(panel * sizeof(Op)));
   static_assert(value_chunk % key_chunk == 0 && key_block % value_chunk == 0);
@@ -410,7 +410,7 @@ class Forward : Scoring {
         } else {
           const Op* value = packed.value + c * round_up(key_count, depth_step<Op>) + first * width;
           multiply_tile(weights, tile, value, width * depth_step<Op>, width, last - first,
-                            Result{out, columns_stride, true});
+                        Result{out, columns_stride, true});
         }
       }
     }

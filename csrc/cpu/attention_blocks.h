@@ -206,7 +206,7 @@ void multiply_rows(const Left<Op>& a, int64_t rows, const Op* b, int64_t packed_
       if (first >= last) continue;
       const Op* left = a.data + r * a.row_stride + first / depth_step<Op> * a.depth_stride;
       multiply_tile(Left<Op>{left, a.row_stride, a.depth_stride}, tile, source + first * width, width * depth_step<Op>,
-                        width, last - first, Result{c + r * c_stride + begin, c_stride, true});
+                    width, last - first, Result{c + r * c_stride + begin, c_stride, true});
     }
   }
 }
@@ -304,8 +304,8 @@ inline bool pack_rows(const bfloat16* source, int64_t stride, int64_t first, int
       const auto row = [&](int64_t i) { return i < rows && kept(keep, i) ? source + i * stride + c : nullptr; };
       const bfloat16 *even = row(r), *odd = row(r + 1);
       for (int64_t j = 0; j < width; j += lanes) {
-        const PairVec pairs = PairVec::zip(even ? even + j : nullptr, odd ? odd + j : nullptr,
-                                           int(least(lanes, columns - c - j)));
+        const PairVec pairs =
+            PairVec::zip(even ? even + j : nullptr, odd ? odd + j : nullptr, int(least(lanes, columns - c - j)));
         pairs.store(out + r * width + 2 * j);
         magnitudes.see(pairs);
       }

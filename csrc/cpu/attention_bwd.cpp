@@ -304,7 +304,7 @@ class Backward : Scoring {
       for (int64_t k = 0; k < depth; k += run) {
         const Result result = {c + first, query_block, k > 0};
         multiply_tile(Left<Op>{a + k, a_stride, step}, rows, b + k * width, width * step, last - first,
-                          least(run, depth - k), result);
+                      least(run, depth - k), result);
       }
     }
   }

@@ -153,8 +153,8 @@ class Decode : Scoring {
     }
   }
 
-  // Feature by feature in short sums, keys in lanes: the order, and so the bits, in which the backward forms its scores.
-  // Any other would make its probabilities, exp(score - lse), relatively wrong by the rounding of a score.
+  // Feature by feature in short sums, keys in lanes: the order, and so the bits, in which the backward forms its
+  // scores. Any other would make its probabilities, exp(score - lse), relatively wrong by the rounding of a score.
   void score_in_order(const T* key, int64_t count, float* scores, const Part<Op>& s) const {
     for (int64_t r = 0; r < rows_; ++r) Vec::zero().store(scores + r * score_stride);
     for (int64_t j = 0; j < depth; j += short_sum) {
@@ -178,12 +178,11 @@ class Decode : Scoring {
   }
 
   // Key i of `count`; beyond them, the last.
-  const T* key_of(const T* key, int64_t count, int64_t i) const {
-    return key + least(i, count - 1) * a_.key.stride[2];
-  }
+  const T* key_of(const T* key, int64_t count, int64_t i) const { return key + least(i, count - 1) * a_.key.stride[2]; }
 
   // Scores of row r to weights, their maximum and sum.
-  void weigh(int64_t b, int64_t g, int64_t r, int64_t begin, int64_t end, const Part<Op>& s, const Partial& result) const {
+  void weigh(int64_t b, int64_t g, int64_t r, int64_t begin, int64_t end, const Part<Op>& s,
+             const Partial& result) const {
     const Keys& keys = visibility_.keys(b);
     const int64_t t = query_of(r), low = visibility_.lower(keys, t) - begin;
     const int64_t high = least(visibility_.upper(keys, t), end) - begin;
@@ -239,7 +238,8 @@ class Decode : Scoring {
     });
   }
 
-  // target = weights * value for `count` rows of the latter, which are read as they lie, but for a last part of a vector.
+  // target = weights * value for `count` rows of the latter, which are read as they lie, but for a last part of a
+  // vector.
   void multiply_values(const Left<float>& weights, int64_t rows, const T* value, int64_t count, const Part<Op>& s,
                        const Result& target) const {
     const int64_t stride = a_.value.stride[2], whole = round_down(columns, lanes);

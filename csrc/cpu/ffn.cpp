@@ -263,8 +263,7 @@ struct FewTokens {
   struct Weight {
     const T* data;
     int64_t stride, features;
-    Weight(const T* data, int64_t stride, int64_t features, int64_t)
-        : data(data), stride(stride), features(features) {}
+    Weight(const T* data, int64_t stride, int64_t features, int64_t) : data(data), stride(stride), features(features) {}
   };
   using Right = NarrowRight<operand_t<T>>;
 

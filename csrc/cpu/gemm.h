@@ -21,7 +21,8 @@
 //
 // While a tile is computed, its share of the next panel and of the next block of A is prefetched into
 // L2: shared caches of servers are slow, and without this a quarter of the time goes to waiting for
-// them. Where there are too few blocks for the threads they are made narrower, then lower.
+// them; weights come from memory itself. Where there are too few blocks for the threads they are made narrower, then
+// lower.
 //
 // The sum over k is formed in float32, block by block: first within a block of depth, then over blocks.
 // It does not depend on which thread computes it, nor on how many there are, so equal inputs give equal
@@ -388,16 +389,18 @@ struct Block {
 };
 
 // sums (+)= A B over the block of depth that begins at k. A tile runs over at most `run` of it before it
-// adds to the sums.
+// adds to the sums. `next` is the block that this thread will take up next, or has no rows.
 template <class Operand>
-void multiply_block(const LeftView<Operand>& left, const Packed<Operand>& right, const Block& block, int64_t k,
-                    int64_t run, float* sums) {
+void multiply_block(const LeftView<Operand>& left, const Packed<Operand>& right, const Block& block, const Block& next,
+                    int64_t k, int64_t run, float* sums) {
   constexpr int step = depth_step<Operand>;
-  const int64_t padded = left.padded(k), next_k = k + block_depth<Operand>;
+  const int64_t padded = left.padded(k);
   const int64_t row_stride = left.row_stride(k), depth_stride = left.depth_stride();
   const int64_t tiles = ceil_div(block.rows, tile_rows), panels = ceil_div(block.columns, tile_width);
   const int64_t panel_bytes = tile_width * padded * int64_t(sizeof(Operand));
-  const bool last_k = next_k >= left.K;
+  const bool last_k = k + block_depth<Operand> >= left.K;
+  const Block& after = last_k ? next : block;
+  const int64_t after_k = last_k ? 0 : k + block_depth<Operand>;
 
   for (int64_t panel = 0; panel < panels; ++panel) {
     const int64_t j = panel * tile_width;
@@ -405,12 +408,12 @@ void multiply_block(const LeftView<Operand>& left, const Packed<Operand>& right,
     const auto whole = tile_product_for<Operand>(tile_rows, vecs);
     const Operand* b = right.at(block.column + j, k);
     const Operand* next_b = panel + 1 < panels ? b + tile_width * padded
-                            : last_k           ? nullptr
-                                               : right.at(block.column, next_k);
+                            : after.rows > 0   ? right.at(after.column, after_k)
+                                               : nullptr;
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t i = tile * tile_rows;
       if (next_b) prefetch_share(next_b, panel_bytes, tile, tiles);
-      if (!last_k) left.prefetch(block.row, block.rows, next_k, panel * tiles + tile, panels * tiles);
+      if (after.rows > 0) left.prefetch(after.row, after.rows, after_k, panel * tiles + tile, panels * tiles);
       const auto product = block.rows - i < tile_rows ? tile_product_for<Operand>(block.rows - i, vecs) : whole;
       const Operand* a = left.at(block.row + i, k);
       int64_t d = 0;
@@ -450,8 +453,8 @@ struct RowProducts {
   static constexpr auto of = &multiply_rows<Operand, Vecs>;
 };
 
-// A whose rows lie along k: in place where that serves, else packed, whole for all products or, where it is too large to
-// be kept, a strip at a time for each.
+// A whose rows lie along k: in place where that serves, else packed, whole for all products or, where it is too large
+// to be kept, a strip at a time for each.
 template <class Operand, class T>
 class LeftRows {
  public:
@@ -498,17 +501,22 @@ void gemm(int64_t M, int64_t N, const LeftView<Operand>& left, const Packed<Oper
   const int64_t run = M <= 16 || N <= 16 ? 32 : block_depth<Operand>;
   const Scratch<float> memory(threads * block_rows * block_columns);
 
-  parallel_tasks(grid.blocks_down * grid.blocks_across, [&](int64_t task) {
-    float* sums = memory.get() + thread_index() * block_rows * block_columns;
+  const int64_t tasks = grid.blocks_down * grid.blocks_across;
+  const auto block_of = [&](int64_t task) {
     const int64_t row = task % grid.blocks_down * grid.rows, column = task / grid.blocks_down * grid.columns;
-    const Block block{row, column, M - row < grid.rows ? M - row : grid.rows,
-                      N - column < grid.columns ? N - column : grid.columns};
+    return Block{row, column, M - row < grid.rows ? M - row : grid.rows,
+                 N - column < grid.columns ? N - column : grid.columns};
+  };
+
+  parallel_tasks(tasks, [&](int64_t task) {
+    float* sums = memory.get() + thread_index() * block_rows * block_columns;
+    const Block block = block_of(task), next = task + threads < tasks ? block_of(task + threads) : Block{};
     if (N <= tile_width && left.stride > 0) {
       instance_for<RowProducts<Operand>, 1, tile_vecs>(1, ceil_div(N, Vec::lanes))(left, right, block, run, sums);
     } else {
       int64_t k = 0;
       do {  // once even for K = 0, to clear the sums
-        multiply_block(left, right, block, k, run, sums);
+        multiply_block(left, right, block, next, k, run, sums);
         k += block_depth<Operand>;
       } while (k < left.K);
     }

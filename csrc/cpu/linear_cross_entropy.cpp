@@ -381,8 +381,7 @@ struct ChunkGradients {
         if (p.grad.input) add_to_input(grad, begin, classes, part_input, first);
         first = false;
         if (!p.grad.weight) return;
-        gemm(p.E, LeftRows<Operand, T>(grad, chunk.stride, classes, rows), x,
-             by_rows(grad_weight.add(begin, number)));
+        gemm(p.E, LeftRows<Operand, T>(grad, chunk.stride, classes, rows), x, by_rows(grad_weight.add(begin, number)));
       });
     });
     if (p.grad.input) write_input();

@@ -3,7 +3,8 @@
 // gemm.h puts columns in lanes, which a decoding step has too few of, and where the type of A is not the tile's it
 // packs all of A, which then costs far more than the product. Here k lies in lanes: a vector of A is read once,
 // where it lies, widened in registers unless it is operands already, and multiplied with as many vectors of B as there
-// are columns. B is kept as operands with its columns along k; a block of depth of it stays in L1 while rows of A pass by:
+// are columns. B is kept as operands with its columns along k; a block of depth of it stays in L1 while rows of A pass
+// by:
 //
 //     for narrow_share rows of A:                     a task
 //       for a block of depth:                         A[rows, depth]: from memory, once, then from L2
@@ -30,7 +31,7 @@ template <class Operand>
 constexpr int64_t narrow_vector = Vec::lanes * depth_step<Operand>;  // how many k a vector holds
 template <class Operand>
 constexpr int64_t narrow_depth = 64 * narrow_vector<Operand>;  // of 64 vectors; B for the columns of a tile is 32 KB
-constexpr int64_t narrow_share = 48;               // rows of A for a task; divisible by narrow_rows and by lanes
+constexpr int64_t narrow_share = 48;  // rows of A for a task; divisible by narrow_rows and by lanes
 static_assert(narrow_share % narrow_rows == 0 && narrow_share % Vec::lanes == 0);
 
 // Up to how many columns this is the faster way. Beyond, A that is not in the tile's type is worth packing.

@@ -184,9 +184,7 @@ struct PairVec {
 // The largest magnitudes of the values seen, to tell whether all of them were finite.
 class Magnitudes {
  public:
-  void see(PairVec x) {
-    largest_ = _mm512_max_epu16(largest_, _mm512_and_si512(x.v, _mm512_set1_epi16(0x7fff)));
-  }
+  void see(PairVec x) { largest_ = _mm512_max_epu16(largest_, _mm512_and_si512(x.v, _mm512_set1_epi16(0x7fff))); }
   bool finite() const { return _mm512_cmpge_epu16_mask(largest_, _mm512_set1_epi16(0x7f80)) == 0; }
 
  private:

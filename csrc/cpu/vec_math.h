@@ -128,7 +128,7 @@ template <size_t N>
 inline Vec polynomial(Vec x, const float (&a)[N]) {
   Vec p = Vec::set1(a[N - 1]);
 #pragma GCC unroll 16
-  for (size_t i = N - 1; i-- > 0;) p = fma(p, x, Vec::set1(a[i]));
+  for (int i = int(N) - 2; i >= 0; --i) p = fma(p, x, Vec::set1(a[i]));
   return p;
 }
 
