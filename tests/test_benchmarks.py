@@ -7,7 +7,6 @@ import io
 import json
 import os
 import pickle
-import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial

@@ -245,7 +245,7 @@ class FeatureRows {
 template <class T>
 struct ManyTokens {
   using Operand = operand_t<T>;
-  using Weight = LeftRows<Operand, T>;
+  using Weight = LeftRows<Operand>;
   using Right = Packed<Operand>;
 
   static Right right(const T* rows, int64_t tokens, int64_t K) {

@@ -6,7 +6,8 @@
 // operand of the tile, and where ragged edges are padded with zeros. What is used by several products
 // (the weights, by all tokens) is packed once for all of them. An A whose rows already lie along k, in the
 // tile's own type, is read where it lies: a linear layer therefore computes its transpose, W x^T, with the
-// weight as A.
+// weight as A. Of another type, it is packed by the thread that uses it, a block at a time, into memory that stays in
+// L2.
 //
 // C is cut into blocks of block_rows x block_columns, and a thread that takes one computes all of it:
 //
@@ -238,9 +239,15 @@ int64_t padded_depth(int64_t K, int64_t k) {
   return round_up(depth_of_block<Operand>(K, k), depth_step<Operand>);
 }
 
-// A as the product reads it: element (row, k), or pair of k, of the tile that begins at `first` lies at
-// at(first, k0)[row * row_stride(k0) + (k - k0) / depth_step * depth_stride()], k0 being where k's block of
-// depth begins. It does not own the memory.
+// The rows of A in a block of C, over a block of depth: element (row, k), or pair of k, of the tile that begins at row
+// i lies at data[i * pitch + row * row_stride + k / depth_step * depth_stride].
+template <class Operand>
+struct LeftBlock {
+  const Operand* data;
+  int64_t pitch, row_stride, depth_stride;
+};
+
+// A as the product reads it: packed, in place, or yet to be packed, block by block. It does not own the memory.
 template <class Operand>
 struct LeftView {
   const Operand* data;
@@ -248,19 +255,28 @@ struct LeftView {
   int64_t stride;  // in place: of the rows. Packed: 0
   int64_t outer;   // packed: how many rows there is room for
   bool depth_major;
+  Factor<Operand> source = {};  // yet to be packed: from where
 
   static constexpr int step = depth_step<Operand>;
+  bool in_place() const { return stride > 0; }
+  bool packs() const { return source.pack != nullptr; }
   int64_t padded(int64_t k) const { return padded_depth<Operand>(K, k); }
   const Operand* at(int64_t first, int64_t k) const {
-    return stride > 0 ? data + first * stride + k : data + outer * k + first * padded(k);
+    return in_place() ? data + first * stride + k : data + outer * k + first * padded(k);
   }
-  int64_t row_stride(int64_t k) const { return stride > 0 ? stride : depth_major ? step : padded(k); }
-  int64_t depth_stride() const { return depth_major ? tile_rows * step : step; }
+
+  // Rows [first, first + rows) of the block of depth at k; those yet to be packed are, into `memory`.
+  LeftBlock<Operand> block(int64_t first, int64_t rows, int64_t k, Operand* memory) const {
+    if (packs()) source.pack(source, first, rows, k, depth_of_block<Operand>(K, k), memory);
+    const int64_t pitch = in_place() ? stride : padded(k);
+    return {packs() ? memory : at(first, k), pitch, depth_major ? step : pitch, depth_major ? tile_rows * step : step};
+  }
 
   // Brings a share of rows [first, first + rows) of the block of depth at k into L2.
   void prefetch(int64_t first, int64_t rows, int64_t k, int64_t share, int64_t shares) const {
+    if (packs()) return;
     const int64_t row_bytes = padded(k) * int64_t(sizeof(Operand));
-    if (stride == 0) return prefetch_share(at(first, k), rows * row_bytes, share, shares);
+    if (!in_place()) return prefetch_share(at(first, k), rows * row_bytes, share, shares);
     for (int64_t i = rows * share / shares; i < rows * (share + 1) / shares; ++i)
       prefetch_share(at(first + i, k), row_bytes, 0, 1);
   }
@@ -389,13 +405,12 @@ struct Block {
 };
 
 // sums (+)= A B over the block of depth that begins at k. A tile runs over at most `run` of it before it
-// adds to the sums. `next` is the block that this thread will take up next, or has no rows.
+// adds to the sums. `a` is A's part of it; `next` is the block that this thread will take up next, or has no rows.
 template <class Operand>
-void multiply_block(const LeftView<Operand>& left, const Packed<Operand>& right, const Block& block, const Block& next,
-                    int64_t k, int64_t run, float* sums) {
+void multiply_block(const LeftBlock<Operand>& a, const LeftView<Operand>& left, const Packed<Operand>& right,
+                    const Block& block, const Block& next, int64_t k, int64_t run, float* sums) {
   constexpr int step = depth_step<Operand>;
   const int64_t padded = left.padded(k);
-  const int64_t row_stride = left.row_stride(k), depth_stride = left.depth_stride();
   const int64_t tiles = ceil_div(block.rows, tile_rows), panels = ceil_div(block.columns, tile_width);
   const int64_t panel_bytes = tile_width * padded * int64_t(sizeof(Operand));
   const bool last_k = k + block_depth<Operand> >= left.K;
@@ -415,12 +430,11 @@ void multiply_block(const LeftView<Operand>& left, const Packed<Operand>& right,
       if (next_b) prefetch_share(next_b, panel_bytes, tile, tiles);
       if (after.rows > 0) left.prefetch(after.row, after.rows, after_k, panel * tiles + tile, panels * tiles);
       const auto product = block.rows - i < tile_rows ? tile_product_for<Operand>(block.rows - i, vecs) : whole;
-      const Operand* a = left.at(block.row + i, k);
       int64_t d = 0;
       do {
         const int64_t now = padded - d < run ? padded - d : run;
-        product(a + d / step * depth_stride, row_stride, depth_stride, b + d * tile_width, now / step,
-                sums + i * block_columns + j, k + d > 0);
+        product(a.data + i * a.pitch + d / step * a.depth_stride, a.row_stride, a.depth_stride, b + d * tile_width,
+                now / step, sums + i * block_columns + j, k + d > 0);
         d += now;
       } while (d < padded);
     }
@@ -440,8 +454,8 @@ void multiply_rows(const LeftView<Operand>& left, const Packed<Operand>& right, 
     const auto product = rows >= most ? &tile_product<Operand, most, Vecs> : tile_product_for<Operand>(now, Vecs);
     for (int64_t k = 0; k < left.K; k += run) {
       const int64_t depth = left.K - k < run ? left.K - k : run;
-      product(left.at(block.row + i, k), left.row_stride(k), left.depth_stride(), right.at(block.column, k),
-              ceil_div(depth, step), sums + i * block_columns, k > 0);
+      product(left.at(block.row + i, k), left.stride, step, right.at(block.column, k), ceil_div(depth, step),
+              sums + i * block_columns, k > 0);
     }
     i += now;
   }
@@ -453,40 +467,21 @@ struct RowProducts {
   static constexpr auto of = &multiply_rows<Operand, Vecs>;
 };
 
-// A whose rows lie along k: in place where that serves, else packed, whole for all products or, where it is too large
-// to be kept, a strip at a time for each.
-template <class Operand, class T>
-class LeftRows {
- public:
-  LeftRows(const T* data, int64_t stride, int64_t rows, int64_t K)
-      : data_(data),
-        stride_(stride),
-        rows_(rows),
-        K_(K),
-        stays_(may_stay<Operand, T>(K)),
-        in_strips_(!stays_ && rows * K > most_packed),
-        packed_(left<Operand>(data, stride), stays_ || in_strips_ ? 0 : rows, K) {}
+// A whose rows lie along k: in place where that serves, else packed block by block, which costs a hundredth of the
+// block.
+template <class Operand>
+struct LeftRows {
+  LeftView<Operand> view;
+  int64_t rows;
 
-  // body(first row, rows, view) for the parts of A in which it can be had.
-  template <class Body>
-  void for_parts(const Body& body) const {
-    for (int64_t row = 0; in_strips_ && row < rows_; row += strip_rows) {
-      const int64_t count = rows_ - row < strip_rows ? rows_ - row : strip_rows;
-      body(row, count, LeftView<Operand>(Packed<Operand>(left<Operand>(data_ + row * stride_, stride_), count, K_)));
+  template <class T>
+  LeftRows(const T* data, int64_t stride, int64_t rows, int64_t K) : view{nullptr, K, 0, 0, false}, rows(rows) {
+    if (may_stay<Operand, T>(K)) {
+      view.data = reinterpret_cast<const Operand*>(data), view.stride = stride;
+    } else {
+      view.source = left<Operand>(data, stride);
     }
-    if (!in_strips_) body(0, rows_, stays_ ? in_place() : LeftView<Operand>(packed_));
   }
-
- private:
-  static constexpr int64_t most_packed = int64_t(8) << 20;  // elements
-  static constexpr int64_t strip_rows = 8 * block_rows;
-
-  LeftView<Operand> in_place() const { return {reinterpret_cast<const Operand*>(data_), K_, stride_, 0, false}; }
-
-  const T* data_;
-  int64_t stride_, rows_, K_;
-  bool stays_, in_strips_;
-  Packed<Operand> packed_;
 };
 
 // epilogue(block, sums): sums[i * block_columns + j] is C[block.row + i, block.column + j], float32, and
@@ -499,7 +494,9 @@ void gemm(int64_t M, int64_t N, const LeftView<Operand>& left, const Packed<Oper
   // Of a few rows, other libraries take dot products, whose many partial sums are more accurate than
   // one long one. Reading the other operand takes most of the time there: short runs are to be had for nothing.
   const int64_t run = M <= 16 || N <= 16 ? 32 : block_depth<Operand>;
+  constexpr int64_t left_size = block_rows * block_depth<Operand>;
   const Scratch<float> memory(threads * block_rows * block_columns);
+  const Scratch<Operand> left_memory(left.packs() ? threads * left_size : 0);
 
   const int64_t tasks = grid.blocks_down * grid.blocks_across;
   const auto block_of = [&](int64_t task) {
@@ -511,12 +508,13 @@ void gemm(int64_t M, int64_t N, const LeftView<Operand>& left, const Packed<Oper
   parallel_tasks(tasks, [&](int64_t task) {
     float* sums = memory.get() + thread_index() * block_rows * block_columns;
     const Block block = block_of(task), next = task + threads < tasks ? block_of(task + threads) : Block{};
-    if (N <= tile_width && left.stride > 0) {
+    if (N <= tile_width && left.in_place()) {
       instance_for<RowProducts<Operand>, 1, tile_vecs>(1, ceil_div(N, Vec::lanes))(left, right, block, run, sums);
     } else {
       int64_t k = 0;
       do {  // once even for K = 0, to clear the sums
-        multiply_block(left, right, block, next, k, run, sums);
+        const auto a = left.block(block.row, block.rows, k, left_memory.get() + thread_index() * left_size);
+        multiply_block(a, left, right, block, next, k, run, sums);
         k += block_depth<Operand>;
       } while (k < left.K);
     }
@@ -524,14 +522,9 @@ void gemm(int64_t M, int64_t N, const LeftView<Operand>& left, const Packed<Oper
   });
 }
 
-// The same for the rows of A in parts.
-template <class Operand, class T, class Epilogue>
-void gemm(int64_t N, const LeftRows<Operand, T>& left, const Packed<Operand>& right, const Epilogue& epilogue) {
-  left.for_parts([&](int64_t first, int64_t rows, const LeftView<Operand>& part) {
-    gemm<Operand>(rows, N, part, right, [&](const Block& block, float* sums) {
-      epilogue(Block{first + block.row, block.column, block.rows, block.columns}, sums);
-    });
-  });
+template <class Operand, class Epilogue>
+void gemm(int64_t N, const LeftRows<Operand>& left, const Packed<Operand>& right, const Epilogue& epilogue) {
+  gemm<Operand>(left.rows, N, left.view, right, epilogue);
 }
 
 // An epilogue that takes a block row by row: body(row, column, count, values), count <= block_columns.

@@ -234,11 +234,10 @@ void compute_block(const Problem<T>& p, const Chunk<T>& chunk, const Packed<oper
   const int64_t rows = chunk.rows;
   const BlockGrid grid(classes, rows, p.E, max_threads());  // as gemm has it
   const Scratch<Sums> pieces(grid.blocks_down * rows);
-  gemm(rows, LeftRows<Operand, T>(p.weight + begin * p.E, p.E, classes, p.E), x,
-       [&](const Block& block, float* values) {
-         Sums* found = pieces.get() + block.row / grid.rows * rows + block.column;
-         finish_logits(p, chunk, block, begin + block.row, values, found, sums + block.column);
-       });
+  gemm(rows, LeftRows<Operand>(p.weight + begin * p.E, p.E, classes, p.E), x, [&](const Block& block, float* values) {
+    Sums* found = pieces.get() + block.row / grid.rows * rows + block.column;
+    finish_logits(p, chunk, block, begin + block.row, values, found, sums + block.column);
+  });
   // A piece costs two exponentials in double, as much as some 64 elements.
   parallel_ranges(rows, threads_for(rows * grid.blocks_down * 64), [&](int64_t first, int64_t last, int) {
     for (int64_t r = first; r < last; ++r) {
@@ -381,7 +380,7 @@ struct ChunkGradients {
         if (p.grad.input) add_to_input(grad, begin, classes, part_input, first);
         first = false;
         if (!p.grad.weight) return;
-        gemm(p.E, LeftRows<Operand, T>(grad, chunk.stride, classes, rows), x, by_rows(grad_weight.add(begin, number)));
+        gemm(p.E, LeftRows<Operand>(grad, chunk.stride, classes, rows), x, by_rows(grad_weight.add(begin, number)));
       });
     });
     if (p.grad.input) write_input();
