@@ -69,7 +69,7 @@ bench: setup
 	$(BIN)/pytransformer bench
 
 # The README's table, from the committed results.
-RESULTS := benchmarks/results/cpu-icelake-2t.json
+RESULTS := benchmarks/results/cpu-zen4-2t.json
 bench-table: setup
 	$(BIN)/pytransformer bench markdown $(RESULTS) --into README.md
 

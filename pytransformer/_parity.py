@@ -87,14 +87,17 @@ class Parity:
 def alike(tensors: Mapping[str, Tensor | None]) -> Iterator[dict[str, Tensor | None]]:
     """Other inputs of the same distribution: the floating tensors rolled in a dimension, the first negated too.
 
-    Each is rolled further than the one before it: rolled alike, query and key would give the same scores again.
-    The largest error of plain PyTorch over the elements of one run is a matter of luck. Where it decides, plain is
-    measured on these as well, and the worst of what it allows holds.
+    They are rolled alike, which changes the order of sums, and each further than the one before it, which changes what
+    is summed: query and key, rolled alike, give the same scores again. The largest error of plain PyTorch over the
+    elements of one run is a matter of luck. Where it decides, plain is measured on these as well, and the worst of
+    what it allows holds.
     """
     names = [name for name, x in tensors.items() if x is not None and x.is_floating_point()]
-    for dim, shift, sign in product((-1, -2, 0), (1, 3, 8), (1, -1)):
+    for further, dim, shift, sign in product((0, 1), (-1, -2, 0), (1, 3, 8), (1, -1)):
         changed = {
-            n: x.roll(shift * i, max(dim, -x.dim())) for i, n in enumerate(names, 1) if (x := tensors[n]) is not None
+            n: x.roll(shift * (1 + further * i), max(dim, -x.dim()))
+            for i, n in enumerate(names)
+            if (x := tensors[n]) is not None
         }
         changed[names[0]] = sign * changed[names[0]]
         yield {**tensors, **changed}

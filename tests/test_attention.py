@@ -195,6 +195,31 @@ def test_heads_larger_than_a_cache(backend_isa, mask):
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("mask", ["none", "causal_bottom_right", "padding"])
+def test_scores_that_rise_along_the_keys(backend_isa, mask, dtype):
+    """The highest scores of a row come last, far above those that its maximum was first taken of."""
+    B, H, G, T, S, D, Dv = sizes = (1, 2, 1, 70, 700, 32, 40)
+    tensors = qkv(*sizes, dtype=dtype)
+    tensors["key"] = (tensors["key"] * torch.linspace(0.1, 12, S)[:, None]).to(dtype)
+    check("attention", tensors, MASKS[mask](B, H, T, S) | {"enable_gqa": True}, backend_isa)
+
+
+@pytest.mark.parametrize("special", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_scores_that_are_no_numbers(backend_isa, dtype, special):
+    """A key of infinite or undefined scores, beyond the first of its row: what sees it is as in plain PyTorch."""
+    if backend_isa == "reference":
+        pytest.skip("the reference gives NaN to every query that sees a key that is not finite")
+    q, k, v = qkv(1, 1, 1, 150, 300, 32, 32, dtype=dtype).values()
+    k[..., 100, 0] = special
+    found = ops.attention(q, k, v, is_causal=True, backend=backend_isa)
+    plain = F.scaled_dot_product_attention(*(x.double() for x in (q, k, v)), is_causal=True)
+    assert torch.equal(found.isnan(), plain.isnan())
+    seen = ~plain.isnan()
+    torch.testing.assert_close(found[seen].double(), plain[seen], rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("mask", ["none", "causal_bottom_right", "padding", "bias_per_head"])
 def test_few_queries_and_many_keys(backend_isa, mask, dtype):
     """Decoding: the keys are split into parts, and the parts combined."""

@@ -85,8 +85,7 @@ template <class T>
 class Forward : Scoring {
   using Op = operand_t<T>;
   static constexpr bool in_place = sizeof(Op) == sizeof(float);
-  static constexpr bool at_once = !in_place;                // weights at once, where a tile is fit for it
-  static constexpr float headroom = at_once ? 8.0f : 0.0f;  // how far, in powers of two, weights may exceed 1
+  static constexpr bool at_once = !in_place;  // weights at once, where a tile is fit for it
   static constexpr int64_t value_chunk = least(key_block, value_bytes / int64_t(panel * sizeof(Op)));
   static_assert(value_chunk % key_chunk == 0 && key_block % value_chunk == 0);
   static_assert(!at_once || key_block / panel <= 32, "a panel is a bit of a word");
@@ -229,7 +228,8 @@ class Forward : Scoring {
     }
   }
 
-  // Of tile row r: how many rows the tile has, and the vectors [first, last) of keys [from, to) that some of them see.
+  // Of the tile that begins at row r: how many rows it has, and the vectors [first, last) of keys [from, to) that some
+  // of them see.
   struct Seen {
     int64_t rows, first, last;
     bool any() const { return first < last; }
@@ -315,14 +315,10 @@ class Forward : Scoring {
     s.low[i] = top == negative_infinity ? 0.0f : -top * factor(b);
   }
 
-  // Whether scores of a block of keys are too high for weights relative to row i's top.
-  bool exceeds(int64_t b, int64_t i, const QueryBlock<Op>& s) const {
-    return (highest(i, s) - s.top[i]) * factor(b) > headroom;
-  }
-
+  // Takes the maximum of a block of keys into account, of which no weights have been formed.
   void raise_top(int64_t b, int64_t i, const QueryBlock<Op>& s) const {
     const float here = highest(i, s), before = s.top[i];
-    if (!exceeds(b, i, s)) return;
+    if (!(here > before)) return;
     set_top(b, i, here, s);
     if (before == negative_infinity) return;
     const Vec shrink = Vec::set1(std::exp2((before - here) * factor(b)));
@@ -337,9 +333,9 @@ class Forward : Scoring {
       const Seen seen = seen_by(rows, r, n, n + count);
       if (!seen.any()) continue;
       const uint32_t done = settle(rows, r, seen.rows, n, packed, s);
-      for (int64_t i = r; i < r + seen.rows; ++i) raise_top(rows.b, i, s);
+      for (int64_t i = r; done == 0 && i < r + seen.rows; ++i) raise_top(rows.b, i, s);
       for (int64_t p = n, end; p < seen.last; p = end) {
-        const auto is_done = [&](int64_t at) { return done >> (at - n) / panel & 1; };
+        const auto is_done = [&](int64_t at) { return at_once && (done >> (at - n) / panel & 1) != 0; };
         for (end = p + panel; end < seen.last && is_done(end) == is_done(p);) end += panel;
         const int64_t first = most(p, seen.first) - n, last = least(end, seen.last) - n;
         for (int64_t i = r; !is_done(p) && i < r + seen.rows; ++i) weigh_row(rows.b, i, first, last, s);
@@ -347,16 +343,13 @@ class Forward : Scoring {
     }
   }
 
-  // Which panels of a tile are weights already: none, after all, if they are too large.
+  // Which panels of a tile are weights already: none, after all, if a score was too high.
   uint32_t settle(const Rows& rows, int64_t r, int64_t tile, int64_t n, const PackedHead<Op>& packed,
                   const QueryBlock<Op>& s) const {
-    if constexpr (!at_once) return 0;
-    const uint32_t panels = s.direct[r / tile_rows];
+    const uint32_t panels = at_once ? s.direct[r / tile_rows] : 0;
+    if (panels == 0) return 0;
     bool fit = true;
-    for (int64_t i = r; i < r + tile; ++i) {
-      // A NaN among the sums, of an infinite score too, is not less.
-      fit &= !exceeds(rows.b, i, s) && not_less(Vec::load(s.direct_sums + i * lanes), most_direct()).bits() == 0;
-    }
+    for (int64_t i = r; i < r + tile; ++i) fit &= fits(rows.b, i, s);
     for (int64_t j = 0; !fit && panels >> j; ++j) {
       if (panels >> j & 1) score_tile(rows, r, n, n + j * panel, packed, s, false);
     }
@@ -365,7 +358,15 @@ class Forward : Scoring {
     }
     return fit ? panels : 0;
   }
-  static Vec most_direct() { return Vec::set1(float(1 << int(headroom))); }
+
+  // Whether the weights of row i in a block of keys, formed or not, may be relative to its top as it is.
+  bool fits(int64_t b, int64_t i, const QueryBlock<Op>& s) const {
+    constexpr float headroom = 8;  // in powers of two
+    const Vec most = Vec::set1(float(1 << int(headroom)));
+    // A NaN among the sums, be it of an infinite score, is not less.
+    return not_less(Vec::load(s.direct_sums + i * lanes), most).bits() == 0 &&
+           !((highest(i, s) - s.top[i]) * factor(b) > headroom);
+  }
 
   // Scores of row i to weights, for vectors [first, last) counted from the first key of the block.
   void weigh_row(int64_t b, int64_t i, int64_t first, int64_t last, const QueryBlock<Op>& s) const {
