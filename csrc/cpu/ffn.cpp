@@ -185,7 +185,8 @@ class BlockDropout {
   }
 
  private:
-  static constexpr int64_t room = (block_rows + 63) / 64;
+  static constexpr int64_t most_rows = block_rows > most_narrow_rows ? block_rows : most_narrow_rows;
+  static constexpr int64_t room = (most_rows + 63) / 64;
   const Dropout& dropout_;
   int64_t first_row_;
   uint64_t kept_[block_columns / 64][64 * room];  // bit i of [c][row]: token 64 c + i of the block is kept
@@ -199,7 +200,7 @@ struct Chunks {
   Chunks(int64_t N, int64_t F) {
     constexpr int64_t bytes = 16 << 20;
     const int64_t row_bytes = F * int64_t(sizeof(float)) + 1;
-    const int64_t most = bytes / row_bytes < block_rows ? block_rows : bytes / row_bytes;
+    const int64_t most = bytes / row_bytes < block_columns ? block_columns : bytes / row_bytes;
     count = N > 0 ? ceil_div(N, most) : 1;
     rows = round_up(ceil_div(N, count), tile_width);
     if (rows > 0) count = ceil_div(N, rows);

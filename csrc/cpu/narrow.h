@@ -31,7 +31,8 @@ template <class Operand>
 constexpr int64_t narrow_vector = Vec::lanes * depth_step<Operand>;  // how many k a vector holds
 template <class Operand>
 constexpr int64_t narrow_depth = 64 * narrow_vector<Operand>;  // of 64 vectors; B for the columns of a tile is 32 KB
-constexpr int64_t narrow_share = 48;  // rows of A for a task; divisible by narrow_rows and by lanes
+constexpr int64_t narrow_share = 48;                    // rows of A for a task; divisible by narrow_rows and by lanes
+constexpr int64_t most_narrow_rows = 5 * narrow_share;  // where sharing costs more than it saves
 static_assert(narrow_share % narrow_rows == 0 && narrow_share % Vec::lanes == 0);
 
 // Up to how many columns this is the faster way. Beyond, A that is not in the tile's type is worth packing.
@@ -151,7 +152,7 @@ void narrow_gemm(int64_t M, int64_t N, const T* a, int64_t stride, const NarrowR
   if (M <= 0 || N <= 0) return;
   const int64_t K = right.K();
   const bool worth_sharing = double(M) * double(N) * double(K) > 1e6;
-  const int64_t share = worth_sharing ? narrow_share : 5 * narrow_share;  // a task to itself costs more than it saves
+  const int64_t share = worth_sharing ? narrow_share : most_narrow_rows;
   const Scratch<float> memory(max_threads() * share * block_columns);
 
   parallel_tasks(ceil_div(M, share), [&](int64_t task) {
