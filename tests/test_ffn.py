@@ -64,8 +64,8 @@ def test_shapes(backend_isa, shape, dtype):
 
 KNOWN_MISSES = {
     ("triton-interpreted", 2, torch.float32): (
-        "dweight1, 1.03 to 1.2 times the allowed largest error on a Zen 4, where plain PyTorch takes dot products for two"
-        " tokens; the RMS error is within, and so is the largest with other seeds"
+        "dweight1, 1.03 to 1.2 times the allowed largest error on a Zen 4, where plain PyTorch has dot products for"
+        " two tokens; the RMS error is within, and so is the largest with other seeds"
     )
 }
 
