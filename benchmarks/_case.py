@@ -68,6 +68,7 @@ class Case:
         rate_target: the bytes a second and thread that it asks for.
         speed_target: the operations a second that it asks for.
         device: of the tensors.
+        backend: whose kernels are ours; ``auto`` is the library's own choice.
         short: part of the default suite.
         alone: no peer but torch takes part.
     """
@@ -86,6 +87,7 @@ class Case:
     rate_target: float | None = None
     speed_target: float | None = None
     device: str = "cpu"
+    backend: str = "auto"
     short: bool = False
     alone: bool = False
 

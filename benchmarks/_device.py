@@ -10,13 +10,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from pytransformer.benchmarks._timing import Local, Sample
 
-WARM_UP = 3  # calls on a side stream before a capture: torch asks for it, and autotuners need it
+WARM_UP = 3  # calls before a capture: torch asks for it, and autotuners need it
+
+
+def stream_of_its_own(device: str) -> AbstractContextManager[Any]:
+    """In the block all work is on a stream that can be captured, which the default one cannot: a backward runs on the
+    stream of its forward."""
+    return nullcontext() if device == "cpu" else torch.cuda.stream(torch.cuda.Stream())
 
 
 def local(run: Callable[[], Any], device: str) -> Local:
@@ -47,15 +54,11 @@ class OnGpu(Local):
 
     def _captured(self) -> Callable[[], Any]:
         """The replay of a graph of one call, or the call itself where it cannot be captured."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                self.run()
-        torch.cuda.current_stream().wait_stream(side)
+        for _ in range(WARM_UP):
+            self.run()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
                 self.run()
         except RuntimeError:  # it waits for the host, or allocates outside of torch
             torch.cuda.synchronize()

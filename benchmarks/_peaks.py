@@ -18,10 +18,12 @@ import torch
 
 from pytransformer.backends import cpu as cpu_backend
 from pytransformer.backends import unavailable
+from pytransformer.benchmarks._device import local, stream_of_its_own
 
 GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
 COPY_MEBIBYTES = {"cpu": (1, 4, 16, 64, 256), "cuda": (16, 64, 256, 2048)}  # read and written, half of it each way
 PEAK_SECONDS = 0.02
+GPU_CALLS = 10  # in one measurement
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Peaks = dict[str, Any]
@@ -67,29 +69,28 @@ def _best_rate(rate: Callable[[], float], seconds: float) -> float:
 
 
 def _product(dtype: torch.dtype, device: str, seconds: float) -> float:
+    """Of random numbers: a GPU that multiplies equal ones draws less power, and runs faster than it does in use."""
     size = GEMM_SIZE[device]
-    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / _shortest(partial(torch.mm, a, b), device, seconds)
 
 
 def _copy(size: int, device: str, seconds: float) -> float:
-    source = torch.ones(size // 8, device=device)
+    source = torch.randn(size // 8, device=device)
     target = torch.empty_like(source)
     return size / _shortest(partial(target.copy_, source), device, seconds)
 
 
 def _shortest(run: Callable[[], Any], device: str, seconds: float) -> float:
-    """The shortest of the runs that fit in ``seconds``, three at least."""
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    run()
-    wait()
+    """The shortest of the runs that fit in ``seconds``, three at least. On a GPU a run is the mean of several: the
+    first waits for the host."""
+    provider, calls = local(run, device), 1 if device == "cpu" else GPU_CALLS
     found: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(found) < 3 or time.perf_counter() < end:
-        start = time.perf_counter()
-        run()
-        wait()
-        found.append(time.perf_counter() - start)
+    with stream_of_its_own(device):
+        provider.sample(1)
+        end = time.perf_counter() + seconds
+        while len(found) < 3 or time.perf_counter() < end:
+            found.append(provider.sample(calls).wall / calls)
     return min(found)
 
 

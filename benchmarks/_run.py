@@ -11,14 +11,14 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pytransformer._tolerance import Comparison
-from pytransformer.backends import Decision, record_decisions
+from pytransformer.backends import BackendError, Decision, record_decisions, unavailable, use_backend
 from pytransformer.benchmarks import _device, _instructions, _processes, peers
 from pytransformer.benchmarks._case import BYTES, OURS, AbsentError, Case, Problem
 from pytransformer.benchmarks._environment import environment
@@ -89,10 +89,10 @@ def run(
         ValueError: ``output`` is of another run, and cannot be resumed.
     """
     described, how = environment(), {**asdict(settings), "peers": list(settings.peers)}
+    device = cases[0].device if cases else "cpu"
     if resume and output.exists():
         results = resumable(output, suite, described, how)
     else:
-        device = cases[0].device if cases else "cpu"
         results = {
             "schema": SCHEMA,
             "suite": suite,
@@ -106,7 +106,7 @@ def run(
     save(results, output)
     gc.freeze()  # what is there already is not looked through after every visit
     try:
-        with peers.Peers(settings.peers) as joined:
+        with peers.Peers(settings.peers) as joined, _device.stream_of_its_own(device):
             for visit in range(MOST_VISITS):
                 for index, case in enumerate(_cases_of(visit, cases, results, settings)):
                     finished(results, _visit(results, case, visit, settings, joined, index, output, starting))
@@ -171,7 +171,7 @@ def run_case(
         return row
     try:
         with record_decisions() as decisions:
-            problem = case.build()
+            problem = _built(case)
             right = _gated(case, problem, row)
     except AbsentError as reason:
         row["absent"] = {"case": str(reason)}
@@ -192,13 +192,37 @@ def run_case(
 
 def time_again(row: dict[str, Any], case: Case, settings: Settings, visit: int, seed: int) -> None:
     """Another visit of ``row``: the same providers on new tensors, which need no second check."""
-    problem = case.build()
+    problem = _built(case)
     providers = {name: _device.local(problem.providers[name], case.device) for name in row["samples"]}
     for provider in providers.values():
         provider()
     _time(providers, case, settings, seed, row, visit)
     del problem, providers
     gc.collect()
+
+
+def _built(case: Case) -> Problem:
+    """The problem, in which our kernels are those of the backend that the case names.
+
+    Raises:
+        AbsentError: that backend does not work here, or does not serve the case.
+    """
+    if case.backend == "auto":
+        return case.build()
+    if (reason := unavailable(case.backend)) is not None:
+        raise AbsentError(f"{case.backend}: {reason}")
+    try:
+        with use_backend(case.backend):  # of a backward the forward runs here
+            problem = case.build()
+    except BackendError as error:
+        raise AbsentError(str(error)) from error
+    run = problem.providers[OURS]
+
+    def ours() -> Any:
+        with use_backend(case.backend):
+            return run()
+
+    return replace(problem, providers={**problem.providers, OURS: ours})
 
 
 def _blank(case: Case) -> dict[str, Any]:
@@ -277,7 +301,7 @@ def memory_of(case: Case) -> dict[str, Any]:
 
     row: dict[str, Any] = {"wrong": {}, "absent": {}, "samples": {}}
     with record_decisions() as decisions:
-        problem = case.build()
+        problem = _built(case)
         right = _gated(case, problem, row)
     for name in right:
         found = peak_memory(problem.providers[name], case.device)

@@ -38,6 +38,19 @@ def load(pointers, mask):
 
 
 @triton.jit
+def load_tile(pointers, inside, columns, BOUNDED: tl.constexpr, WHOLE: tl.constexpr):
+    """Rows as they lie, 0 where masked: ``inside`` is asked where the tile is ``BOUNDED``, ``columns`` unless it has
+    ``WHOLE`` rows. A load that asks for nothing is a copy of fewer instructions."""
+    if BOUNDED and not WHOLE:
+        return tl.load(pointers, mask=inside & columns, other=0.0)
+    if BOUNDED:
+        return tl.load(pointers, mask=inside, other=0.0)
+    if not WHOLE:
+        return tl.load(pointers, mask=columns, other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
     """float32 ``a @ b``; ``PRECISION`` is that of float32 operands, ``"ieee"`` or ``"tf32"``."""
     if INTERPRETED:

@@ -39,7 +39,7 @@ from pytransformer.kernels._attention import (
     sequence,
     visible,
 )
-from pytransformer.kernels._common import dot, dropout_threshold, float32_precision, rounded, store
+from pytransformer.kernels._common import dot, dropout_threshold, float32_precision, load_tile, rounded, store
 
 # No kernel is compiled anew for these: numbers that are lengths, and strides that lengths are factors of. What a
 # kernel must know of such a stride, that loads of 16 bytes stay aligned, comes as its unit: ``stride * UNIT``.
@@ -66,8 +66,9 @@ def _attend(
     t, s = (t0 + tl.arange(0, BLOCK_T))[:, None], s0 + tl.arange(0, BLOCK_S)
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     inside = s < keys
-    k = tl.load(k_ptr + s[None, :] * stride_ks + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0.0)
-    v = tl.load(v_ptr + s[:, None] * stride_vs + dv[None, :], mask=inside[:, None] & (dv < Dv)[None, :], other=0.0)
+    k_ptrs, v_ptrs = k_ptr + s[None, :] * stride_ks + d[:, None], v_ptr + s[:, None] * stride_vs + dv[None, :]
+    k = load_tile(k_ptrs, inside[None, :], (d < D)[:, None], MASKED, D == BLOCK_D)
+    v = load_tile(v_ptrs, inside[:, None], (dv < Dv)[None, :], MASKED, Dv == BLOCK_DV)
     s = s[None, :]
     x, _ = scores(
         dot(q, k, PRECISION), t, s, T, S, scale, softcap, bias_ptr, stride_bias_t, stride_bias_s, RAW, SOFTCAP

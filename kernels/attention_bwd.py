@@ -36,7 +36,7 @@ from pytransformer.kernels._attention import (
     sequence,
     visible,
 )
-from pytransformer.kernels._common import dot, dropout_threshold, load, rounded, store
+from pytransformer.kernels._common import dot, dropout_threshold, load, load_tile, rounded, store
 from pytransformer.kernels.attention import (
     LENGTHS,
     Masking,
@@ -111,8 +111,8 @@ def _add_dq(
     s0 = block * BLOCK_S
     t, s = (t0 + tl.arange(0, BLOCK_T))[:, None], (s0 + tl.arange(0, BLOCK_S))[None, :]
     d, dv = tl.arange(0, BLOCK_D)[:, None], tl.arange(0, BLOCK_DV)[:, None]
-    k = tl.load(k_ptr + s * stride_ks + d, mask=(s < keys) & (d < D), other=0.0)
-    v = tl.load(v_ptr + s * stride_vs + dv, mask=(s < keys) & (dv < Dv), other=0.0)
+    k = load_tile(k_ptr + s * stride_ks + d, s < keys, d < D, MASKED, D == BLOCK_D)
+    v = load_tile(v_ptr + s * stride_vs + dv, s < keys, dv < Dv, MASKED, Dv == BLOCK_DV)
     _, _, ds = _score_gradient(
         dot(q, k, PRECISION), dot(dout, v, PRECISION), t, s, t0, s0, row, lse[:, None], delta[:, None],
         bias_ptr, bits_ptr, rng_ptr, stride_bias_t, stride_bias_s, stride_bits_t,
@@ -211,9 +211,9 @@ def _add_dkv(
     t, s = (t0 + tl.arange(0, BLOCK_T))[None, :], (s0 + tl.arange(0, BLOCK_S))[:, None]
     d, dv = tl.arange(0, BLOCK_D)[:, None], tl.arange(0, BLOCK_DV)[None, :]
     inside = t < queries
-    q = tl.load(q_ptr + t * stride_qt + d, mask=inside & (d < D), other=0.0)  # [D,T]
+    q = load_tile(q_ptr + t * stride_qt + d, inside, d < D, True, D == BLOCK_D)  # [D,T]
     rows = tl.trans(t)
-    dout = tl.load(dout_ptr + rows * stride_dt + dv, mask=(rows < queries) & (dv < Dv), other=0.0)  # [T,Dv]
+    dout = load_tile(dout_ptr + rows * stride_dt + dv, rows < queries, dv < Dv, True, Dv == BLOCK_DV)  # [T,Dv]
     lse = tl.load(lse_ptr + t, mask=inside, other=0.0)
     delta = tl.load(delta_ptr + t, mask=inside, other=0.0)
     p, _, ds = _score_gradient(

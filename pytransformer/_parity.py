@@ -164,4 +164,4 @@ def unwritten_is_nan() -> Iterator[None]:
 def _gradient(y: Tensor) -> Tensor:
     """The gradient to start from: the same values for every dtype, rounded where every dtype holds them."""
     generator = torch.Generator().manual_seed(GRAD_SEED)
-    return torch.randn(y.shape, generator=generator).bfloat16().to(y)
+    return torch.randn(y.shape, generator=generator, device="cpu").bfloat16().to(y)

@@ -64,14 +64,14 @@ class _Draw:
         self.generator = torch.Generator().manual_seed(0)
 
     def __call__(self, *shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=self.generator) * scale).to(self.device, self.dtype)
+        return (torch.randn(shape, generator=self.generator, device="cpu") * scale).to(self.device, self.dtype)
 
     def keep(self, *shape: int) -> Tensor:
         """A bool mask that keeps about 70%."""
-        return (torch.rand(shape, generator=self.generator) < 0.7).to(self.device)
+        return (torch.rand(shape, generator=self.generator, device="cpu") < 0.7).to(self.device)
 
     def integers(self, high: int, *shape: int) -> Tensor:
-        return torch.randint(high, shape, generator=self.generator).to(self.device)
+        return torch.randint(high, shape, generator=self.generator, device="cpu").to(self.device)
 
 
 def attention_cases(draw: _Draw) -> Iterator[VerifyCase]:

@@ -4,8 +4,11 @@ Triton's interpreter is a matter of the process: triton reads ``TRITON_INTERPRET
 session of its own, ``TRITON_INTERPRET=1 pytest``, which runs the tests over backends on Triton kernels alone, and of
 long parametrisations a part, for the interpreter is slow. ``make test`` runs both sessions.
 
-The CUDA kernels have such a session too, ``PYTRANSFORMER_PTX=1 pytest``: their PTX runs on the CPU under ``tests/ptx``,
-as compiled for each architecture. ``make test-ptx`` runs it; ``make test`` has the short list of ``ptx/test_ops.py``.
+On a machine with a GPU the tests over backends run on it besides, by the CUDA kernels and by Triton's.
+
+Without one, the CUDA kernels have a session of their own, ``PYTRANSFORMER_PTX=1 pytest``: their PTX runs on the CPU
+under ``tests/ptx``, as compiled for each architecture. ``make test-ptx`` runs it; ``make test`` has the short list of
+``ptx/test_ops.py``.
 """
 
 from __future__ import annotations
@@ -28,6 +31,10 @@ from pytransformer.backends import cpu
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EMULATED = os.environ.get("PYTRANSFORMER_PTX") == "1"
 ISAS = cpu.isa_status() if backends.unavailable("cpu") is None else {}
+ON_GPU = [
+    name for name in ("cuda", "triton")
+    if torch.cuda.is_available() and not (INTERPRETED or EMULATED) and backends.unavailable(name) is None
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +49,7 @@ def backend_names():
         return ["triton-interpreted"]
     if EMULATED:
         return ["cuda_emulated-80", "cuda_emulated-90a"]
-    return ["reference", *(f"cpu-{isa}" for isa in ISAS or ("not built",))]
+    return ["reference", *(f"cpu-{isa}" for isa in ISAS or ("not built",)), *ON_GPU]
 
 
 @pytest.fixture(params=["reference", "auto"])
@@ -58,6 +65,9 @@ def backend_isa(request, monkeypatch):
     name, _, isa = request.param.partition("-")
     if name == "reference":
         yield name
+    elif name in ON_GPU:
+        with torch.device("cuda"), unwritten_is_nan():  # a test's tensors are on the GPU, and so is its oracle
+            yield name
     elif name == "triton":
         if backends.unavailable(name) is not None:
             pytest.skip(f"Triton kernels: {backends.unavailable(name)}")
