@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -48,8 +49,8 @@ def hand_over(kernel: emulator.Kernel) -> Mapping[str, float]:
     return {"y": _off(y.view(rounds, 32), x.view(rounds, 32).roll(-1, 1), 0.5)}
 
 
-def matmul(kernel: emulator.Kernel) -> Mapping[str, float]:
-    M, N, K = 64, 128, 96
+def matmul(kernel: emulator.Kernel, K: int = 96) -> Mapping[str, float]:
+    M, N = 64, 128
     A, B = torch.randn(M, K).bfloat16(), torch.randn(K, N).bfloat16()
     C = torch.full((M, N), torch.nan)
     emulator.launch(kernel, (N // 64, M // 64), (128,), [A, B, C, N, K])
@@ -62,7 +63,9 @@ CASES: dict[str, tuple[str, Case]] = {
     "last_block_sum": ("basics.cu", last_block_sum),
     "hand_over": ("basics.cu", hand_over),
     "matmul": ("matmul.cu", matmul),
+    "matmul_warpgroup": ("warpgroup.cu", partial(matmul, K=256)),
 }
+HOPPER_ALONE = ("warpgroup.cu",)  # instructions of compute capability 9.0
 
 
 def source(file: str) -> str:

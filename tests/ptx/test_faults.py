@@ -2,7 +2,7 @@
 
 A fault is a replacement in the source. ``noticed`` names what must notice it: a kind of finding, with detectors on,
 or ``result``, where only the numbers are wrong. All broken kernels are compiled by one run of nvcc, each in a namespace
-of its own.
+of its own, for each architecture.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ptx import build, emulator
-from ptx.cases import CASES, source
+from ptx.cases import CASES, HOPPER_ALONE, source
 
 pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=str(build.unavailable()))
 
@@ -69,6 +69,18 @@ FAULTS = [
     Fault("matmul", "a source off by an element", "+ k0 + (i & 3) * 8", "+ k0 + (i & 3) * 8 + 1", "misaligned"),
     Fault("matmul", "a store off by an element", "+ (lane & 3) * 2;", "+ (lane & 3) * 2 + 1;", "misaligned"),
     Fault("matmul", "one tile of K too many", "k0 + depth < K) fetch", "k0 < K) fetch", "out-of-bounds"),
+    Fault("matmul_warpgroup", "no fence between the proxies", '    asm volatile("fence.proxy.async', "  // ", "proxy"),
+    Fault("matmul_warpgroup", "no fence before the products", '    asm volatile("wgmma.fence', "    // ", "wgmma"),
+    Fault("matmul_warpgroup", "products not committed", '    asm volatile("wgmma.commit', "    // ", "race"),
+    Fault("matmul_warpgroup", "products not waited for", "sync.aligned 1;", "sync.aligned 2;", "race"),
+    Fault("matmul_warpgroup", "copies not waited for", "cp.async.wait_group 0", "cp.async.wait_group 1", "race"),
+    Fault("matmul_warpgroup", "no barrier when the stage is full", "__syncthreads();  // the stage", "//", "race"),
+    Fault("matmul_warpgroup", "no barrier before it is overwritten", "__syncthreads();  // the prod", "//", "race"),
+    Fault("matmul_warpgroup", "B is not turned", '"1, 0, 1;"', '"1, 0, 0;"', "result"),
+    Fault("matmul_warpgroup", "another swizzle", "uint64_t(1) << 62", "uint64_t(2) << 62", "result"),
+    Fault("matmul_warpgroup", "groups of rows too near", "(1024 >> 4)", "(512 >> 4)", "result"),
+    Fault("matmul_warpgroup", "an operand past the end", "b_tiles[stage]) + k", "b_tiles[2]) + k", "out-of-bounds"),
+    Fault("matmul_warpgroup", "one warp brings another tile", "a_tiles[stage]) + k", "a_tiles[warp & 1]) + k", "wgmma"),
 ]  # fmt: skip
 
 
@@ -80,24 +92,37 @@ def _function(text: str, kernel: str) -> str:
 
 def _broken(fault: Fault, number: int) -> str:
     text = source(CASES[fault.kernel][0])
-    body = text if fault.kernel == "matmul" else _function(text, fault.kernel)
+    body = text if CASES[fault.kernel][0] != "basics.cu" else _function(text, fault.kernel)
     assert fault.old in body, f"{fault.what}: the source has no {fault.old!r}"
     body = body.replace(fault.old, fault.new, fault.count)
     renamed = re.sub(rf"\b{fault.kernel}\(", f"{fault.kernel}_{number}(", body)
     return f"namespace fault_{number} {{\n{renamed}\n}}\n"
 
 
+def _arch(fault: Fault) -> str:
+    return "90a" if CASES[fault.kernel][0] in HOPPER_ALONE else "80"
+
+
 @pytest.fixture(scope="module")
 def ptx():
+    """All broken kernels, by architecture."""
     headers = "#include <cuda_bf16.h>\n#include <cstdint>\n"
-    text = headers + "".join(_broken(fault, number) for number, fault in enumerate(FAULTS))
-    return build.ptx_of(build.HERE / "kernels" / "faults.cu", "80", text=text)
+
+    def text(arch: str) -> str:
+        return headers + "".join(_broken(fault, number) for number, fault in enumerate(FAULTS) if _arch(fault) == arch)
+
+    return {arch: build.ptx_of(build.HERE / "kernels" / "faults.cu", arch, text=text(arch)) for arch in build.ARCHS}
+
+
+def _kernel(ptx, number: int) -> emulator.Kernel:
+    fault = FAULTS[number]
+    return emulator.translated(ptx[_arch(fault)], f"{fault.kernel}_{number}")
 
 
 @pytest.mark.parametrize("number", range(len(FAULTS)), ids=[f"{f.kernel}: {f.what}" for f in FAULTS])
 def test_a_fault_is_noticed(ptx, number):
     fault = FAULTS[number]
-    kernel = emulator.translated(ptx, f"{fault.kernel}_{number}")
+    kernel = _kernel(ptx, number)
     with emulator.watch(races=True) as findings:
         off = CASES[fault.kernel][1](kernel)
     kinds = {finding.split(" at ")[0] for finding in findings}
@@ -114,7 +139,7 @@ def test_faults_that_only_a_detector_sees(ptx):
         if fault.noticed in ("race", "uninitialised"):
             torch.manual_seed(0)
             with emulator.watch():
-                off = CASES[fault.kernel][1](emulator.translated(ptx, f"{fault.kernel}_{number}"))
+                off = CASES[fault.kernel][1](_kernel(ptx, number))
             hidden += [fault.what] * (max(off.values()) <= 1)
     assert "no fence before the count" in hidden
     assert len(hidden) >= 3, hidden
@@ -123,7 +148,7 @@ def test_faults_that_only_a_detector_sees(ptx):
 def test_a_race_names_both_lines(ptx):
     number = next(i for i, f in enumerate(FAULTS) if f.kernel == "row_sums" and f.noticed == "race")
     with emulator.watch(races=True) as findings:
-        CASES["row_sums"][1](emulator.translated(ptx, f"row_sums_{number}"))
+        CASES["row_sums"][1](_kernel(ptx, number))
     report = next(finding for finding in findings if finding.startswith("race"))
     place = r"faults\.cu:\d+ \(PTX line \d+: `{}\.shared.*`\)"
     wanted = rf"race at {place.format('st')}: .* by thread \d+ is not ordered after the read by thread \d+ at "
@@ -133,6 +158,6 @@ def test_a_race_names_both_lines(ptx):
 def test_a_deadlock_says_where_each_thread_waits(ptx):
     number = next(i for i, f in enumerate(FAULTS) if f.what == "the slot is never full")
     with emulator.watch() as findings:
-        CASES["hand_over"][1](emulator.translated(ptx, f"hand_over_{number}"))
+        CASES["hand_over"][1](_kernel(ptx, number))
     report = next(finding for finding in findings if finding.startswith("deadlock"))
     assert re.search(r"of 64 threads wait for ever: 32 at named barrier at .*bar\.sync", report), report

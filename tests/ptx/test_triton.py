@@ -1,7 +1,8 @@
-"""The library's Triton kernels as compiled for sm_80, on the runner: an independent check of both.
+"""The library's Triton kernels as compiled for sm_80 and sm_90, on the runner: an independent check of both.
 
-Triton's PTX has layouts, swizzles and pipelines that nobody here wrote; outputs and gradients must still be those of
-the float64 reference, without a race.
+Triton's PTX has layouts, swizzles and pipelines that nobody here wrote, and on Hopper products of whole warpgroups
+(wgmma), which read shared memory in their own time; outputs and gradients must still be those of the float64 reference,
+without a race.
 """
 
 from __future__ import annotations
@@ -17,22 +18,25 @@ from ptx import build, emulator
 from pytransformer import backends
 from pytransformer._parity import unwritten_is_nan
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 pytestmark = [
     pytest.mark.skipif(build.unavailable() is not None, reason=str(build.unavailable())),
     pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter is on: nothing is compiled"),
 ]
 
 
-@pytest.fixture(params=["plain", "detectors"])
+@pytest.fixture(params=["sm80-plain", "sm80-detectors", "sm90-plain", "sm90-detectors"])
 def compiled(request, monkeypatch):
-    """The backend ``triton`` for CPU tensors, its kernels compiled for sm_80."""
+    """The backend ``triton`` for CPU tensors, its kernels compiled for an architecture."""
     from ptx import triton_launch
 
+    arch, _, how = request.param.partition("-")
+    if request.param == "sm90-detectors" and triton.__version__ < "3.7":
+        pytest.skip("Triton before 3.7 puts no proxy fence between cp.async and wgmma, and the runner says so")
     monkeypatch.setattr(backends, "_unavailable", lambda name: None)
     monkeypatch.setitem(backends.ORDER, "cpu", ("cpu", "triton", "reference"))
-    options = {"races": True, "seed": 1} if request.param == "detectors" else {}
-    with triton_launch.on_the_runner("sm80"), unwritten_is_nan(), emulator.watch(**options) as findings:
+    options = {"races": True, "seed": 1} if how == "detectors" else {}
+    with triton_launch.on_the_runner(arch), unwritten_is_nan(), emulator.watch(**options) as findings:
         yield "triton"
     assert not findings, findings
 
@@ -50,6 +54,14 @@ def test_ffn(compiled):
 def test_attention(compiled, mask):
     tensors, options = attention_cases.case("ragged", mask, torch.bfloat16)
     check("attention", tensors, options, compiled)
+
+
+@pytest.mark.parametrize("mask", ["none", "window_left"] if EMULATED else ["none"])
+def test_attention_over_several_tiles(compiled, mask):
+    """More key blocks than a pipeline has stages, and a narrow head."""
+    sizes = B, H, G, T, S, D, Dv = 1, 2, 1, 70, 330, 24, 40
+    tensors = attention_cases.qkv(*sizes, dtype=torch.bfloat16)
+    check("attention", tensors, attention_cases.MASKS[mask](B, H, T, S) | {"enable_gqa": True}, compiled)
 
 
 def test_float32_matrix_multiplication_in_tf32_pieces(compiled):

@@ -47,6 +47,9 @@ constexpr uint32_t kind_aligned = 0x100;  // kinds of instructions from here on 
 void meet(const char* what, uint32_t kind, uint32_t mask, void* brought, Line line,
           const std::function<void(void* const* brought, uint32_t mask)>& act);
 
+// -- warpgroup.cpp
+void reset_warpgroups();
+
 // -- async.cpp
 void finish_copies(Thread& thread);
 

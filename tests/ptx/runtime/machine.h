@@ -65,6 +65,8 @@ struct Thread {
   uint64_t turns = 0;  // backward branches so far
   std::vector<AsyncCopy> copies;
   uint32_t copy_group = 0;
+  uint32_t products = 0;  // groups of wgmma committed
+  bool products_fenced = false;
   uint32_t phase = 0;  // changes at every barrier and collective; accesses of one warp are lined up by it
 };
 
@@ -119,6 +121,22 @@ void load_matrices(uint32_t* rows, int count, bool transposed, uint32_t address,
 void store_matrices(const uint32_t* rows, int count, bool transposed, uint32_t address, Line line);
 uint32_t transpose_matrix(uint32_t row, Line line);
 void multiply(Fragments kind, float* d, const uint32_t* a, const uint32_t* b, const float* c, Line line);
+
+// -- warpgroup.cpp
+enum class WarpgroupType : uint8_t { bf16, f16, tf32 };
+struct WarpgroupProduct {  // what one thread brings to a wgmma.mma_async of 64 rows
+  WarpgroupType type;
+  uint32_t columns;
+  const uint32_t* a;  // four registers, or null: A is in shared memory
+  uint64_t a_descriptor, b_descriptor;
+  bool accumulate;
+  float a_sign, b_sign;
+  bool a_mn_major, b_mn_major;
+};
+void multiply_warpgroup(const WarpgroupProduct& product, float* d, Line line);
+void products_fence();
+void products_commit();
+void products_wait(uint32_t pending);
 
 // -- async.cpp
 void copy_async(uint32_t to, uint64_t from, uint32_t bytes, uint32_t given, Line line, uint32_t& hint);

@@ -21,7 +21,7 @@ struct Flag {
 namespace {
 
 constexpr uint32_t granule = 2;  // bytes to a cell of shared memory
-constexpr uint32_t barriers_at_most = 64, groups_at_most = 8;
+constexpr uint32_t barriers_at_most = 64;
 
 struct SharedCell {
   Epoch write;
@@ -36,7 +36,7 @@ uint32_t agents = 0, readers = 0, first_block = 0;
 std::vector<Knowledge> knowledge;
 std::vector<Fenced> fenced;
 std::vector<SharedCell> cells;
-std::vector<Epoch> reads;  // of shared memory: `readers` columns for each cell, one for each warp and two for others
+std::vector<Epoch> reads;  // of shared memory: `readers` columns for each cell, two for each warp and two for others
 std::unordered_map<uint64_t, Flag> flags;
 
 std::string name_of(uint32_t agent) {
@@ -46,7 +46,7 @@ std::string name_of(uint32_t agent) {
   if (agent < 3 * n) return "a bulk store of thread " + std::to_string(agent - 2 * n);
   agent -= 3 * n;
   if (agent < barriers_at_most) return "a bulk load on mbarrier " + std::to_string(agent);
-  return "wgmma of warpgroup " + std::to_string(agent - barriers_at_most);
+  return "wgmma of warp " + std::to_string(agent - barriers_at_most);
 }
 
 std::string described(const Epoch& e) {
@@ -117,7 +117,9 @@ uint8_t covered(uint64_t cell_start, uint32_t width, uint64_t start, uint64_t en
 
 uint32_t column(uint32_t agent) {
   if (agent < block.threads) return agent / 32;
-  return agent < 2 * block.threads ? (agent - block.threads) / 32 : block.warps + agent % 2;
+  if (agent < 2 * block.threads) return (agent - block.threads) / 32;
+  const uint32_t first_product = 3 * block.threads + barriers_at_most;
+  return agent < first_product ? block.warps + agent % 2 : block.warps + 2 + agent - first_product;
 }
 
 void touch_shared(uint32_t index, Epoch now, bool write, bool changes, const Actor& actor) {
@@ -199,8 +201,8 @@ void start_launch() {
 void start_block() {
   const uint32_t n = block.threads;
   const Image& image = *block.image;
-  agents = image.uses_async_proxy ? 3 * n + barriers_at_most + groups_at_most : image.uses_cp_async ? 2 * n : n;
-  readers = block.warps + 2;
+  agents = image.uses_async_proxy ? 3 * n + barriers_at_most + block.warps : image.uses_cp_async ? 2 * n : n;
+  readers = image.uses_async_proxy ? 2 * block.warps + 2 : block.warps;
   Knowledge nothing;
   nothing.clocks.assign(agents, 0);
   if (image.uses_async_proxy) nothing.published.assign(agents, 0);
@@ -235,8 +237,8 @@ uint32_t stores_of(uint32_t thread) {
 uint32_t loads_on(uint32_t barrier) {
   return 3 * block.threads + barrier;
 }
-uint32_t multiplications_of(uint32_t group) {
-  return 3 * block.threads + barriers_at_most + group;
+uint32_t products_of(uint32_t warp) {
+  return 3 * block.threads + barriers_at_most + warp;
 }
 
 Actor self() {

@@ -41,10 +41,10 @@ void learn(uint32_t thread, const Knowledge& from);
 Knowledge& knowledge_of(uint32_t thread);
 
 // Agents beside the threads.
-uint32_t copies_of(uint32_t thread);          // cp.async
-uint32_t stores_of(uint32_t thread);          // cp.async.bulk from shared memory
-uint32_t loads_on(uint32_t barrier);          // cp.async.bulk that completes on an mbarrier
-uint32_t multiplications_of(uint32_t group);  // wgmma
+uint32_t copies_of(uint32_t thread);  // cp.async
+uint32_t stores_of(uint32_t thread);  // cp.async.bulk from shared memory
+uint32_t loads_on(uint32_t barrier);  // cp.async.bulk that completes on an mbarrier
+uint32_t products_of(uint32_t warp);  // wgmma: a warp that waits knows of its own part alone
 
 enum class Proxy : uint8_t { generic, async };
 struct Actor {

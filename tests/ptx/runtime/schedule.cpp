@@ -155,6 +155,7 @@ void start_block() {
   actions.clear();
   reset_barriers();
   reset_warps();
+  reset_warpgroups();
   if (options.races) order::start_block();
   std::memset(block.window, 0xff, block.shared_end);  // what a real block may find there
   for (uint32_t i = 0; i < block.threads; ++i) start_thread(i);

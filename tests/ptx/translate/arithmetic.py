@@ -41,10 +41,13 @@ def _apply(f: Function, i: Instruction, name: str, inputs: int, directed: str = 
     elif i.has("sat"):
         raise UnsupportedError(f".sat of {i.type}")
     if i.has("relu"):
-        zero = f"op::max<{cpp(type)}>(x, {cpp(type)}(0.0f))"
-        call = f"pairwise<{cpp(type)}>([](auto x) {{ return {zero}; }}, {call})" if type != i.type else call
-        if type == i.type:
-            raise UnsupportedError(".relu")
+        positive = f"[](auto x) {{ return op::max<{cpp(type)}>(x, {cpp(type)}(0)); }}"
+        if type != i.type:
+            call = f"pairwise<{cpp(type)}>({positive}, {call})"
+        elif i.type == "s32":
+            call = f"({positive})({cpp(type)}({call}))"
+        else:
+            raise UnsupportedError(f".relu of {i.type}")
     f.write(i.args[0], call)
 
 
@@ -184,21 +187,18 @@ def fields(f: Function, i: Instruction) -> None:
 @opcode("setp", "set")
 def compare(f: Function, i: Instruction) -> None:
     comparison, type = i.parts[1], i.type
-    if type in PAIRS:
-        raise UnsupportedError("a comparison of pairs")
     x, y = f.read(i.args[1], type), f.read(i.args[2], type)
+    first, _, second = i.args[0].partition("|")
+    if type in PAIRS:
+        if i.parts != ["setp", comparison, type]:
+            raise UnsupportedError("a comparison of pairs with a modifier")
+        for half, to in enumerate((first, second)):
+            low = f"float(bits<{cpp(PAIRS[type])}>(slice<uint16_t>({{}}, {half})))"
+            f.write(to, _holds(comparison, "f32", low.format(x), low.format(y)), "pred")
+        return
     if i.has("ftz"):
         x, y = f"flush({x})", f"flush({y})"
-    if comparison in UNSIGNED_COMPARISONS:
-        test = f"({x} {UNSIGNED_COMPARISONS[comparison]} {y})"
-    elif comparison in COMPARISONS and type in FLOATS and comparison == "ne":
-        test = f"({x} < {y} || {x} > {y})"
-    elif comparison in COMPARISONS:
-        test = f"({x} {COMPARISONS[comparison]} {y})"
-    elif comparison in ("num", "nan"):
-        test = f"({'' if comparison == 'num' else '!'}({x} == {x} && {y} == {y}))"
-    else:  # the unordered forms hold where an operand is NaN
-        test = f"({x} != {x} || {y} != {y} || {x} {COMPARISONS[comparison[:-1]]} {y})"
+    test = _holds(comparison, type, x, y)
     if (joined := i.one_of(*BOOLEAN)) and joined == i.parts[2]:
         test = f"({test} {BOOLEAN[joined]} {f.read(i.args[3], 'pred')})"
     if i.base == "set":
@@ -206,7 +206,6 @@ def compare(f: Function, i: Instruction) -> None:
         yes = "1.0f" if i.parts[-2] in FLOATS else "~0u"
         f.write(i.args[0], f"({test} ? {result}({yes}) : {result}(0))")
         return
-    first, _, second = i.args[0].partition("|")
     if not second:
         f.write(first, test, "pred")
         return
@@ -214,6 +213,19 @@ def compare(f: Function, i: Instruction) -> None:
     f.write(first, "test", "pred")
     f.write(second, "!test", "pred")
     f.emit("}")
+
+
+def _holds(comparison: str, type: str, x: str, y: str) -> str:
+    """A C++ condition; the unordered comparisons hold where an operand is NaN, the others do not."""
+    if comparison in UNSIGNED_COMPARISONS:
+        return f"({x} {UNSIGNED_COMPARISONS[comparison]} {y})"
+    if comparison == "ne" and type in FLOATS:
+        return f"({x} < {y} || {x} > {y})"
+    if comparison in COMPARISONS:
+        return f"({x} {COMPARISONS[comparison]} {y})"
+    if comparison in ("num", "nan"):
+        return f"({'' if comparison == 'num' else '!'}({x} == {x} && {y} == {y}))"
+    return f"({x} != {x} || {y} != {y} || {x} {COMPARISONS[comparison[:-1]]} {y})"
 
 
 @opcode("selp")

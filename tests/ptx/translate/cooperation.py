@@ -6,6 +6,8 @@ knows (``runtime/matrix.cpp``); here registers are only lined up.
 
 from __future__ import annotations
 
+import re
+
 from ptx.translate.function import Function, Instruction, opcode
 from ptx.translate.parse import UnsupportedError
 
@@ -135,5 +137,41 @@ def mma(f: Function, i: Instruction) -> None:
         f.emit(f"const uint32_t {name}[] = {{" + ", ".join(f.read(x, "b32") for x in registers) + "};")
     f.emit(f"multiply(Fragments::{shapes[shape, a]}, d, a, b, c, {i.line});")
     for n, register in enumerate(to):
+        f.write(register, f"d[{n}]", "f32")
+    f.emit("}")
+
+
+@opcode("wgmma")
+def warpgroup(f: Function, i: Instruction) -> None:
+    f.features.add("async_proxy")
+    if i.has("fence"):
+        f.emit("products_fence();")
+    elif i.has("commit_group"):
+        f.emit("products_commit();")
+    elif i.has("wait_group"):
+        f.emit(f"products_wait({f.read(i.args[0], 'u32')});")
+    else:
+        _warpgroup_product(f, i)
+
+
+def _warpgroup_product(f: Function, i: Instruction) -> None:
+    """``d, a, b, scale-d, scale-a, scale-b`` and, of 16-bit operands, which of those in shared memory lie turned."""
+    shape = re.fullmatch(r"m64n(\d+)k(\d+)", i.parts[4])
+    types = {"bf16": 16, "f16": 16, "tf32": 8}
+    d_type, a_type, b_type = i.parts[5:8]
+    if shape is None or d_type != "f32" or a_type != b_type or types.get(a_type) != int(shape[2]):
+        raise UnsupportedError("this shape and these types of wgmma")
+    to, a, b, scale_d, scale_a, scale_b, *turned = i.args
+    in_registers = a.startswith("{")
+    turned = [str(t != "0").lower() for t in turned] or ["false"]
+    registers = f.vector(to)
+    f.emit("{ float d[] = {" + ", ".join(f.read(x, "f32") for x in registers) + "};")
+    if in_registers:
+        f.emit("const uint32_t a[] = {" + ", ".join(f.read(x, "b32") for x in f.vector(a)) + "};")
+    where = ("a, 0" if in_registers else f"nullptr, {f.read(a, 'u64')}") + f", {f.read(b, 'u64')}"
+    scales = f"{f.read(scale_d, 'pred')}, {scale_a}.0f, {scale_b}.0f"
+    layout = f"{'false' if in_registers else turned[0]}, {turned[-1]}"
+    f.emit(f"multiply_warpgroup({{WarpgroupType::{a_type}, {shape[1]}, {where}, {scales}, {layout}}}, d, {i.line});")
+    for n, register in enumerate(registers):
         f.write(register, f"d[{n}]", "f32")
     f.emit("}")

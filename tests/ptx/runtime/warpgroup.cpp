@@ -1,0 +1,216 @@
+// wgmma: products of the 128 threads of a warpgroup, whose operands lie in shared memory and are read in their own
+// time.
+//
+// A matrix descriptor says where an operand of 64 rows (or N columns) by 32 bytes of K begins, how it is swizzled and
+// how its pieces lie apart (PTX ISA, "Asynchronous Warpgroup Level Matrix Shared Memory Layout"). Rows of K are
+// contiguous, or with `mn_major` rows of M or N are. The product is made when the last thread of the warpgroup has
+// come, the earliest; for the detectors its reads last until a wait, as those of an agent beside the threads, through
+// the async proxy: what threads wrote must have been fenced for it.
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <vector>
+
+#include "block.h"
+#include "instructions.h"
+#include "order.h"
+
+namespace ptx {
+namespace {
+
+constexpr uint32_t threads_of_group = 128, groups = 8, k_bytes = 32;
+
+struct Brought {
+  const WarpgroupProduct* product;
+  float* d;
+};
+struct Group {
+  std::vector<Brought> brought = std::vector<Brought>(threads_of_group);
+  std::vector<uint32_t> waiting;
+};
+Group group_of[groups];
+
+// What is known to all threads of a group, and so before any of the product's reads.
+order::Knowledge known_to_all(uint32_t first) {
+  order::Knowledge known = order::knowledge_of(first);
+  for (uint32_t i = 1; i < threads_of_group; ++i) {
+    const order::Knowledge& other = order::knowledge_of(first + i);
+    for (size_t n = 0; n < known.clocks.size(); ++n) known.clocks[n] = std::min(known.clocks[n], other.clocks[n]);
+    for (size_t n = 0; n < known.published.size(); ++n)
+      known.published[n] = std::min(known.published[n], other.published[n]);
+  }
+  return known;
+}
+
+struct Descriptor {
+  uint32_t start, leading, stride, row, base;  // bytes; `row` is a row of the swizzle, 16 where there is none
+
+  explicit Descriptor(uint64_t d)
+      : start((d & 0x3fff) << 4),
+        leading((d >> 16 & 0x3fff) << 4),
+        stride((d >> 32 & 0x3fff) << 4),
+        row(d >> 62 == 0 ? 16 : 256u >> (d >> 62)),
+        base(d >> 49 & 7) {}
+
+  // Of element (i, k): i counts rows of A or columns of B.
+  uint32_t address(uint32_t i, uint32_t k, uint32_t width, bool mn_major) const {
+    const uint32_t per_row = row / width;
+    uint32_t offset;
+    if (mn_major) {
+      const uint32_t apart = row == 16 ? stride : leading, of_k = row == 16 ? leading : stride;
+      offset = i / per_row * apart + i % per_row * width + k % 8 * row + k / 8 * of_k;
+    } else {
+      offset = i / 8 * stride + i % 8 * row + (row == 16 ? k / per_row * leading + k % per_row * width : k * width);
+    }
+    const uint32_t linear = start + offset;
+    return linear ^ ((linear >> 7 & (row / 16 - 1)) << 4);
+  }
+};
+
+float number(const uint8_t* at, WarpgroupType type) {
+  uint32_t word = 0;
+  std::memcpy(&word, at, type == WarpgroupType::tf32 ? 4 : 2);
+  if (type == WarpgroupType::tf32) return bits<float>(word & ~0x1fffu);
+  return type == WarpgroupType::bf16 ? float(bits<bfloat16>(uint16_t(word))) : float(bits<half>(uint16_t(word)));
+}
+
+using Operand = std::vector<float>;  // [rows or columns][k]
+
+// What the detectors hear of: a product's reads, by the four warps.
+struct Readers {
+  order::Knowledge known;
+  order::Actor warp[4];
+
+  Readers(const Readers&) = delete;
+  explicit Readers(uint32_t group) : known(known_to_all(group * threads_of_group)) {
+    for (uint32_t w = 0; w < 4; ++w)
+      warp[w] = {order::products_of(4 * group + w), current->products + 1, &known, order::Proxy::async};
+  }
+  void read(uint32_t address, uint32_t width, uint32_t first, uint32_t last, Line line) const {
+    for (uint32_t w = first; w <= last; ++w) order::access_shared(address, width, false, Access::weak, warp[w], line);
+  }
+};
+
+// `count` rows of A or columns of B; of A each warp reads 16 rows.
+Operand from_shared(uint64_t descriptor, bool mn_major, uint32_t count, bool is_a, WarpgroupType type,
+                    const Readers* readers, Line line) {
+  const Descriptor d(descriptor);
+  const uint32_t width = type == WarpgroupType::tf32 ? 4 : 2, k_count = k_bytes / width;
+  if (d.base != 0) report("wgmma", line, "the runner does not know a matrix descriptor with base offset %u", d.base);
+  Operand found(count * k_count);
+  for (uint32_t i = 0; i < count; ++i) {
+    for (uint32_t k = 0; k < k_count; ++k) {
+      const uint32_t address = d.address(i, k, width, mn_major);
+      if (address < shared_base || address + width > block.shared_end) {
+        report("out-of-bounds", line, "wgmma reads element (%u, %u) of an operand at shared+%u, which ends at %u", i, k,
+               address, block.shared_end);
+        return found;
+      }
+      if (readers != nullptr) readers->read(address, width, is_a ? i / 16 : 0, is_a ? i / 16 : 3, line);
+      found[i * k_count + k] = number(block.window + address, type);
+    }
+  }
+  return found;
+}
+
+// A in registers: each warp holds 16 rows, as the left operand of mma.sync.
+Operand from_registers(const Group& group, WarpgroupType type) {
+  const uint32_t packed = type == WarpgroupType::tf32 ? 1 : 2, k_count = 8 * packed;
+  Operand found(64 * k_count);
+  for (uint32_t n = 0; n < threads_of_group; ++n) {
+    const uint32_t row = n / 32 * 16 + n % 32 / 4, t = n % 4;
+    for (uint32_t r = 0; r < 4; ++r) {
+      const uint32_t word = group.brought[n].product->a[r];
+      for (uint32_t h = 0; h < packed; ++h) {
+        const uint32_t element = packed == 1 ? word : word >> (16 * h);
+        uint8_t raw[4];
+        std::memcpy(raw, &element, 4);
+        found[(row + 8 * (r % 2)) * k_count + packed * t + h + 4 * packed * (r / 2)] = number(raw, type);
+      }
+    }
+  }
+  return found;
+}
+
+void check_agreement(const Group& group, const WarpgroupProduct& p, Line line) {
+  for (const Brought& x : group.brought) {
+    const WarpgroupProduct& other = *x.product;
+    if (other.b_descriptor != p.b_descriptor || other.accumulate != p.accumulate ||
+        (p.a == nullptr && other.a_descriptor != p.a_descriptor)) {
+      report("wgmma", line, "the threads of a warpgroup bring different descriptors or scales");
+      return;
+    }
+  }
+}
+
+void make(const Group& group, uint32_t number, Line line) {
+  const WarpgroupProduct& p = *group.brought[0].product;
+  check_agreement(group, p, line);
+  std::optional<Readers> watched;
+  if (options.races) watched.emplace(number);
+  const Readers* const readers = watched ? &*watched : nullptr;
+  const Operand A = p.a != nullptr ? from_registers(group, p.type)
+                                   : from_shared(p.a_descriptor, p.a_mn_major, 64, true, p.type, readers, line);
+  const Operand B = from_shared(p.b_descriptor, p.b_mn_major, p.columns, false, p.type, readers, line);
+  const uint32_t k_count = uint32_t(A.size()) / 64, n_count = p.columns;
+  std::vector<float> turned(B.size());  // [k][n], for long rows in the innermost loop
+  for (uint32_t n = 0; n < n_count; ++n)
+    for (uint32_t k = 0; k < k_count; ++k) turned[k * n_count + n] = B[n * k_count + k] * p.b_sign * p.a_sign;
+  std::vector<double> D(64 * n_count);
+  for (uint32_t m = 0; m < 64; ++m)
+    for (uint32_t k = 0; k < k_count; ++k)
+      for (uint32_t n = 0; n < n_count; ++n)
+        D[m * n_count + n] += double(A[m * k_count + k]) * double(turned[k * n_count + n]);
+  for (uint32_t t = 0; t < threads_of_group; ++t) {
+    for (uint32_t i = 0; i < n_count / 2; ++i) {
+      const uint32_t row = t / 32 * 16 + t % 32 / 4 + 8 * (i / 2 % 2), column = i / 4 * 8 + t % 4 * 2 + i % 2;
+      float& d = group.brought[t].d[i];
+      d = float((p.accumulate ? double(d) : 0.0) + D[row * n_count + column]);
+    }
+  }
+}
+
+}  // namespace
+
+void reset_warpgroups() {
+  for (Group& group : group_of) group.waiting.clear();
+}
+
+void multiply_warpgroup(const WarpgroupProduct& product, float* d, Line line) {
+  Thread& thread = *current;
+  const uint32_t number = thread.number / threads_of_group;
+  if (number >= groups || (number + 1) * threads_of_group > block.threads) {
+    report("wgmma", line, "thread %u belongs to no whole warpgroup", thread.number);
+    return;
+  }
+  if (!thread.products_fenced) report("wgmma", line, "no wgmma.fence before the first product of a thread");
+  ++thread.phase;
+  Group& group = group_of[number];
+  group.brought[thread.number % threads_of_group] = {&product, d};
+  if (group.waiting.size() + 1 < threads_of_group) {
+    group.waiting.push_back(thread.number);
+    wait_for("wgmma", line);
+    return;
+  }
+  make(group, number, line);
+  for (const uint32_t other : group.waiting) wake(other);
+  group.waiting.clear();
+}
+
+void products_fence() {
+  current->products_fenced = true;
+}
+
+void products_commit() {
+  ++current->products;
+}
+
+void products_wait(uint32_t pending) {
+  const Thread& thread = *current;
+  if (!options.races) return;
+  const uint32_t done = thread.products > pending ? thread.products - pending : 0;
+  uint32_t& known = order::knowledge_of(thread.number).clocks[order::products_of(thread.warp)];
+  known = std::max(known, done);
+}
+
+}  // namespace ptx
