@@ -3,8 +3,9 @@
 A configuration is looked up by the kernel's name and a shape class: the dtype's width and whatever size decides
 (a head dim, a row's length), rounded up, so that no length of a batch or sequence makes a kernel compile anew.
 
-What stands here was chosen by compiling: none of the rows of ``docs/triton-kernels.txt`` spills. None was timed: where
-a GPU is at hand, ``pytransformer tune`` measures, and its table (``_table``) goes before this one.
+What stands here was chosen by compiling: none of the rows of ``docs/triton-kernels.txt`` spills. What is marked so was
+timed on an H200 (torch 2.11, Triton 3.6, bfloat16), the rest was not: where a GPU is at hand, ``pytransformer tune``
+measures, and its table (``_table``) goes before this one.
 """
 
 from __future__ import annotations
@@ -39,7 +40,21 @@ def layer_norm(direction: str, dtype: torch.dtype, width: int, arch: str) -> Con
     elements = 2048 if direction == "fwd" else 1024
     rows = min(max(1, elements // columns), 64)  # beyond that one row's column sums would be long chains
     built_in = Config((rows, columns), num_warps=min(max(rows * columns // 512, 4), 16))
+    if arch == "sm90" and whole:
+        built_in = _LAYER_NORM_SM90[direction].get(columns, built_in)
     return chosen(arch, f"layer_norm {direction} {f'E={columns}' if whole else 'in pieces'}", built_in)
+
+
+# Timed on an H200: with several rows a tile the backward took four and five times as long at 512 and 256.
+_LAYER_NORM_SM90 = {
+    "fwd": {
+        256: Config((16, 256), 4),
+        512: Config((2, 512), 4),
+        1024: Config((1, 1024), 4),
+        2048: Config((1, 2048), 8),
+    },
+    "bwd": {256: Config((1, 256), 4), 512: Config((1, 512), 4), 1024: Config((1, 1024), 8)},
+}
 
 
 # (queries, keys) of a tile, by architecture, kernel, 16 or 32 bits, and head dim up to 64, 128 or 256. What stands
@@ -63,19 +78,19 @@ _PLAIN: dict[str, _Attention] = {
             (16, 256): Config((32, 32), 8, 1),
         },
     },
-    "sm90": {
+    "sm90": {  # head dims up to 64 timed on an H200, causal, at 4,096 tokens: 15 to 18% less than larger tiles
         "fwd": {
-            (16, 64): Config((128, 64), 4, 3),
+            (16, 64): Config((64, 64), 4, 3),
             (16, 128): Config((128, 64), 8, 3),
             (16, 256): Config((64, 32), 8, 2),
         },
         "dq": {
-            (16, 64): Config((128, 64), 8, 2),
+            (16, 64): Config((64, 32), 4, 3),
             (16, 128): Config((64, 64), 8, 2),
             (16, 256): Config((16, 32), 4, 1),
         },
         "dkv": {
-            (16, 64): Config((64, 128), 8, 2),
+            (16, 64): Config((64, 64), 4, 3),
             (16, 128): Config((32, 128), 8, 2),
             (16, 256): Config((32, 32), 8, 1),
         },
@@ -221,6 +236,16 @@ _RICH: dict[str, _Attention] = {
         },
     },
 }
+# Where an operand of wgmma has rows of 64 bytes, products on Hopper come out wrong or read beyond shared memory, with
+# Triton 3.6 and 3.7 (triton-lang/triton issue 11366; seen on an H200). A tile's rows are longer there.
+_NARROWEST_HEAD = {("sm90", 16): 64}
+
+
+def head_tile(head_dim: int, dtype: torch.dtype, arch: str) -> int:
+    """Columns of the tiles that hold heads of this size."""
+    return power_of_2(head_dim, _NARROWEST_HEAD.get((arch, 8 * dtype.itemsize), 16))
+
+
 _DECODE = {
     (16, 64): Config((64,), 4, 2),
     (16, 128): Config((64,), 4, 2),
@@ -258,12 +283,18 @@ _MATMUL: dict[str, dict[tuple[int, int], Config]] = {
         (32, 1): Config((64, 64, 32), 4, 2),
         (32, 2): Config((64, 32, 32), 4, 2),
     },
+    "sm90": {  # in 16 bits timed on an H200, 4,096 rows, E = 1,024
+        (16, 1): Config((128, 64, 64), 8, 3),
+        (16, 2): Config((128, 128, 64), 8, 4),
+        (32, 1): Config((64, 64, 32), 4, 2),
+        (32, 2): Config((64, 32, 32), 4, 2),
+    },
 }
 # Up to this width of the input the activation is fused with the product before it; `pytransformer tune` decides it
-# for each width. Not measured on a GPU here: set from what others report, that an unfused activation costs some 30,
-# 20, 15 and 4% of the product at 512, 768, 1024 and 4096, and that on Hopper a product in Triton gives away about 10
-# to 15%.
-_FUSED_WIDTH = {"sm80": 2048, "sm86": 2048, "sm90": 1024, "sm100": 768, "gfx942": 768, INTERPRETER: 64}
+# for each width. Hopper's was timed on an H200: at 1,024 the fused kernel takes 0.104 ms, torch's product and one pass
+# behind it 0.081. The others were not measured here: set from what others report, that an unfused activation costs some
+# 30, 20, 15 and 4% of the product at 512, 768, 1024 and 4096.
+_FUSED_WIDTH = {"sm80": 2048, "sm86": 2048, "sm90": 512, "sm100": 768, "gfx942": 768, INTERPRETER: 64}
 
 
 def matmul(kernel: str, dtype: torch.dtype, arch: str) -> Config:
@@ -289,7 +320,9 @@ def fuse_activation(direction: str, dtype: torch.dtype, width: int, arch: str) -
 
 def elementwise(arch: str) -> Config:
     """``(rows, columns)`` of a tile of an elementwise kernel."""
-    return Config((64, 64), 4) if arch == INTERPRETER else chosen(arch, "elementwise", Config((16, 128), 4))
+    if arch == INTERPRETER:
+        return Config((64, 64), 4)
+    return chosen(arch, "elementwise", Config((4, 512) if arch == "sm90" else (16, 128), 4))
 
 
 def embedding(width: int, arch: str) -> Config:

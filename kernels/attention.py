@@ -275,7 +275,8 @@ class Softmax:
 def shape_of(query: Tensor, key: Tensor, value: Tensor) -> dict[str, int]:
     """The constants of a kernel that depend on the head dims."""
     D, Dv = query.shape[-1], value.shape[-1]
-    block_d, block_dv = _configs.power_of_2(D), _configs.power_of_2(Dv)
+    arch = _configs.architecture(query.device)
+    block_d, block_dv = (_configs.head_tile(size, query.dtype, arch) for size in (D, Dv))
     return {"GROUP": query.shape[1] // key.shape[1], "D": D, "Dv": Dv, "BLOCK_D": block_d, "BLOCK_DV": block_dv}
 
 
