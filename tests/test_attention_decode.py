@@ -18,7 +18,7 @@ import pytransformer
 from pytransformer import backends, ops
 from pytransformer._parity import alike
 
-GARBAGE = torch.tensor([-1, 2**31 - 1, -(2**31), 10**6])
+GARBAGE = (-1, 2**31 - 1, -(2**31), 10**6)
 needs_cpu = pytest.mark.skipif(backends.unavailable("cpu") is not None, reason=str(backends.unavailable("cpu")))
 
 
@@ -47,7 +47,7 @@ class Case:
         """A table of pages in random order, and how many pages there are."""
         P = -(-max(self.lengths) // self.page) + 2
         pages = len(self.lengths) * P
-        table = GARBAGE[torch.randint(len(GARBAGE), (len(self.lengths), P))].int()
+        table = torch.tensor(GARBAGE)[torch.randint(len(GARBAGE), (len(self.lengths), P))].int()
         order = iter(torch.randperm(pages).tolist())
         for b in range(len(self.lengths)):
             for p in {s // self.page for s in self.seen(b)}:
@@ -119,13 +119,7 @@ def against_the_oracle(case, tensors, found=None):
 
 
 def decode(case, tensors, backend):
-    arguments = {**case.paged(tensors), **case.options, "return_lse": True, "backend": backend}
-    try:
-        return ops.attention_decode(**arguments)
-    except backends.BackendError as error:
-        if not EMULATED:
-            raise
-        pytest.skip(str(error))
+    return ops.attention_decode(**case.paged(tensors), **case.options, return_lse=True, backend=backend)
 
 
 def check(case, tensors, backend):

@@ -50,7 +50,10 @@ inline T mad_hi(T x, T y, T z) {
 }
 template <class T>
 inline T fma(T x, T y, T z) {
-  return T(std::fma(Wide<T>(x), Wide<T>(y), Wide<T>(z)));
+  if constexpr (sizeof(T) == 2)
+    return T(sum_to_odd(Wide<T>(x) * Wide<T>(y), Wide<T>(z)));
+  else
+    return T(std::fma(x, y, z));
 }
 template <class T>
 inline T div(T x, T y) {
@@ -63,9 +66,14 @@ inline T div(T x, T y) {
   else
     return T(x / y);
 }
+// x (1 / y): of the largest divisors the reciprocal is a subnormal number, which is taken for zero.
+template <class T>
+inline T div_approx(T x, T y) {
+  return std::fabs(y) > T(0x1p126) ? T(x * std::copysign(T(0), y)) : div<T>(x, y);
+}
 template <class T>
 inline T rem(T x, T y) {
-  if (y == 0) return x;
+  if (y == 0) return T(~T(0));  // what the hardware gives
   if constexpr (std::is_signed_v<T>)
     return y == T(-1) ? T(0) : T(x % y);
   else

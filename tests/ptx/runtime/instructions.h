@@ -68,6 +68,13 @@ inline T atomic_shared(uint32_t address, Line line, F function, X... operands) {
 }
 template <class T, class F, class... X>
 inline T atomic_global(uint64_t address, Line line, uint32_t& hint, F function, X... operands) {
+  // An addition of float32 flushes subnormal numbers in global memory, but not in shared memory.
+  if constexpr (std::is_same_v<T, float>) {
+    if (!is_shared(address)) {
+      const auto flushing = [function](auto... x) { return flush(function(flush(x)...)); };
+      return exchanged<T>(at_generic(address, sizeof(T), true, Access::atomic, line, hint), flushing, operands...);
+    }
+  }
   return exchanged<T>(at_generic(address, sizeof(T), true, Access::atomic, line, hint), function, bits<T>(operands)...);
 }
 

@@ -20,9 +20,21 @@ inline float to_odd(double x) {
   if (double(y) == x || !std::isfinite(y)) return y;
   uint32_t u;
   std::memcpy(&u, &y, 4);
-  if (!(u & 1)) u += (double(y) < x) == (y > 0) ? 1 : -1;
+  if (!(u & 1)) u += std::fabs(double(y)) < std::fabs(x) ? 1 : -1;
   std::memcpy(&y, &u, 4);
   return y;
+}
+
+// x + y, to the odd neighbour where a double cannot hold it.
+inline double sum_to_odd(double x, double y) {
+  const double sum = x + y, part = sum - x, lost = (x - (sum - part)) + (y - part);
+  if (lost == 0 || !std::isfinite(sum)) return sum;
+  uint64_t u;
+  std::memcpy(&u, &sum, 8);
+  if (!(u & 1)) u += (lost > 0) == (sum > 0) ? 1 : -1;
+  double odd;
+  std::memcpy(&odd, &u, 8);
+  return odd;
 }
 
 struct bfloat16 {
@@ -94,11 +106,23 @@ inline uint32_t pairwise(F function, S... pairs) {
   return joined<uint32_t>(low, high);
 }
 
-inline float flush(float x) {
-  return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x;
+// The smallest number of T that is not subnormal.
+template <class T>
+inline constexpr double smallest = std::is_same_v<T, half> ? 0x1p-14 : 0x1p-126;
+
+template <class T>
+inline T flush(T x) {
+  return std::fabs(float(x)) < smallest<T> ? T(std::copysign(0.0f, float(x))) : x;
 }
+// function(x...) with subnormal operands and results flushed: those that were subnormal before they were rounded.
+template <class T, class F, class... X>
+inline T flushed(F function, X... x) {
+  const double exact = function(double(x)...);
+  return std::fabs(exact) < smallest<T> ? T(std::copysign(0.0, exact)) : T(function(x...));
+}
+// NaN and -0 become 0.
 inline float saturate(float x) {
-  return x != x ? 0.0f : std::min(std::max(x, 0.0f), 1.0f);
+  return x > 0.0f ? std::min(x, 1.0f) : 0.0f;
 }
 
 enum class Rounding { none, rn, rz, rm, rp, rni, rzi, rmi, rpi, rna };
@@ -172,7 +196,8 @@ template <Rounding rounding>
 inline uint32_t tf32(float x) {
   static_assert(rounding == Rounding::rna || rounding == Rounding::rn, "a rounding of tf32 not known here");
   const uint32_t u = bits<uint32_t>(x), half_unit = 1u << 12;
-  if ((u & 0x7f800000) == 0x7f800000) return u;
+  if (x != x && rounding == Rounding::rn) return 0x7fffe000;
+  if ((u & 0x7f800000) == 0x7f800000) return u & ~0x1fffu;  // of a NaN whose upper bits are zeros, infinity
   return (u + (rounding == Rounding::rna ? half_unit : half_unit - 1 + (u >> 13 & 1))) & ~0x1fffu;
 }
 

@@ -22,26 +22,22 @@ def _apply(f: Function, i: Instruction, name: str, inputs: int, directed: str = 
     if (plain := _plain(f, i, name)) and not directed:
         f.write(i.args[0], *plain)
         return
-    arguments = [f.read(arg, i.type) for arg in i.args[1 : 1 + inputs]]
-    flush = i.has("ftz") and type == "f32"
+    arguments = ", ".join(f.read(arg, i.type) for arg in i.args[1 : 1 + inputs])
+    function = _function(name, cpp(type), flush=i.has("ftz"))
     if type != i.type:
-        call = (
-            f"pairwise<{cpp(type)}>([](auto... x) {{ return op::{name}<{cpp(type)}>(x...); }}, {', '.join(arguments)})"
-        )
+        call = f"pairwise<{cpp(type)}>({function}, {arguments})"
+    elif directed:
+        call = f"rounded<Rounding::{directed}, {cpp(type)}>({function}, {arguments})"
+    elif i.has("ftz"):
+        call = f"({function})({arguments})"
     else:
-        wrapped = [f"flush({x})" for x in arguments] if flush else arguments
-        call = f"op::{name}<{cpp(type)}>({', '.join(wrapped)})"
-        if directed:
-            lambda_ = f"[](auto... x) {{ return op::{name}<{cpp(type)}>(x...); }}"
-            call = f"rounded<Rounding::{directed}, {cpp(type)}>({lambda_}, {', '.join(wrapped)})"
-    if flush:
-        call = f"flush({call})"
+        call = f"op::{name}<{cpp(type)}>({arguments})"
     if i.has("sat") and type == "f32":
         call = f"saturate({call})"
     elif i.has("sat"):
         raise UnsupportedError(f".sat of {i.type}")
     if i.has("relu"):
-        positive = f"[](auto x) {{ return op::max<{cpp(type)}>(x, {cpp(type)}(0)); }}"
+        positive = f"[](auto x) {{ return op::max_nan<{cpp(type)}>(x, {cpp(type)}(0)); }}"
         if type != i.type:
             call = f"pairwise<{cpp(type)}>({positive}, {call})"
         elif i.type == "s32":
@@ -49,6 +45,18 @@ def _apply(f: Function, i: Instruction, name: str, inputs: int, directed: str = 
         else:
             raise UnsupportedError(f".relu of {i.type}")
     f.write(i.args[0], call)
+
+
+ROUNDED_TO_NORMAL = ("mul", "fma", "div", "div_approx")  # what rounding can lift from the subnormal numbers
+
+
+def _function(name: str, type: str, *, flush: bool) -> str:
+    """``op::name`` of elements of a C++ type as a lambda."""
+    if flush and name in ROUNDED_TO_NORMAL:
+        inner = f"[](auto x, auto... y) {{ return op::{name}<decltype(x)>(x, y...); }}"
+        return f"[](auto... x) {{ return flushed<{type}>({inner}, flush(x)...); }}"
+    call = f"flush(op::{name}<{type}>(flush(x)...))" if flush else f"op::{name}<{type}>(x...)"
+    return f"[](auto... x) {{ return {call}; }}"
 
 
 OPERATORS = {"add": "+", "sub": "-", "mul": "*", "mul_lo": "*"}
@@ -115,6 +123,8 @@ def arithmetic(f: Function, i: Instruction) -> None:
         name = "fma"
     elif i.has("NaN"):
         name += "_nan"
+    elif i.base == "div" and i.has("approx"):
+        name += "_approx"
     if name.endswith("_wide"):
         wide = f"{i.type[0]}{2 * WIDTH[i.type]}"
         product = f"({cpp(wide)}({f.read(i.args[1], i.type)}) * {cpp(wide)}({f.read(i.args[2], i.type)}))"
@@ -244,7 +254,7 @@ def convert(f: Function, i: Instruction) -> None:
             raise UnsupportedError(f"a conversion from {source}")
         high, low = (f.read(arg, "f32") for arg in i.args[1:3])
         if i.has("relu"):
-            high, low = f"op::max<float>({high}, 0.0f)", f"op::max<float>({low}, 0.0f)"
+            high, low = f"op::max_nan<float>({high}, 0.0f)", f"op::max_nan<float>({low}, 0.0f)"
         f.write(
             i.args[0], f"joined<uint32_t>({_rounded(PAIRS[to], rounding, low)}, {_rounded(PAIRS[to], rounding, high)})"
         )
@@ -253,7 +263,7 @@ def convert(f: Function, i: Instruction) -> None:
     if i.has("ftz") and source == "f32":
         x = f"flush({x})"
     if i.has("relu"):
-        x = f"op::max<float>({x}, 0.0f)"
+        x = f"op::max_nan<float>({x}, 0.0f)"
     if to == "tf32" or to in ("f16", "bf16"):
         value = _rounded(to, rounding, x)
     elif i.has("sat") and to in FLOATS:
