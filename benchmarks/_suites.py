@@ -9,7 +9,7 @@ from typing import Any
 
 from pytransformer.benchmarks._case import DIRECTIONS, Case
 
-OPS = ("attention", "layer_norm", "ffn", "linear_cross_entropy", "embedding")
+OPS = ("attention", "layer_norm", "ffn", "linear", "linear_cross_entropy", "embedding")
 # By suite: the modules whose cases it has, and what it tells.
 SUITES: dict[str, tuple[tuple[str, ...], str]] = {
     "default": ((*OPS, "models"), "the short cases of the ops and a real model"),

@@ -122,6 +122,16 @@ def embedding_bwd(
     grad_segment_weight: Tensor | None,
     rng: Tensor | None,
 ) -> None: ...
+def linear_fwd(input: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor, rng: None) -> None: ...
+def linear_bwd(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    grad_input: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    rng: None,
+) -> None: ...
 def linear_cross_entropy_fwd(
     input: Tensor,
     weight: Tensor,

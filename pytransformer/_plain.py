@@ -221,6 +221,11 @@ def ffn(
     return F.linear(_dropout("ffn", hidden, dropout_p, seed), weight2, bias2)
 
 
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear``."""
+    return F.linear(input, weight, bias)
+
+
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-OPS = ("attention", "layer_norm", "ffn", "linear_cross_entropy", "embedding")
+OPS = ("attention", "layer_norm", "ffn", "linear", "linear_cross_entropy", "embedding")
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 
 

@@ -148,6 +148,14 @@ def ffn_cases(draw: _Draw) -> Iterator[VerifyCase]:
     yield VerifyCase("gated", "ffn", gated, {"activation": "silu"})
 
 
+def linear_cases(draw: _Draw) -> Iterator[VerifyCase]:
+    """Many rows, few, one; with and without a bias."""
+    for M, E, O in ((130, 96, 77), (9, 33, 200), (1, 64, 50)):  # noqa: E741
+        tensors: dict[str, Tensor | None] = {"input": draw(M, E), "weight": draw(O, E, scale=E**-0.5)}
+        yield VerifyCase(f"{M}x{E}x{O}", "linear", tensors)
+        yield VerifyCase(f"{M}x{E}x{O} bias", "linear", {**tensors, "bias": draw(O, scale=0.1)})
+
+
 def linear_cross_entropy_cases(draw: _Draw) -> Iterator[VerifyCase]:
     """Each option of the loss, with targets that are ignored."""
     target = draw.integers(301, 37)
@@ -184,6 +192,7 @@ CASES: dict[str, Callable[[_Draw], Iterator[VerifyCase]]] = {
     "attention": attention_cases,
     "layer_norm": layer_norm_cases,
     "ffn": ffn_cases,
+    "linear": linear_cases,
     "linear_cross_entropy": linear_cross_entropy_cases,
     "embedding": embedding_cases,
 }

@@ -31,6 +31,7 @@ PYBIND11_MODULE(_cpu, module) {
   bind_embedding(module);
   bind_ffn(module);
   bind_layer_norm(module);
+  bind_linear(module);
   bind_linear_cross_entropy(module);
   bind_peak(module);
 }

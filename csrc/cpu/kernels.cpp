@@ -9,6 +9,8 @@ void layer_norm_fwd(const LayerNormForward&);
 void layer_norm_bwd(const LayerNormBackward&);
 void ffn_fwd(const FfnForward&);
 void ffn_bwd(const FfnBackward&);
+void linear_fwd(const LinearForward&);
+void linear_bwd(const LinearBackward&);
 void linear_cross_entropy_fwd(const LinearCrossEntropyForward&);
 void linear_cross_entropy_bwd(const LinearCrossEntropyBackward&);
 void embedding_fwd(const EmbeddingForward&);
@@ -27,6 +29,8 @@ const KernelTable table = {
     layer_norm_bwd,
     ffn_fwd,
     ffn_bwd,
+    linear_fwd,
+    linear_bwd,
     linear_cross_entropy_fwd,
     linear_cross_entropy_bwd,
     embedding_fwd,

@@ -15,6 +15,8 @@ struct LayerNormForward;
 struct LayerNormBackward;
 struct FfnForward;
 struct FfnBackward;
+struct LinearForward;
+struct LinearBackward;
 struct LinearCrossEntropyForward;
 struct LinearCrossEntropyBackward;
 struct EmbeddingForward;
@@ -28,6 +30,8 @@ struct KernelTable {
   void (*layer_norm_bwd)(const LayerNormBackward&);
   void (*ffn_fwd)(const FfnForward&);
   void (*ffn_bwd)(const FfnBackward&);
+  void (*linear_fwd)(const LinearForward&);
+  void (*linear_bwd)(const LinearBackward&);
   void (*linear_cross_entropy_fwd)(const LinearCrossEntropyForward&);
   void (*linear_cross_entropy_bwd)(const LinearCrossEntropyBackward&);
   void (*embedding_fwd)(const EmbeddingForward&);

@@ -39,7 +39,7 @@ PACKAGES = {
     "reference": "pytransformer.reference",
 }
 _F = TypeVar("_F")
-OPS = ("attention", "layer_norm", "ffn", "linear_cross_entropy", "embedding")
+OPS = ("attention", "layer_norm", "ffn", "linear", "linear_cross_entropy", "embedding")
 
 
 class BackendError(ValueError):

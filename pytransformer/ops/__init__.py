@@ -6,6 +6,7 @@ from pytransformer.ops.attention_varlen import attention_varlen
 from pytransformer.ops.embedding import embedding
 from pytransformer.ops.ffn import ffn
 from pytransformer.ops.layer_norm import layer_norm, rms_norm
+from pytransformer.ops.linear import linear
 from pytransformer.ops.linear_cross_entropy import linear_cross_entropy
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "embedding",
     "ffn",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "rms_norm",
 ]

@@ -1,13 +1,13 @@
 // Matrix fragments of a warp: ldmatrix, stmatrix, movmatrix and mma.sync.
 //
 // The layouts are those of the PTX ISA ("Matrix Fragments for mma.m16n8k16" and its neighbours): in an 8x8 matrix of
-// 16-bit elements, lane l holds row l / 4, columns 2 (l % 4) and the next. Products are summed in double and rounded
-// once to float; the hardware's order of summation, which NVIDIA does not document, can differ in the last bits.
+// 16-bit elements, lane l holds row l / 4, columns 2 (l % 4) and the next. How products are summed: products.h.
 #include <cstring>
 
 #include "block.h"
 #include "instructions.h"
 #include "order.h"
+#include "products.h"
 
 namespace ptx {
 namespace {
@@ -110,10 +110,9 @@ float element(Fragments kind, uint32_t word, int half_of_word) {
 
 // A is 16 x K and B is K x 8. Register r of lane l = 4 g + t holds, with `packed` elements to a register, the
 // elements k = packed t + h (+ 4 packed for the second half of K) of row g (+ 8 for the odd registers) of A.
-template <int K>
-void gather(Fragments kind, void* const* brought, float (&A)[16][16], float (&B)[16][8], double (&D)[16][8]) {
-  const bool tf32 = kind == Fragments::tf32_k8 || kind == Fragments::tf32_k4;
-  const int packed = tf32 ? 1 : 2, halves = K / (4 * packed);
+template <Fragments kind, int K>
+void gather(void* const* brought, float (&A)[16][K], float (&B)[K][8], float (&C)[16][8]) {
+  constexpr int packed = kind == Fragments::tf32_k8 || kind == Fragments::tf32_k4 ? 1 : 2, halves = K / (4 * packed);
   for (int lane = 0; lane < 32; ++lane) {
     const auto& x = *static_cast<Operands*>(brought[lane]);
     const int g = lane / 4, t = lane % 4;
@@ -125,23 +124,21 @@ void gather(Fragments kind, void* const* brought, float (&A)[16][16], float (&B)
         B[k][g] = element(kind, x.b[half_of_k], h);
       }
     }
-    for (int i = 0; i < 4; ++i) D[g + 8 * (i / 2)][2 * t + i % 2] = x.c[i];
+    for (int i = 0; i < 4; ++i) C[g + 8 * (i / 2)][2 * t + i % 2] = x.c[i];
   }
 }
 
-template <int K>
-void multiply_warp(Fragments kind, void* const* brought) {
-  float A[16][16], B[16][8];
-  double D[16][8];
-  gather<K>(kind, brought, A, B, D);
-  for (int m = 0; m < 16; ++m) {
-    for (int k = 0; k < K; ++k) {
-      for (int n = 0; n < 8; ++n) D[m][n] += double(A[m][k]) * double(B[k][n]);
-    }
-  }
+template <Fragments kind, int K>
+void multiply_warp(void* const* brought) {
+  constexpr int lowest = kind == Fragments::f16_k16 || kind == Fragments::f16_k8 ? -14 : -126;
+  float A[16][K], B[K][8], C[16][8], D[16][8];
+  gather<kind>(brought, A, B, C);
+  products::Row<8> rows[K];
+  for (int k = 0; k < K; ++k) rows[k] = products::row(B[k], lowest);
+  for (int m = 0; m < 16; ++m) products::add(products::row(A[m], lowest), rows, products::row(C[m], -126), D[m]);
   for (int lane = 0; lane < 32; ++lane) {
     for (int i = 0; i < 4; ++i) {
-      static_cast<Operands*>(brought[lane])->d[i] = float(D[lane / 4 + 8 * (i / 2)][lane % 4 * 2 + i % 2]);
+      static_cast<Operands*>(brought[lane])->d[i] = D[lane / 4 + 8 * (i / 2)][lane % 4 * 2 + i % 2];
     }
   }
 }
@@ -152,12 +149,12 @@ void multiply(Fragments kind, float* d, const uint32_t* a, const uint32_t* b, co
   Operands mine{d, a, b, c};
   meet("mma", kind_multiply, ~0u, &mine, line, [kind](void* const* brought, uint32_t) {
     switch (kind) {
-      case Fragments::bf16_k16:
-      case Fragments::f16_k16: return multiply_warp<16>(kind, brought);
-      case Fragments::bf16_k8:
-      case Fragments::f16_k8:
-      case Fragments::tf32_k8: return multiply_warp<8>(kind, brought);
-      case Fragments::tf32_k4: return multiply_warp<4>(kind, brought);
+      case Fragments::bf16_k16: return multiply_warp<Fragments::bf16_k16, 16>(brought);
+      case Fragments::f16_k16: return multiply_warp<Fragments::f16_k16, 16>(brought);
+      case Fragments::bf16_k8: return multiply_warp<Fragments::bf16_k8, 8>(brought);
+      case Fragments::f16_k8: return multiply_warp<Fragments::f16_k8, 8>(brought);
+      case Fragments::tf32_k8: return multiply_warp<Fragments::tf32_k8, 8>(brought);
+      case Fragments::tf32_k4: return multiply_warp<Fragments::tf32_k4, 4>(brought);
     }
   });
 }
