@@ -39,6 +39,10 @@ def ffn_args():
     return (randn(2, 3, 8), randn(12, 8), randn(12), randn(6, 12), randn(6), None, None, RNG, "gelu", 0.2, True)
 
 
+def linear_args():
+    return (randn(2, 3, 8), randn(12, 8), randn(12))
+
+
 def linear_cross_entropy_args():
     return (
         randn(2, 3, 8),
@@ -63,6 +67,7 @@ ARGS = {
     "attention": attention_args,
     "layer_norm": layer_norm_args,
     "ffn": ffn_args,
+    "linear": linear_args,
     "linear_cross_entropy": linear_cross_entropy_args,
     "embedding": embedding_args,
 }
@@ -127,6 +132,7 @@ def public(op, backend):
             lambda x, w1, w2: ops.ffn(x, w1, None, w2, None, "silu", dropout_p=0.2, seed=1, backend=backend),
             (x, w1, w2),
         ),
+        "linear": (lambda x, w, b: ops.linear(x, w, b, backend=backend), (x, w1, randn(12))),
         "linear_cross_entropy": (
             lambda x, w: ops.linear_cross_entropy(x, w, tokens, label_smoothing=0.1, backend=backend),
             (x, w1),
@@ -226,7 +232,7 @@ def test_checkpoint(op, backend):
 
 @each
 def test_checkpoint_replays_an_unseeded_dropout(op, backend):
-    if op in ("attention", "linear_cross_entropy"):
+    if op in ("attention", "linear", "linear_cross_entropy"):
         pytest.skip("no dropout to replay")
     x, w = randn(6, 8), randn(8)
     table = {
@@ -242,7 +248,7 @@ def test_checkpoint_replays_an_unseeded_dropout(op, backend):
         assert torch.equal(a, b)
 
 
-AUTOCAST = {"attention": torch.bfloat16, "ffn": torch.bfloat16, "layer_norm": torch.float32}
+AUTOCAST = {"attention": torch.bfloat16, "ffn": torch.bfloat16, "linear": torch.bfloat16, "layer_norm": torch.float32}
 
 
 @pytest.mark.parametrize(("op", "dtype"), AUTOCAST.items())

@@ -341,10 +341,10 @@ def test_autocast(norm_first):
 def test_the_layer_runs_fused():
     layer = nn.TransformerEncoderLayer(E, H, 24, 0.0, batch_first=True)
     decisions = pytransformer.explain(layer, torch.randn(B, L, E)).decisions
-    assert [d.op for d in decisions] == ["attention", "layer_norm", "ffn", "layer_norm"]
+    assert [d.op for d in decisions] == ["linear", "attention", "linear", "layer_norm", "ffn", "layer_norm"]
     layer.linear1.register_forward_hook(lambda *_: None)
     decisions = pytransformer.explain(layer, torch.randn(B, L, E)).decisions
-    assert [d.op for d in decisions] == ["attention", "layer_norm", "layer_norm"]
+    assert [d.op for d in decisions] == ["linear", "attention", "linear", "layer_norm", "layer_norm"]
 
 
 def test_compiles_to_one_graph():

@@ -32,6 +32,7 @@ from pytransformer.models._checks import (
     check_wanted,
 )
 from pytransformer.nn import LayerNorm
+from pytransformer.nn._linear import apply_linear, linear
 from pytransformer.nn.cache import Cache, SelfAttentionCache
 from pytransformer.nn.embedding import check_ids
 from pytransformer.nn.layer_norm import add_prenorm
@@ -136,13 +137,13 @@ class GptAttention(nn.Module):
         self, x: Tensor, mask: Mask, cache: SelfAttentionCache | None, return_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
         B, T, E = x.shape
-        q, k, v = self.in_proj(x).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = apply_linear(self.in_proj, x).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         if cache is not None:
             k, v = cache.append(k, v)
         dropout_p = self.dropout if self.training else 0.0
         found = ops.attention(q, k, v, mask, dropout_p, scale=self.scale, return_weights=return_weights)
         out, weights = found if return_weights else (found, None)
-        return self.out_proj(out.transpose(1, 2).reshape(B, T, E)), weights
+        return apply_linear(self.out_proj, out.transpose(1, 2).reshape(B, T, E)), weights
 
 
 class GptBlock(nn.Module):
@@ -236,7 +237,7 @@ class Gpt(nn.Module):
         x, streams, weights = self._run(x, mask, cache, output_attentions)
         loss = logits = None
         if labels is None:
-            logits = F.linear(x[:, -logits_to_keep:], self.token_embeddings.weight)
+            logits = linear(x[:, -logits_to_keep:], self.token_embeddings.weight)
         else:
             target = F.pad(labels[:, 1:], (0, 1), value=-100)
             loss = ops.linear_cross_entropy(x, self.token_embeddings.weight, target)

@@ -38,6 +38,7 @@ from pytransformer.nn import (
     TransformerEncoder,
     TransformerEncoderLayer,
 )
+from pytransformer.nn._linear import linear
 from pytransformer.nn.cache import Cache
 from pytransformer.nn.embedding import check_ids
 
@@ -235,7 +236,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The scores [..., V] of the next token."""
-        return F.linear(hidden, self.embedding.weight, self._logits_bias)
+        return linear(hidden, self.embedding.weight, self._logits_bias)
 
     @property
     def _logits_bias(self) -> Tensor | None:

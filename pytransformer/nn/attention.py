@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pytransformer import ops
 from pytransformer.masks import Mask, dense
+from pytransformer.nn._linear import apply_linear, linear
 from pytransformer.nn._masks import combine
 from pytransformer.nn._nested import check_alone, to_nested, to_padded
 from pytransformer.nn._packing import Packed
@@ -123,7 +124,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if self.bias_k is not None or self.add_zero_attn:
             k, v, mask, added = self._append_keys(q, k, v, mask, added)
         out, weights = self._attend(q, k, v, mask, added, need_weights)
-        out = self.out_proj(self._join_heads(out))
+        out = apply_linear(self.out_proj, self._join_heads(out))
         if weights is not None and average_attn_weights:
             weights = weights.mean(1)
         if not batched:
@@ -200,23 +201,23 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each [B,H,length,D]: views of the projections, nothing is copied."""
         if query is key and key is value and self.in_proj_weight is not None:
-            q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+            q, k, v = linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
             return self._split_heads(q), self._split_heads(k), self._split_heads(v)
         return self._project_query(query), *self._project_memory(key, value)
 
     def _project_query(self, query: Tensor) -> Tensor:
         E, bias = self.embed_dim, self.in_proj_bias
         weight = self.q_proj_weight if self.in_proj_weight is None else self.in_proj_weight[:E]
-        return self._split_heads(F.linear(query, weight, None if bias is None else bias[:E]))
+        return self._split_heads(linear(query, weight, None if bias is None else bias[:E]))
 
     def _project_memory(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         E, weight, bias = self.embed_dim, self.in_proj_weight, self.in_proj_bias
         if key is value and weight is not None:
-            k, v = F.linear(key, weight[E:], None if bias is None else bias[E:]).chunk(2, -1)
+            k, v = linear(key, weight[E:], None if bias is None else bias[E:]).chunk(2, -1)
         else:
             weights = (self.k_proj_weight, self.v_proj_weight) if weight is None else weight[E:].chunk(2)
             biases = (None, None) if bias is None else bias[E:].chunk(2)
-            k, v = (F.linear(*args) for args in zip((key, value), weights, biases, strict=True))
+            k, v = (linear(*args) for args in zip((key, value), weights, biases, strict=True))
         return self._split_heads(k), self._split_heads(v)
 
     def _split_heads(self, x: Tensor) -> Tensor:
@@ -254,14 +255,13 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             if x.shape[-1] != E:
                 raise ValueError(f"{type(self).__name__}: inputs must have size {E} last, got {x.shape[-1]}")
         if query is memory:
-            q, k, v = F.linear(query, weight, bias).view(-1, 3, H, self.head_dim).unbind(1)
+            q, k, v = linear(query, weight, bias).view(-1, 3, H, self.head_dim).unbind(1)
         else:
             q_bias, kv_bias = (None, None) if bias is None else (bias[:E], bias[E:])
-            q = F.linear(query, weight[:E], q_bias).view(-1, H, self.head_dim)
-            k, v = F.linear(memory, weight[E:], kv_bias).view(-1, 2, H, self.head_dim).unbind(1)
+            q = linear(query, weight[:E], q_bias).view(-1, H, self.head_dim)
+            k, v = linear(memory, weight[E:], kv_bias).view(-1, 2, H, self.head_dim).unbind(1)
         attend = self._attend_in_batch if packed.sequences is None else self._attend_end_to_end
-        out: Tensor = self.out_proj(attend(q, k, v, packed).flatten(1))
-        return out
+        return apply_linear(self.out_proj, attend(q, k, v, packed).flatten(1))
 
     def _attend_end_to_end(self, q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
         """Rows [N,H,D] of queries [N,H,D], keys and values [M,H,D]."""

@@ -17,6 +17,7 @@
 #include "ffn.h"
 #include "kernels.h"
 #include "layer_norm.h"
+#include "linear.h"
 #include "linear_cross_entropy.h"
 
 #define PYTRANSFORMER_ISA harness
@@ -99,7 +100,8 @@ Tensor output(DType dtype, std::vector<int64_t> shape) {
 // A case calls kernels() and returns its outputs.
 using Case = std::function<std::vector<Tensor>()>;
 
-// `dtype` is that of the case's first result: sets that multiply pairs of bfloat16 round to it on the way to others, too.
+// `dtype` is that of the case's first result: sets that multiply pairs of bfloat16 round to it on the way to others,
+// too.
 bool close(const Tensor& actual, const Tensor& wanted, DType dtype, std::string& why) {
   const int64_t count = wanted.view().numel();
   double square = 0, worst = 0;
@@ -171,6 +173,19 @@ Case ffn(DType T, int64_t N, int64_t E, int64_t F, Activation activation, bool g
     kernels().ffn_bwd(
         {dy, x, w1, w2, gate, gate_bias, h, dx, dw1, db1, dw2, db2, dgate, dgate_bias, activation, 7, 3, 0.1f});
     return std::vector<Tensor>{y, h, dx, dw1, db1, dw2, db2, dwg, dbg};
+  };
+}
+
+Case linear(DType T, int64_t N, int64_t E, int64_t O) {
+  const Tensor x = random(T, {N, E}), w = random(T, {O, E}, 1 / std::sqrt(float(E))), b = random(T, {O});
+  const Tensor dy = random(T, {N, O});
+  return [=] {
+    const Tensor y = output(T, {N, O}), dx = output(T, {N, E}), dw = output(T, {O, E});
+    const Tensor db = output(DType::float32, {O});
+    kernels().linear_fwd({x, w, b, y});
+    if (T != DType::float16) return std::vector<Tensor>{y};
+    kernels().linear_bwd({dy, x, w, dx, dw, db});
+    return std::vector<Tensor>{y, dx, dw, db};
   };
 }
 
@@ -304,6 +319,8 @@ int main() {
     }
     check("ffn, gated", ffn(T, 61, 35, 77, Activation::silu, true));
     check("ffn, few tokens", ffn(T, 9, 35, 277, Activation::gelu, true));
+    check("linear", linear(T, 61, 35, 77));
+    check("linear, few tokens", linear(T, 9, 35, 277));
     check("linear_cross_entropy", linear_cross_entropy(T, 61, 35, 277));
     check("linear_cross_entropy, two blocks", linear_cross_entropy(T, 13, 9, 1100));
     check("linear_cross_entropy, two chunks", linear_cross_entropy(T, 4200, 3, 5));

@@ -1,0 +1,69 @@
+// The linear layer: one product with a weight, its bias added while a block of it is in cache.
+//
+// The products are those of ffn.cpp (weights.h); backward is for float16, whose products torch makes element by
+// element. Tokens are taken in chunks that, packed, fit in a shared cache; the gradients of weight and bias are summed
+// over chunks in float32, in order:
+//     grad_input  = (W^T grad_output^T)^T        grad_weight = grad_output^T input        grad_bias = column sums
+#include "linear.h"
+
+#include "weights.h"
+
+namespace pytransformer::PYTRANSFORMER_ISA {
+namespace {
+
+template <class T, class Product>
+void forward(const LinearForward& a) {
+  const int64_t N = a.input.shape[0], E = a.input.shape[1], O = a.weight.shape[0];
+  const Bias bias(a.bias);
+  const Chunks chunks(N, E);
+  const typename Product::Weight weight(a.weight.ptr<const T>(), E, O, E);
+  for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+    const int64_t begin = chunks.begin(chunk), tokens = chunks.size(chunk, N);
+    const auto input = Product::right(a.input.ptr<const T>() + begin * E, tokens, E);
+    Product::multiply(tokens, weight, input, [&](const Block& block, float* sums) {
+      bias.add_to(block, sums);
+      store_output(block, sums, a.output.ptr<T>() + begin * O, O);
+    });
+  }
+}
+
+template <class T>
+void forward(const LinearForward& a) {
+  a.input.shape[0] <= few_columns<T> ? forward<T, FewTokens<T>>(a) : forward<T, ManyTokens<T>>(a);
+}
+
+void backward(const LinearBackward& a) {
+  using T = float16;
+  using Operand = operand_t<T>;
+  const int64_t N = a.input.shape[0], E = a.input.shape[1], O = a.weight.shape[0];
+  const Chunks chunks(N, E > O ? E : O);
+  const WeightGradient<T> grad_weight(a.grad_weight, false, chunks.count);
+  const Packed<Operand> weight(left_transposed<Operand>(a.weight.ptr<const T>(), E), a.grad_input ? E : 0, O);
+  for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+    const int64_t begin = chunks.begin(chunk), tokens = chunks.size(chunk, N);
+    const T* grad_output = a.grad_output.ptr<const T>() + begin * O;
+    if (a.grad_input) {
+      gemm<Operand>(
+          E, tokens, weight, ManyTokens<T>::right(grad_output, tokens, O),
+          [&](const Block& block, float* sums) { store_output(block, sums, a.grad_input.ptr<T>() + begin * E, E); });
+    }
+    if (a.grad_weight) {
+      const T* input = a.input.ptr<const T>() + begin * E;
+      gemm<Operand>(O, E, Packed<Operand>(left_transposed<Operand>(grad_output, O), O, tokens),
+                    Packed<Operand>(right<Operand>(input, E), E, tokens), grad_weight.add_chunk(chunk));
+    }
+    if (a.grad_bias) column_sums(grad_output, tokens, O, a.grad_bias.ptr<float>(), chunk > 0);
+  }
+}
+
+}  // namespace
+
+void linear_fwd(const LinearForward& a) {
+  with_storage(a.input.dtype, [&](auto type) { forward<decltype(type)>(a); });
+}
+
+void linear_bwd(const LinearBackward& a) {
+  backward(a);
+}
+
+}  // namespace pytransformer::PYTRANSFORMER_ISA

@@ -1,0 +1,140 @@
+"""linear over all backends."""
+
+from __future__ import annotations
+
+import helpers
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    DTYPES,
+    assert_rejects,
+    assert_repeats,
+    assert_wanted_gradients_only,
+    gradcheck,
+    randn,
+    run,
+    skip_unless_served,
+)
+
+import pytransformer
+from pytransformer import BackendError, ops
+
+# lead, E, O
+SHAPES = {
+    "one": ((64,), 1, 1),
+    "ragged": ((63,), 33, 65),
+    "batched": ((2, 5, 3), 64, 127),
+    "one_row": ((1,), 80, 256),
+    "few_rows": ((9,), 129, 300),
+    "several_tiles": ((300,), 100, 270),
+    "deep": ((70,), 1100, 20),
+}
+
+
+@pytest.fixture
+def backend(backend_isa):
+    skip_unless_served(backend_isa, "linear")
+    return backend_isa
+
+
+def check(tensors, backend):
+    """Judged where the backend serves the call; what it leaves to torch it refuses with that reason."""
+    try:
+        helpers.check("linear", tensors, {}, backend)
+    except BackendError as error:
+        if "torch's own product is faster" not in str(error):
+            raise
+        pytest.skip(str(error))
+
+
+def make(lead, E, out, dtype=torch.float32, bias=True):
+    return {
+        "input": randn(*lead, E, dtype=dtype),
+        "weight": (torch.randn(out, E) / max(E, 1) ** 0.5).to(dtype),
+        "bias": randn(out, dtype=dtype) if bias else None,
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes(backend, shape, bias, dtype):
+    check(make(*SHAPES[shape], dtype, bias), backend)
+
+
+def test_several_chunks(backend):
+    """More rows than the CPU kernels take at a time, whose gradients are summed over the chunks."""
+    check(make((700,), 20000, 9, torch.float16), backend)
+
+
+@pytest.mark.parametrize("sizes", [((0,), 8, 12), ((2, 0, 3), 8, 12), ((3,), 0, 12), ((3,), 8, 0)], ids=str)
+def test_empty(backend, sizes):
+    tensors = make(*sizes)
+    found, wanted = run("linear", tensors, {}, backend), run("linear", tensors, {}, "reference")
+    for name, x in found.items():
+        torch.testing.assert_close(x, wanted[name], msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_views(backend, dtype):
+    tensors = make((6, 7), 33, 40, dtype)
+    tensors["input"] = randn(7, 6, 33, dtype=dtype).transpose(0, 1)
+    tensors["weight"] = randn(33, 41, dtype=dtype)[:, 1:].mT / 6
+    tensors["bias"] = randn(1, dtype=dtype).expand(40)
+    check(tensors, backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_repeated_runs_are_bitwise_equal(backend, dtype):
+    assert_repeats("linear", make(*SHAPES["ragged" if dtype == torch.float32 else "batched"], dtype), {}, backend)
+
+
+def test_only_the_wanted_gradients(backend):
+    assert_wanted_gradients_only("linear", make(*SHAPES["ragged"]), {}, backend)
+
+
+def test_nan_stays_in_its_row(backend):
+    tensors = make((90,), 33, 20)
+    clean = ops.linear(**tensors, backend=backend)
+    tensors["input"][4, 7] = torch.nan
+    dirty = ops.linear(**tensors, backend=backend)
+    assert dirty[4].isnan().all()
+    rest = torch.arange(90) != 4
+    torch.testing.assert_close(dirty[rest], clean[rest])
+
+
+def test_explain_says_where_torchs_product_is_faster():
+    skip_unless_served("cpu", "linear")
+    found = [str(pytransformer.explain(ops.linear, **make((rows,), 8, 5))) for rows in (96, 97)]
+    assert found[0] == "linear: cpu"
+    assert "of more than 96 rows in torch.float32 torch's own product is faster, and there are 97" in found[1]
+
+
+def test_gradcheck_of_the_reference():
+    gradcheck("linear", make((2, 3), 3, 4, torch.float64), {})
+
+
+def test_it_is_torchs():
+    tensors = make((2, 3), 8, 5, torch.float64)
+    torch.testing.assert_close(ops.linear(**tensors), F.linear(*tensors.values()))
+
+
+GOOD = {"input": torch.ones(2, 3, 8), "weight": torch.ones(12, 8), "bias": torch.ones(12)}
+BAD = [
+    ({"input": 3.0}, TypeError, "input must be a tensor, got float 3.0"),
+    ({"input": torch.ones(2, 8).int()}, TypeError, "input must be a floating-point tensor, got int32 [2, 8]"),
+    ({"input": torch.tensor(1.0)}, ValueError, "input must be [..., E], got a scalar"),
+    ({"weight": None}, TypeError, "weight must be a tensor, got NoneType None"),
+    ({"weight": torch.ones(8)}, ValueError, "weight must be a matrix in nn.Linear's layout, got float32 [8]"),
+    ({"weight": torch.ones(12, 7)}, ValueError, "weight must be [O,E] = [12, 8], got float32 [12, 7]"),
+    ({"weight": torch.ones(12, 8).double()}, TypeError, "weight must have input's dtype torch.float32, got float64"),
+    ({"weight": torch.ones(12, 8, device="meta")}, ValueError, "weight must be on input's device cpu, got float32"),
+    ({"bias": torch.ones(8)}, ValueError, "bias must be [12], got float32 [8]"),
+    ({"bias": torch.ones(12).bfloat16()}, TypeError, "bias must have input's dtype torch.float32, got bfloat16 [12]"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD, ids=[m[:48] for *_, m in BAD])
+def test_bad_input(change, error, message):
+    assert_rejects(ops.linear, {**GOOD, **change}, error, message)
