@@ -319,8 +319,6 @@ int main() {
     }
     check("ffn, gated", ffn(T, 61, 35, 77, Activation::silu, true));
     check("ffn, few tokens", ffn(T, 9, 35, 277, Activation::gelu, true));
-    check("linear", linear(T, 61, 35, 77));
-    check("linear, few tokens", linear(T, 9, 35, 277));
     check("linear_cross_entropy", linear_cross_entropy(T, 61, 35, 277));
     check("linear_cross_entropy, two blocks", linear_cross_entropy(T, 13, 9, 1100));
     check("linear_cross_entropy, two chunks", linear_cross_entropy(T, 4200, 3, 5));
@@ -338,6 +336,13 @@ int main() {
     failed += !run("attention, end to end" + type, attention_end_to_end(T, 70, 24, false));
     failed += !run("attention, end to end, few queries" + type, attention_end_to_end(T, 4, 16, true));
     failed += !run("linear_cross_entropy, parts" + type, linear_cross_entropy(T, 13, 9, 2300));
+  }
+  for (const DType T : {DType::float32, DType::float16, DType::bfloat16}) {
+    const std::string type = std::string(" ") + name_of(T);
+    failed += !run("linear" + type, linear(T, 61, 35, 77));
+    failed += !run("linear, few tokens" + type, linear(T, 9, 35, 277));
+    failed += !run("linear, one token" + type, linear(T, 1, 300, 50));
+    failed += !run("linear, two tokens" + type, linear(T, 2, 37, 77));
   }
   failed += !run("attention, heads larger than a cache", attention(DType::float32, 420, 160, true, false));
   std::printf(failed ? "%d cases FAILED\n" : "all cases ok\n", failed);
