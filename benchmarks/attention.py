@@ -147,7 +147,7 @@ def build(direction: str, dtype: torch.dtype, model: Model, B: int, S: int, vari
         keep = torch.arange(S) < lengths(B, S)[:, None]
         tensors["attn_mask"] = keep[:, None, None, :].to(device)
     dropout = {"dropout_p": DROPOUT} if variant == "dropout" else {}
-    ours = {**options, **dropout, "seed": SEED} if dropout else options
+    ours = {**options, **dropout, "seed": torch.tensor([SEED, 0], device=device)} if dropout else options
     keep = None
     if variant in MASKS:
         keep = MASKS[variant](S, device)[None, None]

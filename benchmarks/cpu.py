@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pytransformer import ops
-from pytransformer.benchmarks import attention, embedding, ffn, layer_norm, linear_cross_entropy, memory, models
+from pytransformer.benchmarks import attention, embedding, ffn, layer_norm, linear, linear_cross_entropy, memory, models
 from pytransformer.benchmarks._case import OURS, Case, Problem
 from pytransformer.benchmarks._models import BERT_BASE, Model
 
@@ -30,7 +30,7 @@ def cases() -> Iterator[Case]:
     table = [*_attention_forward(), *_attention_backward(), *_attention_special(), *_rows(), *_models()]
     yield from table
     named = {case.name for case in table}
-    for module in (attention, layer_norm, ffn, linear_cross_entropy, embedding):
+    for module in (attention, layer_norm, ffn, linear, linear_cross_entropy, embedding):
         for case in module.cases():
             if case.name not in named:
                 yield replace(case, targets={"torch": LOSES}, alone=True)
@@ -64,7 +64,7 @@ def _attention_special() -> Iterator[Case]:
         yield replace(padded, build=partial(beside_unpadded, padded))
     yield _attention("fwd", FP16, BERT_BASE, 4, 512, ratio=2.4)
     yield _attention("bwd", FP16, BERT_BASE, 1, 512, ratio=10.0)
-    yield ffn.case("fwd", FP16, BERT_BASE, 128, targets={"torch": 4.5})
+    yield linear.case("fwd", FP16, BERT_BASE, 1024, targets={"torch": 4.5})
     yield _attention("fwd+bwd", BF16, BERT_BASE, 4, 512, "dropout", ratio=2.5)
     decode = attention.case("fwd", BF16, BERT_BASE, 8, 4096, "decode", targets={"torch": 8.0}, rate_target=30e9)
     yield decode

@@ -81,5 +81,6 @@ def build(direction: str, dtype: torch.dtype, model: Model, N: int, device: str,
     op, peer, weights = "layer_norm", layer_norm, ("weight", "bias")
     if model.rms:
         op, peer, weights = "rms_norm", rms_norm, ("weight",)
-    options: dict[str, Any] = {"dropout_p": dropout_p, "seed": 1} if dropout_p else {}
+    seed = torch.tensor([1, 0], device=device)  # there already, for a graph that is captured
+    options: dict[str, Any] = {"dropout_p": dropout_p, "seed": seed} if dropout_p else {}
     return OpProblem(op, direction, tensors, options, peer, weights, random=bool(dropout_p)).problem()
