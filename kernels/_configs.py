@@ -52,8 +52,17 @@ _LAYER_NORM_SM90 = {
         512: Config((2, 512), 4),
         1024: Config((1, 1024), 4),
         2048: Config((1, 2048), 8),
+        4096: Config((1, 4096), 8),
+        8192: Config((1, 8192), 16),
     },
-    "bwd": {256: Config((1, 256), 4), 512: Config((1, 512), 4), 1024: Config((1, 1024), 8)},
+    "bwd": {
+        256: Config((1, 256), 1),
+        512: Config((1, 512), 1),
+        1024: Config((1, 1024), 2),
+        2048: Config((1, 2048), 4),
+        4096: Config((1, 4096), 8),
+        8192: Config((1, 8192), 16),
+    },
 }
 
 
@@ -78,15 +87,15 @@ _PLAIN: dict[str, _Attention] = {
             (16, 256): Config((32, 32), 8, 1),
         },
     },
-    "sm90": {  # head dims up to 64 timed on an H200, causal, at 4,096 tokens: 15 to 18% less than larger tiles
+    "sm90": {  # head dims up to 128 timed on an H200, causal, at 4,096 tokens
         "fwd": {
             (16, 64): Config((64, 64), 4, 3),
-            (16, 128): Config((128, 64), 8, 3),
+            (16, 128): Config((64, 64), 4, 3),
             (16, 256): Config((64, 32), 8, 2),
         },
         "dq": {
             (16, 64): Config((64, 32), 4, 3),
-            (16, 128): Config((64, 64), 8, 2),
+            (16, 128): Config((128, 64), 8, 3),
             (16, 256): Config((16, 32), 4, 1),
         },
         "dkv": {
@@ -157,9 +166,9 @@ _RICH: dict[str, _Attention] = {
             (32, 256): Config((16, 16), 8, 1),
         },
     },
-    "sm90": {
+    "sm90": {  # head dims up to 64 in 16 bits timed on an H200, with a mask of keys and dropout
         "fwd": {
-            (16, 64): Config((64, 64), 8, 2),
+            (16, 64): Config((128, 64), 8, 1),
             (16, 128): Config((64, 32), 8, 2),
             (16, 256): Config((32, 32), 8, 1),
             (32, 64): Config((32, 16), 8, 1),
@@ -290,13 +299,18 @@ _MATMUL: dict[str, dict[tuple[int, int], Config]] = {
         (32, 2): Config((64, 32, 32), 4, 2),
     },
 }
-# Of one kernel alone; timed on an H200, 4,096 rows, E = 1,024, as is Hopper's (16, 1) above.
-_MATMUL_OF = {("sm90", "gated", 16): Config((128, 128, 64), 8, 4)}
+# Of one kernel alone; timed on an H200, E = 1,024, as is Hopper's (16, 1) above.
+_MATMUL_OF = {
+    ("sm90", "gated", 16): Config((128, 128, 64), 8, 4),
+    ("sm90", "backward", 16): Config((128, 64, 64), 8, 3),
+    ("sm90", "accumulate", 16): Config((128, 64, 64), 8, 3),
+}
 # Up to this width of the input the activation is fused with the product before it; `pytransformer tune` decides it
-# for each width. Hopper's was timed on an H200: at 1,024 the fused kernel takes 0.104 ms, torch's product and one pass
-# behind it 0.081. The others were not measured here: set from what others report, that an unfused activation costs some
-# 30, 20, 15 and 4% of the product at 512, 768, 1024 and 4096.
-_FUSED_WIDTH = {"sm80": 2048, "sm86": 2048, "sm90": 512, "sm100": 768, "gfx942": 768, INTERPRETER: 64}
+# for each width. Hopper's was timed on an H200: at 512 and 1,024 the fused kernel takes 1.3 times the time of torch's
+# product and one pass behind it, and training through fused kernels 1.45 times that of plain PyTorch. The others were
+# not measured here: set from what others report, that an unfused activation costs some 30, 20, 15 and 4% of the product
+# at 512, 768, 1024 and 4096.
+_FUSED_WIDTH = {"sm80": 2048, "sm86": 2048, "sm90": 0, "sm100": 768, "gfx942": 768, INTERPRETER: 64}
 
 
 def matmul(kernel: str, dtype: torch.dtype, arch: str) -> Config:
