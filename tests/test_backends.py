@@ -111,6 +111,55 @@ def test_a_named_backend_never_falls_back(op, args, options, reason):
     getattr(ops, op)(*args, **options)  # auto takes the reference
 
 
+@built
+def test_a_backend_yields_to_a_faster_one_unless_asked_for_by_name(monkeypatch):
+    """Inputs of a width of their own: what is chosen for a signature is remembered."""
+    module, x, weight = backends.implementation("cpu", "layer_norm"), torch.ones(2, 13), torch.ones(13)
+    monkeypatch.setattr(module, "yields_to", lambda *_: ("reference", "planted"), raising=False)
+    assert str(pytransformer.explain(ops.layer_norm, x, weight)) == "layer_norm: reference\n    not cpu: planted"
+    assert str(pytransformer.explain(ops.layer_norm, x, weight, backend="cpu")) == "layer_norm: cpu"
+    monkeypatch.setattr(module, "yields_to", lambda *_: ("triton", "planted"))
+    assert str(pytransformer.explain(ops.layer_norm, x, weight)) == "layer_norm: cpu"  # which Triton cannot serve
+
+
+@built
+def test_a_compiled_call_yields_too(monkeypatch):
+    module, x, weight = backends.implementation("cpu", "layer_norm"), torch.ones(2, 14), torch.ones(14)
+    monkeypatch.setattr(module, "yields_to", lambda x, *_: ("reference", "planted"), raising=False)
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(str(graph.graph))
+        return graph.forward
+
+    torch.compile(ops.layer_norm, backend=keep, fullgraph=True)(x, weight)
+    assert "pytransformer" not in graphs[0]
+
+
+def test_cuda_kernels_leave_what_is_large_to_tritons_on_hopper(monkeypatch):
+    """As the adapters decide it, on tensors without memory that say they are on a GPU."""
+    cuda = pytest.importorskip("pytransformer.backends.cuda._arguments", reason="the CUDA kernels are not built")
+    attention, layer_norm = (backends.implementation("cuda", op) for op in ("attention", "layer_norm"))
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    def heads(T, n=16):
+        return torch.empty(1, n, T, 128, dtype=torch.bfloat16, device="meta").as_subclass(OnGpu)
+
+    def of_attention(T, **packing):
+        return attention.yields_to(*[heads(T)] * 3, *[None] * 6, 1.0, 0.0, 0.0, **packing)
+
+    cu_seq, rows = torch.zeros(9), torch.empty(2**14, 2**10, device="meta").as_subclass(OnGpu)
+    for capability, expected in (((9, 0), "triton"), ((10, 0), "triton"), ((8, 0), None), ((12, 0), None)):
+        monkeypatch.setattr(cuda, "_capability", lambda _, found=capability: found)
+        found = of_attention(2048), layer_norm.yields_to(rows, None)
+        assert [x and x[0] for x in found] == [expected, expected]
+        assert of_attention(512) is None
+        assert of_attention(2048, cu_seq_q=cu_seq, cu_seq_k=cu_seq, max_q=256, max_k=256) is None
+        assert layer_norm.yields_to(rows[:8], None) is None
+
+
 def test_without_triton_everything_else_works():
     done = in_subprocess(
         """

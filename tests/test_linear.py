@@ -18,7 +18,7 @@ from helpers import (
 )
 
 import pytransformer
-from pytransformer import BackendError, ops
+from pytransformer import nn, ops, use_backend
 
 # lead, E, O
 SHAPES = {
@@ -39,13 +39,7 @@ def backend(backend_isa):
 
 
 def check(tensors, backend):
-    """Judged where the backend serves the call; what it leaves to torch it refuses with that reason."""
-    try:
-        helpers.check("linear", tensors, {}, backend)
-    except BackendError as error:
-        if "torch's own product is faster" not in str(error):
-            raise
-        pytest.skip(str(error))
+    helpers.check("linear", tensors, {}, backend)
 
 
 def make(lead, E, out, dtype=torch.float32, bias=True):
@@ -108,7 +102,27 @@ def test_explain_says_where_torchs_product_is_faster():
     skip_unless_served("cpu", "linear")
     found = [str(pytransformer.explain(ops.linear, **make((rows,), 8, 5))) for rows in (96, 97)]
     assert found[0] == "linear: cpu"
-    assert "of more than 96 rows in torch.float32 torch's own product is faster, and there are 97" in found[1]
+    assert "of more than 96 rows in torch.float32 torch's own product is faster (97 rows)" in found[1]
+
+
+def test_many_rows_are_served_where_the_backend_is_asked_for():
+    skip_unless_served("cpu", "linear")
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    x = randn(4, 40, 16)
+    with use_backend("cpu"):
+        found = pytransformer.explain(layer, x)
+    assert {d.backend for d in found.decisions} == {"cpu"}
+    torch.testing.assert_close(found.result, layer(x))
+
+
+def test_a_compiled_call_serves_any_number_of_rows():
+    """Few rows are torch's too, in a graph: it would be compiled anew for 97."""
+    torch.compiler.reset()
+    compiled = torch.compile(ops.linear, backend="eager", fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rows in (7, 96, 97, 300):
+            tensors = make((rows,), 8, 5)
+            torch.testing.assert_close(compiled(**tensors), F.linear(*tensors.values()))
 
 
 def test_gradcheck_of_the_reference():

@@ -5,12 +5,16 @@ functions of one signature in all backends:
 
     <op>_fwd(*args) -> outputs        <op>_bwd(*args) -> gradients        why_not(*args) -> reason or None
 
-and may hold <op>_inference(*args), the forward with None in place of what only a backward wants. The package holds
-``unavailable() -> reason or None``. Selection walks ``ORDER`` for the call's device
-and takes the first backend without a reason against it; ``reference`` comes last and has none. A backend
-asked for by name serves the call or raises ``BackendError`` with the reason: nothing falls back silently.
-``why_not`` looks at types, dtypes, shapes and devices of tensors and at the other arguments, never at strides, places
-in memory or values: its answer holds for every call of the same signature (``ops._op.recall``).
+and may hold <op>_inference(*args), the forward with None in place of what only a backward wants, and
+
+    yields_to(*args) -> (backend, reason) or None
+
+which names the backend that is faster at a call that both could serve. The package holds ``unavailable() -> reason or
+None``. Selection walks ``ORDER`` for the call's device and takes the first backend without a reason against it;
+``reference`` comes last and has none. A backend asked for by name serves the call, be it the slower one, or raises
+``BackendError`` with the reason: nothing falls back silently. ``why_not`` and ``yields_to`` look at types, dtypes,
+shapes and devices of tensors and at the other arguments, never at strides, places in memory or values: their answers
+hold for every call of the same signature (``ops._op.recall``).
 """
 
 from __future__ import annotations
@@ -132,7 +136,7 @@ def select(op: str, device_type: str, backend: str, args: tuple[Any, ...], obsta
 def _select_first(op: str, device_type: str, args: tuple[Any, ...], obstacle: str | None) -> str:
     reasons: dict[str, str] = {}
     for name in ORDER.get(device_type, ("reference",)):
-        reason = why_not(name, op, device_type, args, obstacle)
+        reason = why_not(name, op, device_type, args, obstacle) or _why_rather_not(name, op, device_type, args, obstacle)
         if reason is None:
             _record(op, name, reasons)
             return name
@@ -155,7 +159,17 @@ def why_not(name: str, op: str, device_type: str, args: tuple[Any, ...], obstacl
     return result
 
 
-def _constant_when_traced(function: _F) -> _F:
+def _why_rather_not(name: str, op: str, device_type: str, args: tuple[Any, ...], obstacle: str | None) -> str | None:
+    """Why a call that ``name`` could serve is left to a backend that can serve it too, or None."""
+    if name == "reference" or not hasattr(_loaded[name, op], "yields_to"):
+        return None
+    found: tuple[str, str] | None = _loaded[name, op].yields_to(*args)
+    if found is None or why_not(found[0], op, device_type, args, obstacle) is not None:
+        return None
+    return found[1]
+
+
+def constant_when_traced(function: _F) -> _F:
     """``torch.compiler.assume_constant_result``, without its import of the whole compiler."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -165,13 +179,13 @@ def _constant_when_traced(function: _F) -> _F:
 # (The mark must be the outermost decorator, so the caches stand on functions of their own.)
 
 
-@_constant_when_traced
+@constant_when_traced
 def unavailable(name: str) -> str | None:
     """Why backend ``name`` does not work on this machine at all, or None."""
     return _unavailable(name)
 
 
-@_constant_when_traced
+@constant_when_traced
 def has_op(name: str, op: str) -> bool:
     """Does backend ``name`` have kernels for ``op``? Loads its module if so, where the backend works."""
     if unavailable(name) is not None:

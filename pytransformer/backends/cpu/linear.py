@@ -1,4 +1,4 @@
-"""linear by ``csrc/cpu/linear.cpp``, where that is faster than torch's own product.
+"""linear by ``csrc/cpu/linear.cpp``, chosen where that is faster than torch's own product.
 
 Measured on a Zen 4 with two threads: of few rows, which cost what reading the weight costs, the kernel takes 0.2 to 1.0
 times the time of torch's; of many it takes 0.9 to 1.15 times in float32 and 1.1 to 1.4 in bfloat16, and the backward
@@ -19,14 +19,20 @@ MOST_ROWS = {torch.float32: 96, torch.bfloat16: 48}
 CACHED = 2**23  # elements
 
 
-def why_not(input: Tensor, weight: Tensor, *rest: object) -> str | None:
-    if (reason := unsupported_dtype(input)) is not None:
-        return reason
-    most, count = MOST_ROWS.get(input.dtype), input.numel() // input.shape[-1]
-    if input.dtype == torch.float16 and count == 1 and weight.numel() > CACHED:
-        return f"of one row in {input.dtype} and a weight of {weight.numel()} elements torch's own product is faster"
+def why_not(input: Tensor, *rest: object) -> str | None:
+    return unsupported_dtype(input)
+
+
+def yields_to(input: Tensor, weight: Tensor, *rest: object) -> tuple[str, str] | None:
+    most = MOST_ROWS.get(input.dtype)
+    if torch.compiler.is_compiling():  # a graph must not hang on how many rows there are
+        return None if most is None else ("reference", f"of many rows in {input.dtype} torch's own product is faster")
+    count = input.numel() // input.shape[-1]
     if most is not None and count > most:
-        return f"of more than {most} rows in {input.dtype} torch's own product is faster, and there are {count}"
+        return "reference", f"of more than {most} rows in {input.dtype} torch's own product is faster ({count} rows)"
+    if most is None and count == 1 and weight.numel() > CACHED:
+        size = f"{input.dtype} and a weight of {weight.numel()} elements"
+        return "reference", f"of one row in {size} torch's own product is faster"
     return None
 
 

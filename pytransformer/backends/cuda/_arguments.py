@@ -25,10 +25,28 @@ def unsupported(x: Tensor) -> str | None:
     return unsupported_dtype(x) or (_old_device(x.device.index or 0) if x.is_cuda else None)
 
 
-@cache
 def _old_device(index: int) -> str | None:
-    capability = torch.cuda.get_device_capability(index)
+    capability = _capability(index)
     return None if capability >= OLDEST else too_old(capability)
+
+
+@cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def outpaced(x: Tensor, work: int, least: int) -> tuple[str, str] | None:
+    """The answer of ``yields_to`` on Hopper and Blackwell, whose tensor cores Triton uses in full and these kernels,
+    written for Ampere, do not. Measured on an H200; of Blackwell it is taken to be so.
+
+    A call of Triton's costs the host some 40 microseconds more, so that it has to be of at least so much ``work`` to
+    gain by that; in a compiled graph, which must not hang on a length, any is.
+    """
+    if not x.is_cuda or _capability(x.device.index or 0)[0] not in (9, 10):
+        return None
+    if torch.compiler.is_compiling():
+        return "triton", "in a compiled graph Triton's kernels are faster on this GPU"
+    return ("triton", "of this size Triton's kernels are faster on this GPU") if work >= least else None
 
 
 @overload

@@ -14,10 +14,11 @@ from pytransformer.backends._arguments import (
     over_scores,
     unit_stride,
 )
-from pytransformer.backends.cuda._arguments import Call, call
+from pytransformer.backends.cuda._arguments import Call, call, outpaced
 
 WIDEST_HEAD = 256
 LONGEST = 2**29  # positions, and the ends of bands among them, are int32
+LARGE = 2**34  # operations: from there on Triton's kernels take less time on an H200, host and all
 CHUNK = 8  # elements of 16 bytes: kernels read rows in such pieces
 
 
@@ -53,6 +54,33 @@ def why_not(
     if block_table is not None and (query.shape[-1] % CHUNK or value.shape[-1] % CHUNK):
         return f"in pages head dims must be multiples of {CHUNK}, got {query.shape[-1]} and {value.shape[-1]}"
     return misplaced(query, key, mask, bias, key_lengths, dropout_p, block_table, cu_seq_q)
+
+
+def yields_to(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    key_lengths: Tensor | None,
+    rng: Tensor | None,
+    band_lower: int | None,
+    band_upper: int | None,
+    scale: float,
+    softcap: float,
+    dropout_p: float,
+    block_table: Tensor | None = None,
+    cu_seq_q: Tensor | None = None,
+    cu_seq_k: Tensor | None = None,
+    max_q: int = 0,
+    max_k: int = 0,
+    at_end: bool = False,
+) -> tuple[str, str] | None:
+    if block_table is not None:  # of few queries, which reading the keys takes all the time of
+        return None
+    B, H, T, D = query.shape
+    keys = key.shape[2] if cu_seq_k is None else max_k
+    return outpaced(query, 2 * B * H * T * keys * (D + value.shape[-1]), LARGE)
 
 
 def attention_fwd(

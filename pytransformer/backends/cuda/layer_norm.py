@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from pytransformer import _cuda
-from pytransformer.backends.cuda._arguments import aligned, call, multiprocessors, rows, unsupported
+from pytransformer.backends.cuda._arguments import aligned, call, multiprocessors, outpaced, rows, unsupported
 
+LARGE = 2**24  # elements: from there on Triton's kernels take less time on an H200, host and all
 _MOST = 16384  # elements of a row that the kernels hold; half as many where rows do not start at 16 bytes
 
 
@@ -29,6 +30,10 @@ def why_not(
     columns = input.shape[-1]
     most = _MOST if columns * input.element_size() % 16 == 0 else _MOST // 2
     return None if columns <= most else f"it takes rows of at most {most} elements, not {columns}"
+
+
+def yields_to(input: Tensor, *rest: object) -> tuple[str, str] | None:
+    return outpaced(input, input.numel(), LARGE)
 
 
 def layer_norm_fwd(
