@@ -20,7 +20,7 @@ import torch
 from pytransformer._tolerance import Comparison
 from pytransformer.backends import BackendError, Decision, record_decisions, unavailable, use_backend
 from pytransformer.benchmarks import _device, _instructions, _processes, peers
-from pytransformer.benchmarks._case import BYTES, OURS, AbsentError, Case, Problem
+from pytransformer.benchmarks._case import BYTES, OURS, PEER, AbsentError, Case, Problem
 from pytransformer.benchmarks._environment import environment
 from pytransformer.benchmarks._figures import too_noisy
 from pytransformer.benchmarks._file import SCHEMA, Results, resumable, save
@@ -182,6 +182,8 @@ def run_case(
         row["operations"], row["bytes"] = problem.operations, problem.bytes
     others, absent = joined.join(case, problem.workload)
     row["absent"].update(absent)
+    if PEER in problem.random:  # peers are plain PyTorch like it, with random bits like its
+        problem = replace(problem, random=problem.random | others.keys())
     right.update(_passing(others, problem, row, row["absent"]))
     if right:
         _time(right, case, settings, seed, row)

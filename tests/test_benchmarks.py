@@ -7,13 +7,15 @@ import io
 import json
 import os
 import pickle
+import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 
 from pytransformer import cli
@@ -350,6 +352,29 @@ def test_a_peer_that_cannot_serve_a_row_says_why():
     joined.peers = [inference]
     assert joined.join(case, workload) == ({}, {"sdpa-math": "it has no backward"})
     assert joined.join(replace(case, alone=True), workload) == ({}, {})
+
+
+def test_peers_drop_like_plain_pytorch_and_are_not_compared():
+    """torch.compile's way to serve a workload, without the compiler."""
+    case = layer_norm.case("fwd", torch.float32, TINY, 32, dropout_p=0.5)
+    plain = replace(peers.every()["torch.compile"], adapters={"*": lambda workload: workload.peer})
+    joined = peers.Peers()
+    joined.peers = [plain]
+    row = run_case(case, QUICK, joined)
+    assert set(row["samples"]) == {OURS, PEER, "torch.compile"}
+    assert not row["wrong"]
+
+
+def test_peers_without_dropout(monkeypatch):
+    functional = ModuleType("liger_kernel.transformers.functional")
+    functional.liger_layer_norm = lambda x, weight, bias, eps: F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", functional)
+    workload = layer_norm.case("fwd", torch.float32, TINY, 32, dropout_p=0.5).build().workload
+    found = [peers.every()["liger"].function(workload)(**workload.tensors) for _ in range(2)]
+    assert not torch.equal(*found)  # it drops, at random
+    with pytest.raises(AbsentError, match="it is compared without dropout only"):
+        dropping = attention.case("fwd", torch.float32, TINY, 1, 16, "dropout").build().workload
+        peers.every()["xformers"].function(dropping)
 
 
 def test_peak_memory_is_a_row(tmp_path):

@@ -17,7 +17,7 @@ from pytransformer import _info, backends, cli, tune
 pytestmark = pytest.mark.skipif(
     backends.unavailable("triton") == "triton is not installed", reason="triton is not installed"
 )
-ARCH, DEVICE = "sm90", "NVIDIA H200"
+ARCH, DEVICE = "sm80", "NVIDIA A100-SXM4-80GB"
 
 
 @pytest.fixture
@@ -156,14 +156,14 @@ def test_the_command_writes_a_table_that_kernels_then_read(machine, monkeypatch,
     _table, _tune = machine
     from pytransformer.kernels import _configs
 
-    before = _configs.attention("fwd", torch.bfloat16, 64, False, ARCH)
+    before = _configs.attention("dkv", torch.bfloat16, 64, False, ARCH)
     assert _configs.fuse_activation("fwd", torch.bfloat16, 512, ARCH) is True
     assert tuned(machine, monkeypatch) == 0
     printed = capsys.readouterr().out
     path = _table.default_path(ARCH)
     assert str(path) in printed
-    assert "attention fwd 16 bits D=64 plain: 128x" in printed
-    after = _configs.attention("fwd", torch.bfloat16, 64, False, ARCH)
+    assert "attention dkv 16 bits D=64 plain: 128x" in printed
+    after = _configs.attention("dkv", torch.bfloat16, 64, False, ARCH)
     assert after != before
     assert after.tile[0] * after.num_warps == 1024
     assert _configs.fuse_activation("fwd", torch.bfloat16, 512, ARCH) is False
@@ -172,7 +172,7 @@ def test_the_command_writes_a_table_that_kernels_then_read(machine, monkeypatch,
     assert rows["ffn fused fwd 16 bits E=512"] == {"fused": False, "milliseconds": 1.0}
     with _table.built_in_only():
         assert rows.keys() == {p.key for p in _tune.problems(ARCH, "meta")}
-    assert _table.load(path).choices["attention fwd 16 bits D=64 plain"] == after
+    assert _table.load(path).choices["attention dkv 16 bits D=64 plain"] == after
 
 
 def test_one_op_is_added_to_what_is_known(machine, monkeypatch, tmp_path, capsys):

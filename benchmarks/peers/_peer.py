@@ -14,6 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from pytransformer.benchmarks._case import AbsentError
 
@@ -76,7 +78,20 @@ class Peer:
         return (self.adapters.get(workload.op) or self.adapters["*"])(workload)
 
 
+def dropped(workload: Any, x: Tensor) -> Tensor:
+    """``x`` after the workload's dropout, for peers that have none of their own: as their users write it."""
+    p: float = workload.options.get("dropout_p", 0.0)
+    return F.dropout(x, p) if p > 0 else x
+
+
+def without_dropout(workload: Any) -> None:
+    """Refuses dropout of the attention's weights, which is not passed on to this peer."""
+    if workload.options.get("dropout_p", 0.0) > 0:
+        raise AbsentError("it is compared without dropout only")
+
+
 def without_masks(workload: Any) -> None:
     """Refuses what the fused attention of GPU libraries has no argument for."""
+    without_dropout(workload)
     if workload.tensors.get("attn_mask") is not None:
         raise AbsentError("it takes no mask of single keys")

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from pytransformer.benchmarks.peers._peer import Peer
+from pytransformer.benchmarks.peers._peer import Peer, without_dropout
 
 
 def attention(workload: Any) -> Callable[..., Any]:
     """The mask is built outside of the timing, as FlexAttention's users do."""
+    without_dropout(workload)
     query, key, keep = (workload.tensors.get(name) for name in ("query", "key", "attn_mask"))
     (B, _, T, _), S = query.shape, key.shape[2]
     causal, grouped = workload.options.get("is_causal", False), query.shape[1] != key.shape[1]

@@ -1,4 +1,4 @@
-"""Liger's Triton kernels: layer_norm (the residual added before), RMSNorm and the fused linear cross entropy."""
+"""Liger's Triton kernels: layer_norm (dropout and the residual before it), RMSNorm and the fused linear cross entropy."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from pytransformer.benchmarks.peers._peer import Peer
+from pytransformer.benchmarks.peers._peer import Peer, dropped
 
 
 def layer_norm(workload: Any) -> Callable[..., Any]:
     function = importlib.import_module("liger_kernel.transformers.functional").liger_layer_norm
-    return lambda input, weight, bias, residual: function(input + residual, weight, bias, 1e-5)
+    return lambda input, weight, bias, residual: function(dropped(workload, input) + residual, weight, bias, 1e-5)
 
 
 def rms_norm(workload: Any) -> Callable[..., Any]:
     function = importlib.import_module("liger_kernel.transformers.functional").liger_rms_norm
-    return lambda input, weight, residual: function(input + residual, weight, 1e-6)
+    return lambda input, weight, residual: function(dropped(workload, input) + residual, weight, 1e-6)
 
 
 def linear_cross_entropy(workload: Any) -> Callable[..., Any]:
