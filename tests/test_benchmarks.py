@@ -372,8 +372,8 @@ def test_peers_without_dropout(monkeypatch):
     workload = layer_norm.case("fwd", torch.float32, TINY, 32, dropout_p=0.5).build().workload
     found = [peers.every()["liger"].function(workload)(**workload.tensors) for _ in range(2)]
     assert not torch.equal(*found)  # it drops, at random
+    dropping = attention.case("fwd", torch.float32, TINY, 1, 16, "dropout").build().workload
     with pytest.raises(AbsentError, match="it is compared without dropout only"):
-        dropping = attention.case("fwd", torch.float32, TINY, 1, 16, "dropout").build().workload
         peers.every()["xformers"].function(dropping)
 
 

@@ -1,4 +1,4 @@
-"""Liger's Triton kernels: layer_norm (dropout and the residual before it), RMSNorm and the fused linear cross entropy."""
+"""Liger's Triton kernels: layer_norm and RMSNorm (dropout and the residual before), the fused linear cross entropy."""
 
 from __future__ import annotations
 

@@ -136,7 +136,8 @@ def select(op: str, device_type: str, backend: str, args: tuple[Any, ...], obsta
 def _select_first(op: str, device_type: str, args: tuple[Any, ...], obstacle: str | None) -> str:
     reasons: dict[str, str] = {}
     for name in ORDER.get(device_type, ("reference",)):
-        reason = why_not(name, op, device_type, args, obstacle) or _why_rather_not(name, op, device_type, args, obstacle)
+        reason = why_not(name, op, device_type, args, obstacle)
+        reason = reason or _why_rather_not(name, op, device_type, args, obstacle)
         if reason is None:
             _record(op, name, reasons)
             return name
