@@ -90,25 +90,14 @@ def fell_short(results: dict[str, Any]) -> bool:
     )
 
 
-def promises(case: Case) -> str:
-    """What a case asks for, in words."""
-    found = [f"{target:g}x {name}" for name, target in case.targets.items()]
-    if case.limit_target:
-        found.append(f"{case.limit_target:.0%} of the limit")
-    if case.rate_target:
-        found.append(f"{case.rate_target / 1e9:g} GB/s a thread")
-    if case.speed_target:
-        found.append(f"{case.speed_target / 1e12:g} TFLOP/s")
-    return ", ".join(found)
-
-
 def _list(args: argparse.Namespace) -> int:
     from pytransformer.benchmarks import peers
+    from pytransformer.benchmarks._figures import promises
 
     width = max(map(len, SUITES))
     if args.suite is not None:
         for case in suite(args.suite):
-            targets = promises(case)
+            targets = promises(vars(case))
             print(f"{case.name}{f'  (target {targets})' if targets else ''}")
         return 0
     print("suites")

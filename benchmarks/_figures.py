@@ -112,6 +112,18 @@ def _verdict(row: dict[str, Any], others: dict[str, Versus], judged: Sequence[tu
     return "torch is wrong" if PEER in row["wrong"] else ""
 
 
+def promises(row: Mapping[str, Any]) -> str:
+    """What a row, or a case's fields, asks for, in words."""
+    found = [f"{target:g}x {name}" for name, target in row["targets"].items()]
+    if row["limit_target"]:
+        found.append(f"{row['limit_target']:.0%} of the limit")
+    if row["rate_target"]:
+        found.append(f"{row['rate_target'] / 1e9:g} GB/s a thread")
+    if row.get("speed_target"):
+        found.append(f"{row['speed_target'] / 1e12:g} TFLOP/s")
+    return ", ".join(found)
+
+
 def _without_ours(row: dict[str, Any]) -> str:
     if OURS in row["wrong"]:
         return "WRONG"

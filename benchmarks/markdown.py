@@ -5,20 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pytransformer.benchmarks._case import BYTES
-from pytransformer.benchmarks._figures import figures, limits_line, quantity, raised_peaks
+from pytransformer.benchmarks._figures import Figures, figures, limits_line, promises, quantity, raised_peaks
 
 HEADER = ("op", "case", "torch, ms", "ours, ms", "speedup", "of the limit")
+PROMISED = ("promised", "measured")
 BEGIN, END = "<!-- table:begin (pytransformer bench markdown) -->", "<!-- table:end -->"
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """A table of every row that has a time, and under it the machine it was measured on."""
+    """A table of every row that was measured, and under it the machine; with what was promised, where anything was."""
     limits, threads = raised_peaks(results), results["environment"]["threads"]
-    lines = [f"| {' | '.join(HEADER)} |", "|---|---|--:|--:|--:|--:|"]
+    promised = results["suite"] in ("cpu", "gpu")
+    header = HEADER + PROMISED if promised else HEADER
+    lines = [f"| {' | '.join(header)} |", "|---|---|--:|--:|--:|--:|" + "---|---|" * promised]
     for row in results["rows"]:
         numbers = figures(row, limits, threads)
-        if numbers.ours is None or row["metric"] == BYTES:
+        if numbers.ours is None:
             continue
         peer = numbers.peer
         speedup = "-"
@@ -32,13 +34,32 @@ def markdown(results: dict[str, Any]) -> str:
             speedup,
             "-" if numbers.limit is None else f"{numbers.limit.value:.0%}",
         )
+        if promised:
+            cells += (promises(row), _against(row, numbers))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", _where(results)])
+
+
+def _against(row: dict[str, Any], numbers: Figures) -> str:
+    """The figure beside each promise, and the verdict on all of them."""
+    if not promises(row):
+        return ""
+    found = [f"{other.ratio.value:.2f}x {name}" for name, other in numbers.others.items()
+             if name in row["targets"] and other.ratio is not None]  # fmt: skip
+    if row["limit_target"] and numbers.limit is not None:
+        found.append(f"{numbers.limit.value:.0%}")
+    if numbers.rate is not None:
+        found.append(f"{numbers.rate.value / 1e9:.3g} GB/s a thread")
+    if numbers.speed is not None:
+        found.append(f"{numbers.speed.value / 1e12:.3g} TFLOP/s")
+    return f"{', '.join(found)}: {numbers.verdict}" if found else numbers.verdict
 
 
 def _where(results: dict[str, Any]) -> str:
     described = results["environment"]
     machine = f"{described['cpu']}, {described['threads']} threads, {described['isa']}"
+    if results["suite"] == "gpu":
+        machine = described["gpu"]
     commit = f", commit {described['commit'][:10]}" if described["commit"] else ""
     text = f"Measured on {machine}; torch {described['versions']['torch']}{commit}; {limits_line(results)}."
     if "avx512f" in described["cpu_features"] and "avx512_bf16" not in described["cpu_features"]:

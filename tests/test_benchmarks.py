@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import re
 import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -539,6 +540,17 @@ def test_markdown_goes_between_the_marks(tmp_path):
         write_into(tmp_path / "r.json", "")
 
 
+def test_markdown_of_a_suite_of_promises_says_what_was_promised(tmp_path):
+    case = replace(tiny_case(), targets={"torch": 1000.0}, limit_target=0.9, rate_target=3e9, speed_target=2e12)
+    results = run([case, tiny_case(48)], tmp_path / "r.json", "cpu", QUICK)
+    first, second = (line for line in markdown(results).splitlines() if "tiny" in line)
+    assert "| 1000x torch, 90% of the limit, 3 GB/s a thread, 2 TFLOP/s |" in first
+    assert re.search(r"\| [0-9.]+x torch, \d+%, [0-9.e-]+ GB/s a thread, [0-9.e-]+ TFLOP/s: missed \|", first)
+    assert second.endswith("|  |  |")
+    results["suite"], results["environment"]["gpu"] = "gpu", "NVIDIA H200"
+    assert "Measured on NVIDIA H200; torch" in markdown(results)
+
+
 def arguments(*words: str) -> argparse.Namespace:
     return cli._parser().parse_args(["bench", *words])
 
@@ -645,10 +657,10 @@ def test_the_plain_bert_peer_is_transformers_bert():
 def test_the_gpu_suite_declares_every_promise_and_says_why_it_cannot_run(capsys):
     from pytransformer import cli
     from pytransformer.benchmarks import gpu
-    from pytransformer.benchmarks._command import promises
+    from pytransformer.benchmarks._figures import promises
 
     cases = list(gpu.cases())
-    told = [f"{case.op} {case.direction} {promises(case)}" for case in cases if promises(case)]
+    told = [f"{case.op} {case.direction} {promises(vars(case))}" for case in cases if promises(vars(case))]
     for wanted, rows in {
         "attention fwd 450 TFLOP/s": 3,
         "attention fwd 420 TFLOP/s": 3,
