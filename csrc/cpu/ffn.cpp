@@ -259,8 +259,7 @@ void forward(const FfnForward& a) {
       });
     }
     Product::multiply(tokens, weight2, activated, [&](const Block& block, float* sums) {
-      bias2.add_to(block, sums);
-      store_output(block, sums, a.output.ptr<T>() + begin * O, O);
+      store_output(block, sums, a.output.ptr<T>() + begin * O, O, bias2.of(block));
     });
   }
 }

@@ -11,7 +11,7 @@
 //
 // C is cut into blocks of block_rows x block_columns, and a thread that takes one computes all of it:
 //
-//     for a block of depth k:                          A[rows, k]: 66 KB, stays in L2
+//     for a block of depth k:                          A[rows, k]: 74 KB, stays in L2
 //       for each panel of B[k, columns]:               32 KB, from L2 for the first tile, then from L1
 //         for each tile of A[rows, k]:                 3 KB, from L2
 //           sums += A B in registers (tile.h)
@@ -39,13 +39,15 @@
 
 namespace pytransformer::PYTRANSFORMER_ISA {
 
-constexpr int64_t block_rows = 132;     // divisible by tile_rows: 4 and 6
+constexpr int64_t block_rows = 144;     // divisible by row_unit
+constexpr int64_t row_unit = 48;        // of tiles, 4 or 6 rows, and of lines: a block that is turned begins a line
 constexpr int64_t block_columns = 256;  // divisible by tile_width
 template <class Operand>
 constexpr int64_t block_depth = 128 * depth_step<Operand>;
 constexpr int64_t tile_width = tile_vecs * Vec::lanes;
 constexpr int64_t pack_share = 192;  // rows or columns packed by one task; divisible by tile_rows and tile_width
-static_assert(block_rows % tile_rows == 0 && block_columns % tile_width == 0);
+static_assert(block_rows % row_unit == 0 && row_unit % tile_rows == 0 && row_unit % Vec::lanes == 0 &&
+              block_columns % tile_width == 0);
 static_assert(tile_rows <= Vec::lanes, "packing by columns moves a row of a tile as one vector");
 
 // A matrix as an operand of a product. For A, `outer` counts the rows of the product, for B its columns;
@@ -153,16 +155,16 @@ void pack_right_rows(const Factor<Operand>& from, int64_t outer, int64_t count, 
   }
 }
 
-// One square of B^T: `columns` rows in memory, `units` operands or pairs of operands along each.
-template <class T>
-inline __attribute__((always_inline)) void pack_square(const T* source, int64_t stride, int columns, int units,
-                                                       float* to) {
+// One square of B^T: `columns` rows in memory, `units` operands or pairs of operands along each. load_row(i, n) has n
+// of row i.
+template <class LoadRow>
+inline __attribute__((always_inline)) void pack_square(const LoadRow& load_row, int columns, int units, float* to) {
   Vec square[Vec::lanes];
   if (columns == Vec::lanes && units == Vec::lanes) {
 #pragma GCC unroll 16
-    for (int i = 0; i < Vec::lanes; ++i) square[i] = Vec::load(source + i * stride);
+    for (int i = 0; i < Vec::lanes; ++i) square[i] = load_row(i, Vec::lanes);
   } else {
-    for (int i = 0; i < Vec::lanes; ++i) square[i] = i < columns ? load(source + i * stride, units) : Vec::zero();
+    for (int i = 0; i < Vec::lanes; ++i) square[i] = i < columns ? load_row(i, units) : Vec::zero();
   }
   transpose(square);
   for (int i = 0; i < units; ++i) square[i].store(to + i * tile_width);
@@ -181,16 +183,10 @@ void pack_right_columns(const Factor<Operand>& from, int64_t outer, int64_t coun
     Operand* place = to + j / tile_width * tile_width * padded + j % tile_width * step;
     for_vectors(depth / step, [&](int64_t unit, int n) {
       for (int i = 0; i < Vec::lanes; ++i) __builtin_prefetch(source + (Vec::lanes + i) * from.stride + unit * step);
-      if constexpr (step == 1) {
-        pack_square(source + unit, from.stride, columns, n, place + unit * tile_width);
-      } else {
-        // A distance of `stride` bfloat16 need not be whole floats: pairs are gathered row by row.
-        float square[Vec::lanes * Vec::lanes];
-        for (int i = 0; i < columns; ++i) {
-          __builtin_memcpy(square + i * Vec::lanes, source + i * from.stride + 2 * unit, size_t(n) * sizeof(float));
-        }
-        pack_square(square, Vec::lanes, columns, n, reinterpret_cast<float*>(place + 2 * unit * tile_width));
-      }
+      const auto row = [&](int i, int units) {
+        return load_operands(source + i * from.stride + unit * step, units * step, static_cast<Operand*>(nullptr));
+      };
+      pack_square(row, columns, n, reinterpret_cast<float*>(place + unit * step * tile_width));
     });
     if (padded > depth) {
       for (int i = 0; i < Vec::lanes; ++i) {
@@ -393,6 +389,7 @@ struct BlockGrid {
       while (waiting() && blocks_down < tiles && blocks_down * blocks_across < 8 * threads) ++blocks_down;
     }
     rows = round_up(ceil_div(M, blocks_down), tile_rows);
+    if (rows > block_rows / 2) rows = round_up(rows, row_unit);
     columns = round_up(ceil_div(N, blocks_across), tile_width);
     blocks_down = ceil_div(M, rows);
     blocks_across = ceil_div(N, columns);
@@ -539,15 +536,17 @@ auto by_rows(const Body& body) {
 
 // ---- Between a block [rows][block_columns] and the memory in which its columns are rows
 
-// put(column, row, v, count): lane i of v, for i < count, is from[row + i][column], and 0 beyond.
-template <class Put>
-inline __attribute__((always_inline)) void turn(const float* from, int64_t rows, int64_t columns, const Put& put) {
+// put(column, row, v, count): lane i of v, for i < count, is element `column` of row + i, and 0 beyond; load_row(row,
+// column) has a vector of a row.
+template <class LoadRow, class Put>
+inline __attribute__((always_inline)) void turn(int64_t rows, int64_t columns, const LoadRow& load_row,
+                                                const Put& put) {
   for (int64_t c = 0; c < columns; c += Vec::lanes) {
     for (int64_t r = 0; r < rows; r += Vec::lanes) {
       const int n = rows - r < Vec::lanes ? int(rows - r) : Vec::lanes;
       Vec square[Vec::lanes];
       for (int i = 0; i < Vec::lanes; ++i) {
-        square[i] = i < n ? Vec::load(from + (r + i) * block_columns + c) : Vec::zero();
+        square[i] = i < n ? load_row(r + i, c) : Vec::zero();
       }
       transpose(square);
       for (int i = 0; i < Vec::lanes && c + i < columns; ++i) put(c + i, r, square[i], n);
@@ -555,11 +554,13 @@ inline __attribute__((always_inline)) void turn(const float* from, int64_t rows,
   }
 }
 
-// to[column * stride + row] = from[row][column]
+// to[column * stride + row] = from[row][column] + addends[row], or + 0 without addends
 template <class T>
-void store_turned(const float* from, int64_t rows, int64_t columns, T* to, int64_t stride) {
-  turn(from, rows, columns,
-       [&](int64_t column, int64_t row, Vec v, int n) { store(to + column * stride + row, v, n); });
+void store_turned(const float* from, int64_t rows, int64_t columns, const float* addends, T* to, int64_t stride) {
+  const auto put = [&](int64_t column, int64_t row, Vec v, int n) { store(to + column * stride + row, v, n); };
+  const auto plain = [&](int64_t row, int64_t column) { return Vec::load(from + row * block_columns + column); };
+  if (!addends) return turn(rows, columns, plain, put);
+  turn(rows, columns, [&](int64_t row, int64_t column) { return plain(row, column) + Vec::set1(addends[row]); }, put);
 }
 
 // to[row][column] = from[column * stride + row]

@@ -21,8 +21,7 @@ void forward(const LinearForward& a) {
     const int64_t begin = chunks.begin(chunk), tokens = chunks.size(chunk, N);
     const auto input = Product::right(a.input.ptr<const T>() + begin * E, tokens, E);
     Product::multiply(tokens, weight, input, [&](const Block& block, float* sums) {
-      bias.add_to(block, sums);
-      store_output(block, sums, a.output.ptr<T>() + begin * O, O);
+      store_output(block, sums, a.output.ptr<T>() + begin * O, O, bias.of(block));
     });
   }
 }

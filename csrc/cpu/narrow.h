@@ -70,7 +70,9 @@ class NarrowRight {
 
   // B[k + i, first + j] = values[i * block_columns + j] for i < depths, j < count; k begins a vector.
   void store_depths(int64_t k, int64_t depths, int64_t first, int64_t count, const float* values) const {
-    turn(values, depths, count, [&](int64_t j, int64_t i, Vec v, int) { v.store(at(first + j, k + i)); });
+    turn(
+        depths, count, [&](int64_t i, int64_t j) { return Vec::load(values + i * block_columns + j); },
+        [&](int64_t j, int64_t i, Vec v, int) { v.store(at(first + j, k + i)); });
   }
 
   int64_t K() const { return K_; }

@@ -33,6 +33,8 @@ class Bias {
       for_vectors(block.columns, [&](int64_t c, int n) { store(row + c, load(row + c, n) + x, n); });
     }
   }
+  // For the rows of a block; null where there is none.
+  const float* of(const Block& block) const { return defined_ ? copy_.get() + block.row : nullptr; }
 
  private:
   Scratch<float> copy_;
@@ -89,10 +91,11 @@ struct FewTokens {
   }
 };
 
-// A product's transpose to its place: out[column] + block.row holds the block's column.
+// A product's transpose to its place, with a bias of its rows or none: out[column] + block.row holds the block's
+// column.
 template <class T>
-void store_output(const Block& block, float* sums, T* out, int64_t stride) {
-  store_turned(sums, block.rows, block.columns, out + block.column * stride + block.row, stride);
+void store_output(const Block& block, const float* sums, T* out, int64_t stride, const float* bias = nullptr) {
+  store_turned(sums, block.rows, block.columns, bias, out + block.column * stride + block.row, stride);
 }
 
 // The gradient of a weight, summed over chunks of tokens as its product comes out, [rows, columns], in
