@@ -100,29 +100,41 @@ def test_nan_stays_in_its_row(backend):
 
 def test_explain_says_where_torchs_product_is_faster():
     skip_unless_served("cpu", "linear")
-    found = [str(pytransformer.explain(ops.linear, **make((rows,), 8, 5))) for rows in (96, 97)]
+    found = [str(pytransformer.explain(ops.linear, **make((rows,), 8, 5))) for rows in (256, 257)]
     assert found[0] == "linear: cpu"
-    assert "of more than 96 rows in torch.float32 torch's own product is faster (97 rows)" in found[1]
+    assert "of more than 256 rows in torch.float32 torch's own product is faster (257 rows)" in found[1]
 
 
 def test_many_rows_are_served_where_the_backend_is_asked_for():
     skip_unless_served("cpu", "linear")
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
-    x = randn(4, 40, 16)
+    x = randn(4, 100, 16)
     with use_backend("cpu"):
         found = pytransformer.explain(layer, x)
     assert {d.backend for d in found.decisions} == {"cpu"}
     torch.testing.assert_close(found.result, layer(x))
 
 
-def test_a_compiled_call_serves_any_number_of_rows():
-    """Few rows are torch's too, in a graph: it would be compiled anew for 97."""
+def test_bfloat16_is_the_kernels_where_no_instruction_has_it(monkeypatch):
+    skip_unless_served("cpu", "linear")
+    from pytransformer import _cpu
+
+    tensors = make((300,), 8, 5, torch.bfloat16)
+    for isa, served in (("avx2", "cpu"), ("avx512", "cpu"), ("avx512_bf16", "reference"), ("neon", "reference")):
+        monkeypatch.setattr(_cpu, "isa", lambda found=isa: found)
+        assert pytransformer.explain(ops.linear, **tensors).decisions[0].backend == served
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_a_compiled_call_serves_any_number_of_rows(dtype):
+    """Few rows are torch's too, in a graph: it would be compiled anew for 257. Slow types are the kernel's."""
     torch.compiler.reset()
     compiled = torch.compile(ops.linear, backend="eager", fullgraph=True, dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for rows in (7, 96, 97, 300):
-            tensors = make((rows,), 8, 5)
-            torch.testing.assert_close(compiled(**tensors), F.linear(*tensors.values()))
+        for rows in (7, 256, 257, 300):
+            tensors = make((rows,), 8, 5, dtype)
+            expected = F.linear(*(x.float() for x in tensors.values())).to(dtype)
+            torch.testing.assert_close(compiled(**tensors), expected)
 
 
 def test_gradcheck_of_the_reference():

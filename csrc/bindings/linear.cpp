@@ -35,7 +35,6 @@ void backward(const TensorView& grad_output, const TensorView& input, const Tens
               const TensorView& grad_input, const TensorView& grad_weight, const TensorView& grad_bias,
               const Call& call) {
   const int64_t N = input.shape[0], E = input.shape[1], O = weight.shape[0];
-  PYTRANSFORMER_CHECK(input.dtype == DType::float16, "linear: input must be float16, got ", name_of(input.dtype));
   check_matrix(input, input, N, E, "input");
   check_matrix(weight, input, O, E, "weight");
   check_matrix(grad_output, input, N, O, "grad_output");

@@ -1,8 +1,7 @@
 // The linear layer: one product with a weight, its bias added while a block of it is in cache.
 //
-// The products are those of ffn.cpp (weights.h); backward is for float16, whose products torch makes element by
-// element. Tokens are taken in chunks that, packed, fit in a shared cache; the gradients of weight and bias are summed
-// over chunks in float32, in order:
+// The products are those of ffn.cpp (weights.h). Tokens are taken in chunks that, packed, fit in a shared cache; the
+// gradients of weight and bias are summed over chunks in float32, in order:
 //     grad_input  = (W^T grad_output^T)^T        grad_weight = grad_output^T input        grad_bias = column sums
 #include "linear.h"
 
@@ -31,8 +30,8 @@ void forward(const LinearForward& a) {
   a.input.shape[0] <= few_columns<T> ? forward<T, FewTokens<T>>(a) : forward<T, ManyTokens<T>>(a);
 }
 
+template <class T>
 void backward(const LinearBackward& a) {
-  using T = float16;
   using Operand = operand_t<T>;
   const int64_t N = a.input.shape[0], E = a.input.shape[1], O = a.weight.shape[0];
   const Chunks chunks(N, E > O ? E : O);
@@ -62,7 +61,7 @@ void linear_fwd(const LinearForward& a) {
 }
 
 void linear_bwd(const LinearBackward& a) {
-  backward(a);
+  with_storage(a.input.dtype, [&](auto type) { backward<decltype(type)>(a); });
 }
 
 }  // namespace pytransformer::PYTRANSFORMER_ISA

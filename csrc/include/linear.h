@@ -12,7 +12,7 @@ struct LinearForward {
   TensorView output;               // [N,O]
 };
 
-struct LinearBackward {  // of float16
+struct LinearBackward {
   TensorView grad_output, input, weight;
   // Written where they are defined. The gradient of the bias is float32.
   TensorView grad_input, grad_weight, grad_bias;
