@@ -120,4 +120,4 @@ def float32_precision() -> str:
 
 def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A contiguous empty tensor of the shape of ``x``."""
-    return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)

@@ -10,6 +10,8 @@ measures, and its table (``_table``) goes before this one.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from pytransformer.kernels._table import Config, chosen
@@ -250,6 +252,7 @@ _RICH: dict[str, _Attention] = {
 _NARROWEST_HEAD = {("sm90", 16): 64}
 
 
+@cache
 def head_tile(head_dim: int, dtype: torch.dtype, arch: str) -> int:
     """Columns of the tiles that hold heads of this size."""
     return power_of_2(head_dim, _NARROWEST_HEAD.get((arch, 8 * dtype.itemsize), 16))

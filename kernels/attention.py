@@ -268,7 +268,7 @@ class Softmax:
             "RAW": plain and query.dtype != torch.float32,
             "SOFTCAP": self.softcap > 0,
             "QUADS": self.rng is not None and key_length % 4 == 0,
-            "PRECISION": float32_precision(),
+            "PRECISION": float32_precision() if query.dtype == torch.float32 else "ieee",
         }
 
 
@@ -290,8 +290,9 @@ def outer_strides(*tensors: Tensor) -> tuple[tuple[int, ...], int]:
 
     With head dims that are multiples of 8 the unit is 8 whatever the lengths are: 16 bytes or more.
     """
-    unit = 8 if all(x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0 for x in tensors) else 1
-    return tuple(n for x in tensors for n in (x.stride(0) // unit, x.stride(1) // unit, x.stride(2))), unit
+    strides = [x.stride() for x in tensors]
+    unit = 8 if all((batch | head) % 8 == 0 for batch, head, *_ in strides) else 1
+    return tuple(n for batch, head, row, _ in strides for n in (batch // unit, head // unit, row)), unit
 
 
 def bias_strides(bias: Tensor | None) -> tuple[tuple[int, ...], int]:
@@ -327,9 +328,9 @@ def heads_like(x: Tensor, columns: Tensor, masks: Masking, of_keys: bool = False
     """Room for [B,H,T] of ``x`` and the last dimension of ``columns``; or for [1,H,tokens,...], as the tokens lie."""
     B, H, T, _ = x.shape
     if masks.sequences is None:
-        return torch.empty(B, H, T, columns.shape[3], dtype=x.dtype, device=x.device)
+        return x.new_empty(B, H, T, columns.shape[3])
     tokens = masks.sequences.total_k if of_keys else masks.sequences.total_q
-    return torch.empty(1, tokens, H, columns.shape[3], dtype=x.dtype, device=x.device).transpose(1, 2)
+    return x.new_empty(1, tokens, H, columns.shape[3]).transpose(1, 2)
 
 
 def attention_fwd(query: Tensor, key: Tensor, value: Tensor, masks: Masking, softmax: Softmax) -> tuple[Tensor, Tensor]:
@@ -340,7 +341,7 @@ def attention_fwd(query: Tensor, key: Tensor, value: Tensor, masks: Masking, sof
     B, H, T, D = query.shape
     S, Dv = value.shape[2:]
     out = heads_like(query, value, masks)
-    lse = torch.empty(out.shape[:3], dtype=torch.float32, device=query.device)
+    lse = query.new_empty(out.shape[:3], dtype=torch.float32)
     rich = is_rich(masks, softmax)
     arch = _configs.architecture(query.device)
     config = _configs.attention("fwd", query.dtype, max(D, Dv), rich, arch)

@@ -327,7 +327,7 @@ def layer_norm_fwd(
     """``(y, z, mean, rstd)`` of contiguous x [N,E]; z is None unless ``store_sum``. ``rng`` is int64 [2] or None."""
     N, E = x.shape
     y, z = empty_like(x), empty_like(x) if store_sum else None
-    mean, rstd = (torch.empty(N, dtype=torch.float32, device=x.device) for _ in range(2))
+    mean, rstd = (x.new_empty(N, dtype=torch.float32) for _ in range(2))
     arch = _configs.architecture(x.device)
     config = _configs.layer_norm("fwd", x.dtype, E, arch)
     kernel = forward_kernel if _configs.whole_row("fwd", x.dtype, arch) >= E else forward_in_pieces_kernel

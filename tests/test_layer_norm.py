@@ -145,6 +145,19 @@ def test_repeated_runs_are_bitwise_equal(backend_isa, dtype):
     assert_repeats("layer_norm", make((517, 129), dtype), ALL, backend_isa)
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_inference_gives_what_training_gives(backend_isa, dtype):
+    """Though it stores less; where it need not store the sum, in float32, to the bit as well."""
+    tensors, options = make((9, 40), dtype), {"dropout_p": 0.3, "seed": 5, "backend": backend_isa}
+    leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
+    trained = ops.layer_norm(**leaves, **options, prenorm=True)
+    with torch.no_grad():
+        found = ops.layer_norm(**tensors, **options, prenorm=True)
+        alone = ops.layer_norm(**tensors, **options)
+    assert all(map(torch.equal, found, trained))
+    assert dtype != torch.float32 or torch.equal(alone, trained[0])
+
+
 def test_only_the_wanted_gradients(backend_isa):
     assert_wanted_gradients_only("layer_norm", make((5, 12)), {}, backend_isa)
 

@@ -173,7 +173,7 @@ def attention(
     if name is None:
         name = select("attention", query.device.type, backend, args, _obstacle(args, return_lse, return_weights))
         remember(signature, name)
-    out, lse, weights = run(name, args, return_weights)
+    out, lse, weights = run(name, args, return_weights, plain=known is not None)
     return _returned(out, lse if return_lse else None, weights, lead)
 
 
@@ -204,12 +204,17 @@ def _obstacle(args: tuple[Any, ...], return_lse: bool, return_weights: bool) -> 
     return obstacle((query, key, value, mask, bias))
 
 
-def run(name: str, args: tuple[Any, ...], return_weights: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``(out, lse, weights)`` by backend ``name``, the weights where they are wanted."""
+def run(
+    name: str, args: tuple[Any, ...], return_weights: bool = False, *, plain: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``(out, lse, weights)`` by backend ``name``, the weights where they are wanted.
+
+    ``plain``: the call is known to be one in plain eager mode.
+    """
     if name == "reference":
         out, lse, weights = reference.attention(*args)
         return out, lse, weights.to(out.dtype) if return_weights else None
-    out, lse = _op(*args, name)
+    out, lse = _op.eager(*args, name) if plain else _op(*args, name)
     return out, lse, _weights(args, lse) if return_weights else None
 
 

@@ -108,6 +108,7 @@ def _in_pages(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` by backend ``name``, where it is known already."""
+    plain = name is not None
     if name is None:
         check_options(_OP, 0.0, scale, softcap, "bottom_right")
     scale = 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else float(scale)
@@ -120,7 +121,7 @@ def _in_pages(
             backend = "reference"  # nothing to compute, and no kernel takes a grid of no blocks
         name = select("attention", query.device.type, backend, args, obstacle((query, key, value, table)))
         remember(signature, name)
-    out, lse, _ = run(name, args, False)
+    out, lse, _ = run(name, args, plain=plain)
     return out, lse
 
 

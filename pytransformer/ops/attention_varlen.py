@@ -103,7 +103,7 @@ def attention_varlen(
     if name is None:
         name = select("attention", query.device.type, backend, args, _obstacle(args, return_lse))
         remember(signature, name)
-    out, lse, _ = run(name, args, False)
+    out, lse, _ = run(name, args, plain=known is not None)
     out = out[0].transpose(0, 1)
     return (out, lse[0]) if return_lse else out
 

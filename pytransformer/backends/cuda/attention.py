@@ -105,7 +105,7 @@ def attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     packing = Packing(contiguous(cu_seq_q), contiguous(cu_seq_k), max_q, max_k)
     out = empty_heads((*query.shape[:3], value.shape[-1]), cu_seq_q is not None, query.new_empty)
-    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     query, scale = _positive(query, scale)
     query = packing.queries(_aligned(query))
     key, value = (packing.keys(_aligned(x)) for x in (key, value))
@@ -224,10 +224,12 @@ def _positive(query: Tensor, scale: float) -> tuple[Tensor, float]:
 
 def _aligned(x: Tensor) -> Tensor:
     """``x``, or a copy of it whose rows start at multiples of 16 bytes, as kernels read them."""
-    *strides, last = x.stride()
-    apart = all(stride % CHUNK == 0 for stride, size in zip(strides, x.shape[:3], strict=True) if size > 1)
-    if last == 1 and apart and x.data_ptr() % 16 == 0:
-        return x
+    batch, head, row, last = x.stride()
+    if last == 1 and x.data_ptr() % 16 == 0:
+        if (batch | head | row) % CHUNK == 0:
+            return x
+        if all(stride % CHUNK == 0 for stride, size in zip((batch, head, row), x.shape, strict=False) if size > 1):
+            return x
     width = x.shape[-1]
     room = torch.empty(*x.shape[:3], width + -width % CHUNK, dtype=x.dtype, device=x.device)
     return room.narrow(-1, 0, width).copy_(x)

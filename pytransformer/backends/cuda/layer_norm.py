@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -48,10 +50,33 @@ def layer_norm_fwd(
     rms: bool,
     store_sum: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    output = torch.empty(input.shape, dtype=input.dtype, device=input.device)
-    total = torch.empty(input.shape if store_sum else (0,), dtype=input.dtype, device=input.device)
     count = input.numel() // input.shape[-1]
-    mean, rstd = (torch.empty(count, dtype=torch.float32, device=input.device) for _ in range(2))
+    mean, rstd = (input.new_empty(count, dtype=torch.float32) for _ in range(2))
+    args = (input, weight, bias, residual, input_bias, rng, dropout_p, eps, rms, store_sum)
+    output, total = _forward(mean, rstd, *args)
+    return output, input.new_empty(0) if total is None else total, mean, rstd
+
+
+def layer_norm_inference(*args: Any) -> tuple[Tensor, Tensor | None, None, None]:
+    return *_forward(None, None, *args), None, None
+
+
+def _forward(
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    input_bias: Tensor | None,
+    rng: Tensor | None,
+    dropout_p: float,
+    eps: float,
+    rms: bool,
+    store_sum: bool,
+) -> tuple[Tensor, Tensor | None]:
+    output = torch.empty_like(input, memory_format=torch.contiguous_format)
+    total = torch.empty_like(output) if store_sum else None
     _cuda.layer_norm_fwd(
         rows(input),
         aligned(weight),
@@ -62,12 +87,12 @@ def layer_norm_fwd(
         eps,
         rms,
         rows(output),
-        rows(total) if store_sum else None,
+        rows(total),
         mean,
         rstd,
         call(input, rng),
     )
-    return output, total, mean, rstd
+    return output, total
 
 
 def layer_norm_bwd(
@@ -83,16 +108,16 @@ def layer_norm_bwd(
     rms: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    device, columns = stream.device, stream.shape[-1]
+    columns = stream.shape[-1]
 
     def vector(needed: bool) -> Tensor:
-        return torch.empty(columns if needed else 0, dtype=torch.float32, device=device)
+        return stream.new_empty(columns if needed else 0, dtype=torch.float32)
 
-    grad_stream = torch.empty(stream.shape, dtype=stream.dtype, device=device)
-    grad_input = torch.empty(stream.shape if dropout_p > 0 else (0,), dtype=stream.dtype, device=device)
+    grad_stream = torch.empty_like(stream, memory_format=torch.contiguous_format)
+    grad_input = torch.empty_like(grad_stream) if dropout_p > 0 else stream.new_empty(0)
     sums = (vector(needs[0]), vector(needs[1]), vector(needs[2]))
     weight_sums, bias_sums, input_bias_sums = (x if needed else None for x, needed in zip(sums, needs, strict=True))
-    partial = torch.empty(multiprocessors(device.index or 0), 3, columns, dtype=torch.float32, device=device)
+    partial = stream.new_empty(multiprocessors(stream.device.index or 0), 3, columns, dtype=torch.float32)
     _cuda.layer_norm_bwd(
         rows(torch.zeros_like(stream) if grad_output is None else grad_output),
         rows(grad_sum),
