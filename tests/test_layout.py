@@ -17,10 +17,10 @@ PACKAGE = Path(pytransformer.__file__).parent
 LAYERS = {
     "kernels": {"kernels"},
     "reference": {"reference"},
-    "backends.cpu": {"backends.cpu", "backends._arguments", "_cpu"},
+    "backends.cpu": {"backends.cpu", "backends._arguments", "backends._tracing", "_cpu"},
     "backends.cuda": {"backends.cuda", "backends._arguments", "backends._products", "_cuda"},
     "backends.triton": {"backends.triton", "backends._arguments", "backends._products", "kernels"},
-    "backends": set(),
+    "backends": {"backends._tracing"},
     "masks": set(),
     "ops": {"ops", "backends", "masks", "reference"},
     "nn": {"nn", "ops", "masks", "backends"},

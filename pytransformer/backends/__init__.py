@@ -27,9 +27,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
+
+from pytransformer.backends._tracing import constant_when_traced
 
 # Backends by device type, best first. `reference` runs everywhere.
 ORDER: dict[str, tuple[str, ...]] = {
@@ -42,7 +44,6 @@ PACKAGES = {
     "cpu": "pytransformer.backends.cpu",
     "reference": "pytransformer.reference",
 }
-_F = TypeVar("_F")
 OPS = ("attention", "layer_norm", "ffn", "linear", "linear_cross_entropy", "embedding")
 
 
@@ -168,12 +169,6 @@ def _why_rather_not(name: str, op: str, device_type: str, args: tuple[Any, ...],
     if found is None or why_not(found[0], op, device_type, args, obstacle) is not None:
         return None
     return found[1]
-
-
-def constant_when_traced(function: _F) -> _F:
-    """``torch.compiler.assume_constant_result``, without its import of the whole compiler."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 # A traced call takes what the next two functions return as constants: what is installed does not change.

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from pytransformer import _cpu
-from pytransformer.backends import constant_when_traced
 from pytransformer.backends._arguments import contiguous, rows, unsupported_dtype
+from pytransformer.backends._tracing import constant_when_traced
 from pytransformer.backends.cpu._memory import empty
 
 MOST_ROWS = {torch.float32: 256, torch.bfloat16: 48}  # of types that torch multiplies fast
