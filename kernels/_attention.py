@@ -93,13 +93,34 @@ def partial_block(i, start, full_start, full_end):
 
 
 @triton.jit
-def visible(t, s, T, length, lower, upper, bits_ptr, stride_bits_t):
-    """May query t see key s?"""
+def listed_block(i, n_full, n_inner, list_ptr, start, full_start, full_end):
+    """The i-th of the blocks that are not empty, the full ones first; of a list, or of ranges where there is none."""
+    if list_ptr is not None:
+        block = tl.load(list_ptr + tl.where(i < n_full, 2 + i, 1 + n_inner - (i - n_full)))
+    else:
+        block = tl.where(i < n_full, full_start + i, partial_block(i - n_full, start, full_start, full_end))
+    return block
+
+
+@triton.jit
+def visible(t, s, s0, T, length, lower, upper, bits_ptr, stride_bits_t, BLOCK_S: tl.constexpr):
+    """May query t see key s, of the ``BLOCK_S`` keys from ``s0`` on?"""
     keep = (s < length) & (s - t >= lower) & (s - t <= upper)
     if bits_ptr is not None:
-        word = tl.load(bits_ptr + t.to(tl.int64) * stride_bits_t + s // 32, mask=(t < T) & (s < length), other=0)
+        first = s0 // 32 * 32
+        at = bits_ptr + t.to(tl.int64) * stride_bits_t + first // 32
+        word = tl.load(at, mask=(t < T) & (first < length), other=0)
+        for w in tl.static_range(1, BLOCK_S // 32):  # a load for each query and 32 keys, not for each element
+            next_word = tl.load(at + w, mask=(t < T) & (first + 32 * w < length), other=0)
+            word = tl.where(s < first + 32 * w, word, next_word)
         keep = keep & (((word >> (s % 32)) & 1) != 0)
     return keep
+
+
+@triton.jit
+def any_nan(x):
+    """Is any element NaN?"""
+    return tl.max((x != x).to(tl.int32)) > 0
 
 
 @triton.jit
@@ -160,3 +181,12 @@ def keep_weights(
 def finite(x):
     """``x`` with 0 for NaN and infinities."""
     return tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, tl.zeros_like(x))
+
+
+@triton.jit
+def cleaned(v, keep, total):
+    """``(v, total)``: values with 0 for what is not finite, and NaN in the rows that are kept some of it."""
+    sound = finite(v)
+    poison = tl.max((sound.to(tl.float32) != v.to(tl.float32)).to(tl.int32), 1)
+    poisoned = tl.max((keep & (poison[None, :] > 0)).to(tl.int32), 1)
+    return sound, tl.where(poisoned[:, None] > 0, float("nan"), total)

@@ -68,8 +68,9 @@ _LAYER_NORM_SM90 = {
 }
 
 
-# (queries, keys) of a tile, by architecture, kernel, 16 or 32 bits, and head dim up to 64, 128 or 256. What stands
-# under "rich" serves calls with a bool mask, a bias, dropout or a soft cap, which take registers of their own.
+# (queries, keys) of a tile, by architecture, kernel, 16 or 32 bits, and head dim up to 64, 128 or 256. The rich tiles
+# serve calls with a bias, dropout or a soft cap, which take registers of their own, and calls with a bool mask where
+# a plain tile has no room for one. docs/triton-kernels.txt shows that none spills.
 _Attention = dict[str, dict[tuple[int, int], Config]]
 _PLAIN: dict[str, _Attention] = {
     "sm80": {
@@ -149,14 +150,14 @@ _RICH: dict[str, _Attention] = {
             (16, 256): Config((64, 32), 8, 1),
             (32, 64): Config((32, 32), 8, 1),
             (32, 128): Config((32, 16), 8, 1),
-            (32, 256): Config((32, 32), 8, 1),
+            (32, 256): Config((32, 16), 8, 1),
         },
         "dq": {
             (16, 64): Config((64, 32), 8, 1),
             (16, 128): Config((32, 32), 8, 1),
-            (16, 256): Config((32, 32), 8, 1),
-            (32, 64): Config((32, 32), 4, 1),
-            (32, 128): Config((32, 32), 8, 1),
+            (16, 256): Config((16, 32), 8, 2),
+            (32, 64): Config((32, 32), 8, 1),
+            (32, 128): Config((32, 16), 8, 1),
             (32, 256): Config((16, 16), 8, 1),
         },
         "dkv": {
@@ -173,23 +174,23 @@ _RICH: dict[str, _Attention] = {
             (16, 64): Config((128, 64), 8, 1),
             (16, 128): Config((64, 32), 8, 2),
             (16, 256): Config((32, 32), 8, 1),
-            (32, 64): Config((32, 16), 8, 1),
+            (32, 64): Config((32, 32), 8, 1),
             (32, 128): Config((16, 32), 8, 1),
             (32, 256): Config((16, 16), 8, 1),
         },
         "dq": {
             (16, 64): Config((64, 64), 8, 1),
-            (16, 128): Config((64, 32), 8, 1),
-            (16, 256): Config((32, 32), 8, 1),
+            (16, 128): Config((32, 64), 8, 1),
+            (16, 256): Config((16, 32), 8, 2),
             (32, 64): Config((32, 32), 4, 1),
-            (32, 128): Config((32, 32), 8, 1),
+            (32, 128): Config((16, 16), 8, 1),
             (32, 256): Config((16, 16), 8, 1),
         },
         "dkv": {
             (16, 64): Config((32, 64), 8, 2),
             (16, 128): Config((32, 32), 8, 1),
-            (16, 256): Config((16, 32), 8, 1),
-            (32, 64): Config((32, 32), 8, 1),
+            (16, 256): Config((32, 32), 8, 1),
+            (32, 64): Config((32, 16), 8, 1),
             (32, 128): Config((16, 32), 8, 1),
             (32, 256): Config((16, 16), 8, 1),
         },
@@ -205,17 +206,17 @@ _RICH: dict[str, _Attention] = {
         },
         "dq": {
             (16, 64): Config((64, 64), 8, 1),
-            (16, 128): Config((64, 32), 8, 1),
+            (16, 128): Config((64, 64), 8, 1),
             (16, 256): Config((64, 32), 8, 1),
             (32, 64): Config((32, 32), 4, 1),
             (32, 128): Config((16, 16), 8, 1),
-            (32, 256): Config((16, 16), 8, 1),
+            (32, 256): Config((16, 32), 8, 1),
         },
         "dkv": {
             (16, 64): Config((32, 64), 8, 2),
             (16, 128): Config((32, 32), 8, 1),
-            (16, 256): Config((16, 64), 8, 1),
-            (32, 64): Config((32, 32), 8, 1),
+            (16, 256): Config((16, 64), 8, 2),
+            (32, 64): Config((32, 16), 8, 1),
             (32, 128): Config((16, 32), 8, 1),
             (32, 256): Config((16, 16), 8, 1),
         },
@@ -247,6 +248,7 @@ _RICH: dict[str, _Attention] = {
         },
     },
 }
+_NO_ROOM_FOR_MASKS = {("sm90", "dkv", 64)}  # and no heads wider than 128
 # Where an operand of wgmma has rows of 64 bytes, products on Hopper come out wrong or read beyond shared memory, with
 # Triton 3.6 and 3.7 (triton-lang/triton issue 11366; seen on an H200). A tile's rows are longer there.
 _NARROWEST_HEAD = {("sm90", 16): 64}
@@ -262,24 +264,26 @@ _DECODE = {
     (16, 64): Config((64,), 4, 2),
     (16, 128): Config((64,), 4, 2),
     (16, 256): Config((32,), 4, 2),
-    (32, 64): Config((32,), 4, 2),
+    (32, 64): Config((32,), 8, 2),
     (32, 128): Config((32,), 8, 1),
     (32, 256): Config((16,), 8, 1),
 }
 _INTERPRETED_TILE = Config((64, 64), 4)
 
 
-def attention(kernel: str, dtype: torch.dtype, head_dim: int, rich: bool, arch: str) -> Config:
+def attention(kernel: str, dtype: torch.dtype, head_dim: int, call: str, arch: str) -> Config:
     """``(queries, keys)`` of a tile of the kernels ``"fwd"``, ``"dq"`` and ``"dkv"``, ``(keys,)`` of ``"decode"``.
 
-    ``rich`` calls have a bool mask, a bias, dropout or a soft cap; in 32 bits all calls are taken as rich.
+    ``call`` is ``attention.shape_class``: "plain", "masked" or "rich". In 32 bits all calls are taken as rich.
     """
     if arch == INTERPRETER:
         return Config((64,), 4) if kernel == "decode" else _INTERPRETED_TILE
     bits, size = 8 * dtype.itemsize, next(size for size in (64, 128, 256) if head_dim <= size)
     if kernel == "decode":
         return chosen(arch, f"attention decode {bits} bits D={size}", _DECODE[bits, size])
-    rich = rich or bits == 32 or (arch, size) == ("sm86", 256)  # which has no memory for the plain tiles of sm80
+    wide_on_ampere = (arch, size) == ("sm86", 256)  # which has no memory for the plain tiles of sm80
+    crowded = call == "masked" and (size == 256 or (arch, kernel, size) in _NO_ROOM_FOR_MASKS)
+    rich = call == "rich" or crowded or bits == 32 or wide_on_ampere
     tables = _RICH if rich else _PLAIN
     built_in = tables.get(arch, tables["sm80"])[kernel][bits, size]
     return chosen(arch, f"attention {kernel} {bits} bits D={size} {'rich' if rich else 'plain'}", built_in)

@@ -148,16 +148,16 @@ def _rng(device: str) -> Tensor:
 
 def _of_attention(arch: str, device: str) -> Iterator[Problem]:
     for D in ATTENTION:
-        for dtype, rich in ((HALF, False), (HALF, True), (SINGLE, True)):
+        for dtype, call in ((HALF, "plain"), (HALF, "rich"), (SINGLE, "rich")):
             bits = 8 * dtype.itemsize
             shapes = [Config(tile, warps, stages) for tile in _QUERIES_KEYS[bits] for warps, stages in ((4, 2), (8, 2))]
             more = [Config(tile, 8, stages) for tile in _QUERIES_KEYS[bits] for stages in (1, 3)]
             for kernel in ("fwd", "dq", "dkv"):
                 yield Problem(
                     "attention",
-                    f"attention {kernel} {bits} bits D={D} {'rich' if rich else 'plain'}",
-                    _unique(_configs.attention(kernel, dtype, D, rich, arch), shapes + more),
-                    partial(_attention_call, kernel, dtype, D, rich, device),
+                    f"attention {kernel} {bits} bits D={D} {call}",
+                    _unique(_configs.attention(kernel, dtype, D, call, arch), shapes + more),
+                    partial(_attention_call, kernel, dtype, D, call == "rich", device),
                 )
 
 
@@ -177,7 +177,7 @@ def _attention_call(kernel: str, dtype: torch.dtype, D: int, rich: bool, device:
 def _of_decode(arch: str, device: str) -> Iterator[Problem]:
     for D in ATTENTION:
         for dtype in (HALF, SINGLE):
-            built_in = _configs.attention("decode", dtype, D, True, arch)
+            built_in = _configs.attention("decode", dtype, D, "rich", arch)
             others = [Config((keys,), warps, stages) for keys in (32, 64, 128) for warps in (2, 4) for stages in (1, 3)]
             key = f"attention decode {8 * dtype.itemsize} bits D={D}"
             build = partial(_decode_call, dtype, D, device)

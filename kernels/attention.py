@@ -5,9 +5,12 @@ largest score, the sum of exponentials and the weighted sum of values in registe
 the traffic is q, k, v and out, with k and v read once for each block of queries, mostly from the L2 cache.
 
 Full tiles come first and look at no mask; partial tiles follow (``_masks``, ``_attention.key_blocks``). In a partial
-tile a key that some query does not see may hold NaN or Inf, so a weight of 0 is not enough: values that are not
-finite are taken out, and the queries that do see one become NaN. The pivot of a row that has seen nothing is 0
-instead of -inf, so that its weights come out as 0 and not NaN; its output is 0, its lse -inf.
+tile a key that some query does not see may hold NaN or Inf, for which a weight of 0 is not enough. That shows in the
+result: where there is a NaN in it, the program walks once more, and carefully: values that are not finite are taken
+out, and the queries that do see one become NaN. So values go from memory to the tensor cores as they are, and nothing
+looks at them on the way. (Float32 and wide heads have no registers for two walks; the only one is careful then.) The
+pivot of a row that has seen nothing is 0 instead of -inf, so that its weights come out as 0 and not NaN; its output is
+0, its lse -inf.
 
 Sequences may lie end to end (``Sequences``): T and S are then the longest, by which dropout counts, and a program
 beyond the end of its sequence sees no key.
@@ -28,11 +31,13 @@ from torch import Tensor
 
 from pytransformer.kernels import _configs, _masks
 from pytransformer.kernels._attention import (
+    any_nan,
+    cleaned,
     exponential,
-    finite,
     head_start,
     keep_weights,
     key_blocks,
+    listed_block,
     output_rows,
     partial_block,
     scores,
@@ -50,6 +55,7 @@ LENGTHS = [
     *(f"stride_bits_{dim}" for dim in "bht"),
     *(f"stride_list_{dim}" for dim in "bhts"),
 ]
+MOST_TWICE = 128  # columns of a head of 16 bits for which a thread has the registers of a second, careful walk
 
 
 @triton.jit
@@ -58,10 +64,10 @@ def _attend(
     stride_ks, stride_vs, stride_bias_t, stride_bias_s, stride_bits_t,
     T, S, keys, length, lower, upper, scale, softcap, threshold, keep_scale,
     D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, MASKED: tl.constexpr, RAW: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr, RAW: tl.constexpr,
     SOFTCAP: tl.constexpr, QUADS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Takes one key block into the running softmax."""
+    """Takes one key block into the running softmax; ``CAREFUL``, values behind a mask may be NaN or Inf."""
     s0 = block * BLOCK_S
     t, s = (t0 + tl.arange(0, BLOCK_T))[:, None], s0 + tl.arange(0, BLOCK_S)
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
@@ -74,13 +80,10 @@ def _attend(
         dot(q, k, PRECISION), t, s, T, S, scale, softcap, bias_ptr, stride_bias_t, stride_bias_s, RAW, SOFTCAP
     )
     if MASKED:
-        keep = visible(t, s, T, length, lower, upper, bits_ptr, stride_bits_t)
+        keep = visible(t, s, s0, T, length, lower, upper, bits_ptr, stride_bits_t, BLOCK_S)
         x = tl.where(keep, x, float("-inf"))
-        sound = finite(v)
-        poison = tl.max((sound.to(tl.float32) != v.to(tl.float32)).to(tl.int32), 1)
-        poisoned = tl.max((keep & (poison[None, :] > 0)).to(tl.int32), 1)
-        total = tl.where(poisoned[:, None] > 0, float("nan"), total)
-        v = sound
+    if CAREFUL:
+        v, total = cleaned(v, keep, total)
     larger = tl.maximum(largest, tl.max(x, 1) * scale if RAW else tl.max(x, 1))
     pivot = tl.where(larger == float("-inf"), 0.0, larger)
     p = exponential(x, pivot[:, None], scale, RAW)
@@ -101,8 +104,8 @@ def forward_kernel(
     stride_bits_b, stride_bits_h, stride_bits_t, stride_list_b, stride_list_h, stride_list_t,
     H, T, S, n_inner, tokens, at_end, lower, upper, scale, softcap, threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, RAW: tl.constexpr, SOFTCAP: tl.constexpr, QUADS: tl.constexpr,
-    PRECISION: tl.constexpr, UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, TWICE: tl.constexpr, RAW: tl.constexpr, SOFTCAP: tl.constexpr,
+    QUADS: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
 ):  # fmt: skip
     n_blocks = tl.cdiv(T, BLOCK_T)
     block_t = n_blocks - 1 - tl.program_id(0) % n_blocks  # of a causal mask the long rows first
@@ -143,7 +146,7 @@ def forward_kernel(
             total, weight_sum, largest, q, block, row, t0, k_ptr, v_ptr, bias_ptr, bits_ptr, rng_ptr,
             stride_ks, stride_vs, stride_bias_t * BIAS_UNIT, stride_bias_s, stride_bits_t,
             T, S, keys, length, lower, upper, scale, softcap, threshold, keep_scale,
-            D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, False, RAW, SOFTCAP, QUADS, PRECISION,
+            D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, False, False, RAW, SOFTCAP, QUADS, PRECISION,
         )  # fmt: skip
     for i in range(n_partial):
         if bits_ptr is not None:
@@ -154,8 +157,20 @@ def forward_kernel(
             total, weight_sum, largest, q, block, row, t0, k_ptr, v_ptr, bias_ptr, bits_ptr, rng_ptr,
             stride_ks, stride_vs, stride_bias_t * BIAS_UNIT, stride_bias_s, stride_bits_t,
             T, S, keys, length, lower, upper, scale, softcap, threshold, keep_scale,
-            D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, True, RAW, SOFTCAP, QUADS, PRECISION,
+            D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, True, not TWICE, RAW, SOFTCAP, QUADS, PRECISION,
         )  # fmt: skip
+    if TWICE and any_nan(total):
+        total = tl.zeros((BLOCK_T, BLOCK_DV), tl.float32)
+        weight_sum = tl.zeros((BLOCK_T,), tl.float32)
+        largest = tl.full((BLOCK_T,), float("-inf"), tl.float32)
+        for i in tl.range(n_full + n_partial, num_stages=1):
+            block = listed_block(i, n_full, n_inner, list_ptr, start, full_start, full_end)
+            total, weight_sum, largest = _attend(
+                total, weight_sum, largest, q, block, row, t0, k_ptr, v_ptr, bias_ptr, bits_ptr, rng_ptr,
+                stride_ks, stride_vs, stride_bias_t * BIAS_UNIT, stride_bias_s, stride_bits_t,
+                T, S, keys, length, lower, upper, scale, softcap, threshold, keep_scale,
+                D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, True, True, RAW, SOFTCAP, QUADS, PRECISION,
+            )  # fmt: skip
 
     unseen = weight_sum == 0
     out = total / tl.where(unseen, 1.0, weight_sum)[:, None]
@@ -280,9 +295,12 @@ def shape_of(query: Tensor, key: Tensor, value: Tensor) -> dict[str, int]:
     return {"GROUP": query.shape[1] // key.shape[1], "D": D, "Dv": Dv, "BLOCK_D": block_d, "BLOCK_DV": block_dv}
 
 
-def is_rich(masks: Masking, softmax: Softmax) -> bool:
-    """Does the call have what takes registers of its own: a bool mask, a bias, dropout or a soft cap?"""
-    return masks.bits is not None or masks.bias is not None or softmax.rng is not None or softmax.softcap > 0
+def shape_class(masks: Masking, softmax: Softmax) -> str:
+    """By what it takes registers for beyond a plain call's: "rich" with a bias, dropout or a soft cap, else "masked"
+    with a bool mask, else "plain"."""
+    if masks.bias is not None or softmax.rng is not None or softmax.softcap > 0:
+        return "rich"
+    return "plain" if masks.bits is None else "masked"
 
 
 def outer_strides(*tensors: Tensor) -> tuple[tuple[int, ...], int]:
@@ -342,10 +360,11 @@ def attention_fwd(query: Tensor, key: Tensor, value: Tensor, masks: Masking, sof
     S, Dv = value.shape[2:]
     out = heads_like(query, value, masks)
     lse = query.new_empty(out.shape[:3], dtype=torch.float32)
-    rich = is_rich(masks, softmax)
-    arch = _configs.architecture(query.device)
-    config = _configs.attention("fwd", query.dtype, max(D, Dv), rich, arch)
-    limit = {} if masks.sequences is None else register_limit(arch)
+    arch, widest = _configs.architecture(query.device), max(D, Dv)
+    config = _configs.attention("fwd", query.dtype, widest, shape_class(masks, softmax), arch)
+    twice = query.dtype != torch.float32 and widest <= MOST_TWICE
+    limited = masks.sequences is not None or query.dtype == torch.float32
+    limit = register_limit(arch) if limited else {}
     block_t, block_s = config.tile
     pointers, strides, n_inner = mask_arguments(masks, masks.tiles(block_t, block_s))
     offsets, counts = sequence_arguments(masks)
@@ -356,7 +375,7 @@ def attention_fwd(query: Tensor, key: Tensor, value: Tensor, masks: Masking, sof
         *outer, *of_bias, *strides,
         H, T, S, n_inner, *counts, masks.lower, masks.upper, softmax.scale, softmax.softcap,
         *dropout_threshold(softmax.dropout_p), **shape_of(query, key, value),
-        BLOCK_T=block_t, BLOCK_S=block_s, UNIT=unit, BIAS_UNIT=bias_unit,
+        BLOCK_T=block_t, BLOCK_S=block_s, TWICE=twice, UNIT=unit, BIAS_UNIT=bias_unit,
         **softmax.flags(query, masks.bias, S), **limit, **config.options,
     )  # fmt: skip
     return out, lse

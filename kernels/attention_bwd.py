@@ -43,11 +43,11 @@ from pytransformer.kernels.attention import (
     Softmax,
     bias_strides,
     heads_like,
-    is_rich,
     mask_arguments,
     outer_strides,
     register_limit,
     sequence_arguments,
+    shape_class,
     shape_of,
 )
 
@@ -82,7 +82,7 @@ def _score_gradient(
     x, th = scores(product, t, s, T, S, scale, softcap, bias_ptr, stride_bias_t, stride_bias_s, RAW, SOFTCAP)
     p = exponential(x, tl.where(lse == float("-inf"), 0.0, lse), scale, RAW)
     if MASKED:
-        keep = visible(t, s, T, length, lower, upper, bits_ptr, stride_bits_t)
+        keep = visible(t, s, s0, T, length, lower, upper, bits_ptr, stride_bits_t, BLOCK_S)
         p = tl.where(keep, p, 0.0)
         dp = tl.where(keep, dp, 0.0)
     dropped = p
@@ -384,7 +384,7 @@ def attention_bwd(
     dq, dk, dv = heads_like(query, query, masks), *(heads_like(x, x, masks, of_keys=True) for x in (key, value))
     delta = torch.empty_like(lse)
     shape = shape_of(query, key, value)
-    arch = _configs.architecture(query.device)
+    arch, widest = _configs.architecture(query.device), max(D, Dv)
     rows = 64 if Dv <= 128 else 32
     outer, unit = outer_strides(dout)
     delta_kernel[(triton.cdiv(lse.shape[2], rows) * lse.shape[0] * H,)](
@@ -395,7 +395,7 @@ def attention_bwd(
     of_bias, bias_unit = bias_strides(masks.bias)
     offsets, counts = sequence_arguments(masks)
     for kernel, name, grads in ((dq_kernel, "dq", (dq,)), (dkv_kernel, "dkv", (dk, dv))):
-        config = _configs.attention(name, query.dtype, max(D, Dv), is_rich(masks, softmax), arch)
+        config = _configs.attention(name, query.dtype, widest, shape_class(masks, softmax), arch)
         block_t, block_s = config.tile
         by_keys = name == "dkv"
         most = 200 if name == "dq" and query.dtype == torch.float32 else 255  # with 255 Blackwell's spills
@@ -430,7 +430,7 @@ def attention_dbias(
     B, H, T, D = query.shape
     S, Dv = value.shape[2:]
     bias_b, bias_h, bias_t, bias_s = bias_shape
-    config = _configs.attention("dq", query.dtype, max(D, Dv), True, _configs.architecture(query.device))
+    config = _configs.attention("dq", query.dtype, max(D, Dv), "rich", _configs.architecture(query.device))
     block_t, block_s = config.tile
     n_t = triton.cdiv(T, block_t)
     sum_t = bias_t == 1

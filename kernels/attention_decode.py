@@ -122,7 +122,7 @@ def split_kernel(
         x, _ = scores(
             product, t, s, T, S, scale, softcap, bias_row, stride_bias_t * BIAS_UNIT, stride_bias_s, False, SOFTCAP
         )
-        keep = visible(t, s, T, length, lower, upper, bits_row, stride_bits_t)
+        keep = visible(t, s, s0, T, length, lower, upper, bits_row, stride_bits_t, BLOCK_S)
         x = tl.where(keep, x, float("-inf"))
         sound = finite(v)
         poison = tl.max((sound.to(tl.float32) != v.to(tl.float32)).to(tl.int32), 1)
@@ -211,7 +211,7 @@ def attention_decode(
     G, _, Dv = value.shape[1:]
     S = key_count(key, block_table)
     arch = _configs.architecture(query.device)
-    config = _configs.attention("decode", query.dtype, max(D, Dv), True, arch)
+    config = _configs.attention("decode", query.dtype, max(D, Dv), "rich", arch)
     (block_s,) = config.tile
     narrow = masks.sequences is not None and query.dtype != torch.float32
     limit = register_limit(arch) if narrow or block_table is not None else {}

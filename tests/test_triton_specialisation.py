@@ -196,7 +196,7 @@ def test_rows_do_not_compile_anew(call):
 
 WITH_PRODUCTS = {
     "attention": (
-        lambda dtype: attention(dtype, 64, True),
+        lambda dtype: attention(dtype, 64, "everything"),
         {"forward_kernel", "dq_kernel", "dkv_kernel", "dbias_kernel"},
     ),
     "decode": (lambda dtype: decode_case(dtype, 64), {"split_kernel"}),

@@ -156,14 +156,14 @@ def test_the_command_writes_a_table_that_kernels_then_read(machine, monkeypatch,
     _table, _tune = machine
     from pytransformer.kernels import _configs
 
-    before = _configs.attention("dkv", torch.bfloat16, 64, False, ARCH)
+    before = _configs.attention("dkv", torch.bfloat16, 64, "plain", ARCH)
     assert _configs.fuse_activation("fwd", torch.bfloat16, 512, ARCH) is True
     assert tuned(machine, monkeypatch) == 0
     printed = capsys.readouterr().out
     path = _table.default_path(ARCH)
     assert str(path) in printed
     assert "attention dkv 16 bits D=64 plain: 128x" in printed
-    after = _configs.attention("dkv", torch.bfloat16, 64, False, ARCH)
+    after = _configs.attention("dkv", torch.bfloat16, 64, "plain", ARCH)
     assert after != before
     assert after.tile[0] * after.num_warps == 1024
     assert _configs.fuse_activation("fwd", torch.bfloat16, 512, ARCH) is False

@@ -42,16 +42,16 @@ def rng() -> torch.Tensor:
     return empty(2, dtype=torch.int64)
 
 
-def attention(dtype: torch.dtype, head_dim: int, everything: bool) -> None:
-    """Plain and causal, or with a mask, a bias, lengths, dropout and a soft cap."""
+def attention(dtype: torch.dtype, head_dim: int, how: str) -> None:
+    """Causal; "masked", with a bool mask and lengths; with "everything", with a bias, dropout and a soft cap too."""
     from pytransformer.kernels import attention, attention_bwd
 
     B, H, T = 2, 8, 1024
+    masked, everything = how != "plain", how == "everything"
     q = empty(B, H, T, head_dim, dtype=dtype)
-    mask = bias = lengths = None
-    if everything:
-        mask, bias = empty(B, H, T, T, dtype=torch.bool), empty(B, H, T, T, dtype=dtype)
-        lengths = empty(B, dtype=torch.int64)
+    mask = empty(B, H, T, T, dtype=torch.bool) if masked else None
+    lengths = empty(B, dtype=torch.int64) if masked else None
+    bias = empty(B, H, T, T, dtype=dtype) if everything else None
     masks = attention.masking(mask, bias, lengths, None, 0)
     softmax = attention.Softmax(0.1, 20.0, 0.1, rng()) if everything else attention.Softmax(0.1, 0.0, 0.0, None)
     out, lse = attention.attention_fwd(q, q, q, masks, softmax)
@@ -150,14 +150,10 @@ def embedding(dtype: torch.dtype) -> None:
 
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     """Every shape class of the configurations, in 16 bits and in float32."""
-    for head_dim, everything in product((64, 128, 256), (False, True)):
+    for head_dim, how in product((64, 128, 256), ("plain", "masked", "everything")):
         for name, dtype in DTYPES.items():
-            if everything or dtype != torch.float32:  # in 32 bits all calls are taken as rich
-                how = "everything" if everything else "plain"
-                yield (
-                    f"attention {name} D={head_dim} {how}",
-                    lambda d=dtype, n=head_dim, e=everything: attention(d, n, e),
-                )
+            if how == "everything" or dtype != torch.float32:  # in 32 bits all calls are taken as rich
+                yield f"attention {name} D={head_dim} {how}", lambda d=dtype, n=head_dim, h=how: attention(d, n, h)
     for (name, dtype), (activation, gated) in product(DTYPES.items(), (("gelu", False), ("silu", True))):
         how = f"{activation} gated" if gated else activation
         yield f"ffn {name} {how}", lambda d=dtype, a=activation, g=gated: ffn(d, a, g)
