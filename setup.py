@@ -33,6 +33,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
+FOR_ALL_SETS = ("dispatch.cpp", "large_memory.cpp")  # of csrc/cpu, compiled once
 # GCC 12's own AVX-512 header trips its uninitialised-variable warnings.
 WARNINGS = [
     "-Wall",
@@ -195,14 +196,15 @@ class BuildKernels(build_ext):
         compiler = find_compiler()
         sets = instruction_sets(compiler)
         flags = [compiler, "-O3", *CXX_FLAGS, "-fopenmp", f"-I{CSRC}/include", f"-I{CSRC}/cpu"]
-        kernels = sorted(path for path in (CSRC / "cpu").glob("*.cpp") if path.name != "dispatch.cpp")
+        kernels = sorted(path for path in (CSRC / "cpu").glob("*.cpp") if path.name not in FOR_ALL_SETS)
         # The base set comes first. An inline function of the standard library may be emitted by several
         # translation units; the linker keeps the first, which must run on every CPU.
         for name, isa_flags in sets.items():
             for source in kernels:
                 compilation.add(source, [*flags, *isa_flags, f"-DPYTRANSFORMER_ISA={name}"], f".{name}")
         listing = "".join(f"X({name})" for name in sets)
-        compilation.add(CSRC / "cpu" / "dispatch.cpp", [*flags, f"-DPYTRANSFORMER_ISAS={listing}"])
+        for name in FOR_ALL_SETS:
+            compilation.add(CSRC / "cpu" / name, [*flags, f"-DPYTRANSFORMER_ISAS={listing}"])
         bindings = [*flags, f"-I{CSRC}/bindings", *python_includes(compilation.folder)]
         for source in sorted((CSRC / "bindings").glob("*.cpp")):
             if not source.stem.endswith("cuda"):

@@ -187,19 +187,22 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=dropped)
 
 
-class _PoisonedTorch:
-    """torch, but ``empty`` returns NaN: what a kernel forgets to write cannot pass for a result."""
+class _Poisoned:
+    """A module, but its ``empty`` returns NaN: what a kernel forgets to write cannot pass for a result."""
+
+    def __init__(self, module):
+        self._module = module
 
     def __getattr__(self, name):
-        return getattr(torch, name)
+        return getattr(self._module, name)
 
-    @staticmethod
-    def empty(*size, **options):
-        x = torch.empty(*size, **options)
+    def empty(self, *size, **options):
+        x = self._module.empty(*size, **options)
         return x.fill_(torch.nan) if x.is_floating_point() else x
 
 
 def poison_outputs(monkeypatch):
     from pytransformer.backends.cpu import _memory  # which needs the module to be built
 
-    monkeypatch.setattr(_memory, "torch", _PoisonedTorch())
+    for name in ("torch", "_cpu"):
+        monkeypatch.setattr(_memory, name, _Poisoned(getattr(_memory, name)))

@@ -13,5 +13,6 @@ void bind_layer_norm(pybind11::module_& module);
 void bind_linear(pybind11::module_& module);
 void bind_linear_cross_entropy(pybind11::module_& module);
 void bind_peak(pybind11::module_& module);
+void bind_result(pybind11::module_& module);
 
 }  // namespace pytransformer

@@ -3,7 +3,6 @@
 #include <pybind11/stl.h>
 
 #include "bindings.h"
-#include "huge_pages.h"
 #include "kernels.h"
 #include "tensor_caster.h"
 
@@ -23,10 +22,6 @@ PYBIND11_MODULE(_cpu, module) {
         return status;
       },
       "Every instruction set that was built, best last: does this CPU run it?");
-  module.def(
-      "use_huge_pages", [](const TensorView& x) { use_huge_pages(x.data, size_t(x.numel()) * size_of(x.dtype)); },
-      py::arg("tensor"), "Asks for fresh memory, that of a contiguous tensor, in huge pages.");
-  module.attr("ALWAYS_FRESH") = always_fresh;
   bind_attention(module);
   bind_embedding(module);
   bind_ffn(module);
@@ -34,4 +29,5 @@ PYBIND11_MODULE(_cpu, module) {
   bind_linear(module);
   bind_linear_cross_entropy(module);
   bind_peak(module);
+  bind_result(module);
 }

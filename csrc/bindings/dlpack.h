@@ -31,18 +31,31 @@ struct Tensor {
   uint64_t byte_offset;
 };
 
-struct ApiHeader {
+struct Version {
   uint32_t major;
   uint32_t minor;
+};
+
+// DLManagedTensorVersioned: whoever has it calls ``deleter`` when it is done.
+struct ManagedTensor {
+  Version version;
+  void* context;
+  void (*deleter)(ManagedTensor* self);
+  uint64_t flags;
+  Tensor tensor;
+};
+
+struct ApiHeader {
+  Version version;
   ApiHeader* prev_api;
 };
 
-// Only `dltensor_from_py_object_no_sync` is called; the others hold its place.
+// Two functions are called; the others hold their place.
 struct ExchangeApi {
   ApiHeader header;
   void* managed_tensor_allocator;
   void* managed_tensor_from_py_object_no_sync;
-  void* managed_tensor_to_py_object_no_sync;
+  int (*managed_tensor_to_py_object_no_sync)(ManagedTensor* tensor, void** out);
   int (*dltensor_from_py_object_no_sync)(void* py_object, Tensor* out);
   void* current_work_stream;
 };

@@ -30,7 +30,7 @@
 #include <memory>
 
 #include "gemm.h"
-#include "huge_pages.h"
+#include "large_memory.h"
 #include "parallel.h"
 #include "rows.h"
 #include "scratch.h"
@@ -55,15 +55,23 @@ static_assert(vocabulary_block % block_columns == 0);
 template <class T>
 constexpr int sum_degree = sizeof(T) == sizeof(float) ? 6 : 5;
 
-// A large buffer for one call. Unlike Scratch it is given back to the system, so that a training step does not
-// hold it while the rest of the model needs the memory.
+// A large buffer for one call. Unlike Scratch no thread keeps it while the rest of the model needs the memory.
 template <class T>
-std::unique_ptr<T[]> workspace(int64_t size) {
-  std::unique_ptr<T[]> memory(size > 0 ? new T[size_t(size)] : nullptr);
-  const size_t bytes = size_t(size) * sizeof(T);
-  if (bytes >= always_fresh) use_huge_pages(memory.get(), bytes);
-  return memory;
-}
+class Workspace {
+ public:
+  explicit Workspace(int64_t size) {
+    if (size > 0) memory_ = take_large(size_t(size) * sizeof(T));
+  }
+  ~Workspace() {
+    if (memory_.data) give_back_large(memory_);
+  }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  T* get() const { return static_cast<T*>(memory_.data); }
+
+ private:
+  LargeMemory memory_;
+};
 
 // What a call works on, of either direction.
 template <class T>
@@ -331,19 +339,16 @@ template <class T>
 class WeightGradient {
  public:
   WeightGradient(const TensorView& view, int64_t E, int64_t chunks)
-      : out_(view.ptr<T>()),
-        E_(E),
-        chunks_(chunks),
-        rest_(workspace<T>(view && two_parts(chunks) ? view.numel() : 0)) {}
+      : out_(view.ptr<T>()), E_(E), chunks_(chunks), rest_(view && two_parts(chunks) ? view.numel() : 0) {}
 
   // The epilogue of the product of `chunk` for the classes from `begin` on.
   auto add(int64_t begin, int64_t chunk) const {
     return [this, begin, chunk](int64_t row, int64_t column, int64_t count, float* values) {
       const int64_t at = (begin + row) * E_ + column;
       if (chunk > 0) add_row(values, out_ + at, count);
-      if (chunk > 0 && rest_) add_row(values, rest_.get() + at, count);
+      if (chunk > 0 && rest_.get()) add_row(values, rest_.get() + at, count);
       copy_row(values, count, out_ + at);
-      if (!rest_ || chunk + 1 == chunks_) return;
+      if (!rest_.get() || chunk + 1 == chunks_) return;
       for_vectors(count, [&](int64_t c, int n) {
         store(rest_.get() + at + c, load(values + c, n) - load(out_ + at + c, n), n);
       });
@@ -355,7 +360,7 @@ class WeightGradient {
 
   T* out_;
   int64_t E_, chunks_;
-  std::unique_ptr<T[]> rest_;
+  Workspace<T> rest_;
 };
 
 // One chunk's share of the gradients. Its logits are overwritten by their gradient.
@@ -462,7 +467,7 @@ void run(const Problem<T>& p) {
   clear_uncounted(p, counted);
   const int64_t most = counted.chunk_rows();
   const WeightGradient<T> grad_weight(p.grad.weight, p.E, counted.chunks());
-  const auto logits = workspace<T>(p.grad ? stride_for(most) * p.V : 0);
+  const Workspace<T> logits(p.grad ? stride_for(most) * p.V : 0);
   const Parts parts(most, p.E, p.V);
   const Scratch<float> grad_input(p.grad.input ? parts.count() * most * p.E : 0);
   const Scratch<T> input(most * p.E);

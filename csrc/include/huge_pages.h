@@ -1,8 +1,7 @@
 // Memory in pages of 2 MB instead of 4 KB.
 //
-// The system clears a fresh page when it is first touched, one fault a page. Where results are as large as the caches
-// of a server, these faults take as long as writing them; and huge pages leave more of the address translation in
-// its caches for whoever reads the result.
+// The system clears a fresh page when it is first touched, one fault a page: of huge pages there are fewer. And they
+// leave more of the address translation in its caches for whoever reads the result.
 #pragma once
 
 #include <cstddef>
@@ -15,10 +14,6 @@
 namespace pytransformer {
 
 constexpr size_t small_page = size_t(4) << 10, huge_page = size_t(2) << 20;
-
-// Requests of so many bytes glibc always serves from fresh memory (DEFAULT_MMAP_THRESHOLD_MAX); of smaller ones it
-// keeps what is freed.
-constexpr size_t always_fresh = size_t(32) << 20;
 
 // Asks for huge pages in fresh memory: a hint, of which the system makes what its settings say
 // (/sys/kernel/mm/transparent_hugepage). It changes no contents.

@@ -1,0 +1,31 @@
+// Memory of large results and buffers, which the next ones find again.
+//
+// The system clears fresh pages when they are first touched, one fault a page. Where a result is larger than the
+// caches that takes several times as long as to write it, and malloc, which keeps up to 32 MB (glibc), asks for fresh
+// pages at every larger one. So what large results leave is kept here. The system may have the pages back whenever it
+// needs them (MADV_FREE): until then the next result finds them without a fault.
+#pragma once
+
+#include <cstddef>
+
+namespace pytransformer {
+
+// Blocks are of so many bytes and their multiples, on such boundaries: huge pages, where the system has them.
+constexpr size_t large_unit = size_t(2) << 20;
+
+struct LargeMemory {
+  void* data = nullptr;
+  size_t bytes = 0;
+};
+
+// Uninitialised memory of at least so many bytes. Throws std::bad_alloc.
+LargeMemory take_large(size_t bytes);
+
+// Keeps it for the next who asks for a little less, or as much; all together at most a quarter of the machine's
+// memory, the latest.
+void give_back_large(LargeMemory memory) noexcept;
+
+// Bytes that are kept for the next, and gives them all to the system.
+size_t release_large() noexcept;
+
+}  // namespace pytransformer
