@@ -9,10 +9,10 @@ namespace pytransformer {
 void bind_attention(pybind11::module_& module);
 void bind_embedding(pybind11::module_& module);
 void bind_ffn(pybind11::module_& module);
+void bind_large_memory(pybind11::module_& module);
 void bind_layer_norm(pybind11::module_& module);
 void bind_linear(pybind11::module_& module);
 void bind_linear_cross_entropy(pybind11::module_& module);
 void bind_peak(pybind11::module_& module);
-void bind_result(pybind11::module_& module);
 
 }  // namespace pytransformer

@@ -25,9 +25,9 @@ PYBIND11_MODULE(_cpu, module) {
   bind_attention(module);
   bind_embedding(module);
   bind_ffn(module);
+  bind_large_memory(module);
   bind_layer_norm(module);
   bind_linear(module);
   bind_linear_cross_entropy(module);
   bind_peak(module);
-  bind_result(module);
 }

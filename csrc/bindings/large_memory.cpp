@@ -62,7 +62,7 @@ py::object empty(std::vector<int64_t> shape, const std::string& dtype) {
 
 }  // namespace
 
-void bind_result(py::module_& module) {
+void bind_large_memory(py::module_& module) {
   module.attr("LARGE") = large_unit;
   module.def("empty", &empty, py::arg("shape"), py::arg("dtype"), "A tensor of large memory.");
   module.def("release_large", &release_large, "Gives memory that is kept to the system; returns the bytes.");
