@@ -18,6 +18,7 @@ from torch import Tensor
 from pytransformer._tolerance import Comparison
 
 OURS, PEER = "pytransformer", "torch"
+LIMIT = "limit"  # among the providers of a row: the machine itself
 DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
 SECONDS, BYTES = "seconds", "bytes"
 PERIOD = 1_000_003

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pytransformer.benchmarks._case import BYTES, OURS, PEER
+from pytransformer.benchmarks._case import BYTES, LIMIT, OURS, PEER
 from pytransformer.benchmarks._peaks import copy_rate
 from pytransformer.benchmarks._statistics import (
     MOST_NOISE,
@@ -41,7 +41,7 @@ class Figures:
     Attributes:
         ours: our median, in seconds or bytes.
         others: the other providers by name.
-        limit: the row's floor over our time.
+        limit: the row's floor over our time; the floor as timed beside it, where the row promises a fraction of it.
         rate: bytes a second and thread, where the row has a target for it.
         speed: operations a second, likewise.
         verdict: of the row as a whole.
@@ -62,7 +62,7 @@ class Figures:
 
 def walls(row: dict[str, Any]) -> Mapping[str, Sequence[float]]:
     """The samples by provider; without those of busy rounds, where enough others are left."""
-    return rounds(row).walls
+    return {name: wall for name, wall in rounds(row).walls.items() if name != LIMIT}
 
 
 def rounds(row: dict[str, Any]) -> Rounds:
@@ -90,11 +90,16 @@ def figures(row: dict[str, Any], limits: dict[str, Any], threads: int = 1) -> Fi
         others[name] = Versus(median(wall), ratio, target, target_verdict(ratio, target))
     limit = rate = speed = None
     if row["metric"] != BYTES:
-        limit = over_median(floor_seconds(row, limits), ours)
+        limit = _limit(row, ours, limits)
         rate = over_median(row["bytes"] / threads, ours) if row["rate_target"] else None
         speed = over_median(row["operations"], ours) if row.get("speed_target") else None
     found = (limit, row["limit_target"]), (rate, row["rate_target"]), (speed, row.get("speed_target"))
     return Figures(median(ours), others, limit, rate, speed, _verdict(row, others, found))
+
+
+def _limit(row: dict[str, Any], ours: Sequence[float], limits: dict[str, Any]) -> Ratio:
+    beside = rounds(row).walls.get(LIMIT)
+    return over_median(floor_seconds(row, limits), ours) if beside is None else paired_ratio(beside, ours)
 
 
 def _verdict(row: dict[str, Any], others: dict[str, Versus], judged: Sequence[tuple[Ratio | None, Any]]) -> str:

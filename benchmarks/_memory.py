@@ -1,7 +1,8 @@
 """Peak memory of a call beyond what was there before it: its outputs, what it saves and its workspace.
 
 On a GPU torch's allocator tells. On a CPU the kernel does: the peak of the resident set is reset before the call
-(/proc/self/clear_refs), after the heap has given back what it kept; so memory that C++ takes counts like torch's.
+(/proc/self/clear_refs), after the heap and the CPU kernels have given back what they kept; so memory that C++ takes
+counts like torch's.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from pytransformer.backends import cpu, unavailable
 from pytransformer.benchmarks._case import AbsentError
 
 REPEATS = 3
@@ -47,6 +49,8 @@ def _resident_peak(run: Callable[[], Any]) -> int:
         libc.mallopt(_MMAP_THRESHOLD, _MMAP_BYTES)
         gc.collect()
         libc.malloc_trim(0)
+        if unavailable("cpu") is None:
+            cpu.empty_cache()
         Path("/proc/self/clear_refs").write_text("5")
         before = _status("VmRSS")
         outputs = run()

@@ -1,5 +1,8 @@
 """The machine's own limits, measured in the same run: operations a second by dtype, bytes copied a second by size.
 
+Of a row that promises a fraction of the limit, it is timed again in each round, beside the row: machines that are
+shared have good hours and bad ones.
+
 The peak of a CPU is a loop of multiply-adds in registers on every thread (``csrc/cpu/peak.cpp``), or of bfloat16
 dot products where the processor has them; of a GPU, the best of several large matrix products. torch's product of
 two matrices is measured beside it: what a good library reaches. Bytes are counted both ways, and rows that fit
@@ -18,7 +21,9 @@ import torch
 
 from pytransformer.backends import cpu as cpu_backend
 from pytransformer.backends import unavailable
+from pytransformer.benchmarks._contention import waited_seconds
 from pytransformer.benchmarks._device import local, stream_of_its_own
+from pytransformer.benchmarks._timing import Local, Provider, Sample
 
 GEMM_SIZE = {"cpu": 1024, "cuda": 8192}
 COPY_MEBIBYTES = {"cpu": (1, 4, 16, 64, 256), "cuda": (16, 64, 256, 2048)}  # read and written, half of it each way
@@ -46,6 +51,35 @@ def peaks(device: str = "cpu", quick: bool = False) -> Peaks:
             rates[name], sources[name] = rates["float32"], sources["float32"]
     copies = {str(size * 2**20): _copy(size * 2**20, device, seconds) for size in COPY_MEBIBYTES[device]}
     return {"operations": rates, "sources": sources, "gemm": products, "copy": copies}
+
+
+class Operations:
+    """A provider that takes as long as so many operations take in the loop of ``peaks``, on every thread."""
+
+    clock = "wall time"
+
+    def __init__(self, dtype: str, operations: float) -> None:
+        self._paired = dtype == "bfloat16" and cpu_backend.peak_rate(True, PEAK_SECONDS / 10) > 0
+        self._operations = operations
+
+    def __call__(self) -> None:
+        return None
+
+    def sample(self, calls: int) -> Sample:
+        cpu, waited = time.process_time(), waited_seconds()
+        wall = calls * self._operations / cpu_backend.peak_rate(self._paired, PEAK_SECONDS)
+        return Sample(wall, time.process_time() - cpu, waited_seconds() - waited)
+
+
+def limit(dtype: str, operations: float, moved: float, found: Peaks) -> Provider | None:
+    """What a CPU's floor under a row takes at the moment, where it can be told; of ``found`` the nearer of the two."""
+    if unavailable("cpu") is not None:
+        return None
+    rate = found["operations"].get(dtype, found["operations"]["float32"])
+    if operations / rate > moved / copy_rate(found["copy"], moved):
+        return Operations(dtype, operations)
+    source = torch.randn(int(moved) // 8)
+    return Local(partial(torch.empty_like(source).copy_, source))
 
 
 def _loops(seconds: float) -> tuple[dict[str, float], dict[str, str]]:

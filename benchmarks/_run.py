@@ -20,11 +20,11 @@ import torch
 from pytransformer._tolerance import Comparison
 from pytransformer.backends import BackendError, Decision, record_decisions, unavailable, use_backend
 from pytransformer.benchmarks import _device, _instructions, _processes, peers
-from pytransformer.benchmarks._case import BYTES, OURS, PEER, AbsentError, Case, Problem
+from pytransformer.benchmarks._case import BYTES, LIMIT, OURS, PEER, AbsentError, Case, Problem
 from pytransformer.benchmarks._environment import environment
 from pytransformer.benchmarks._figures import too_noisy
 from pytransformer.benchmarks._file import SCHEMA, Results, resumable, save
-from pytransformer.benchmarks._peaks import peaks
+from pytransformer.benchmarks._peaks import Peaks, limit, peaks
 from pytransformer.benchmarks._timing import Provider, flusher, measure
 
 SECONDS, QUICK_SECONDS = 0.42, 0.1  # of timing, for all visits of a case
@@ -137,10 +137,10 @@ def _visit(
     index = next((index for index, row in enumerate(rows) if row["name"] == case.name), len(rows))
     if index == len(rows):
         starting(case)
-        rows.append(run_case(case, settings, joined, seed))
+        rows.append(run_case(case, settings, joined, seed, results["peaks"]))
     elif rows[index]["samples"] and rows[index]["visits"][-1] < visit:
         starting(case)
-        time_again(rows[index], case, settings, visit, seed)
+        time_again(rows[index], case, settings, visit, seed, results["peaks"])
     else:
         return index
     save(results, output)
@@ -162,8 +162,9 @@ def _count_noisy(results: Results, cases: Sequence[Case], output: Path, starting
 
 
 def run_case(
-    case: Case, settings: Settings = PLAIN, joined: peers.Peers | None = None, seed: int = 0
-) -> dict[str, Any]:
+    case: Case, settings: Settings = PLAIN, joined: peers.Peers | None = None, seed: int = 0,
+    limits: Peaks | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """One case as a row of JSON. A provider that is wrong against float64 gets no time."""
     row, joined = _blank(case), joined or peers.Peers()
     if case.metric == BYTES:
@@ -186,21 +187,32 @@ def run_case(
         problem = replace(problem, random=problem.random | others.keys())
     right.update(_passing(others, problem, row, row["absent"]))
     if right:
-        _time(right, case, settings, seed, row)
+        _time({**right, **_beside(row, limits)}, case, settings, seed, row)
     del problem, right
     gc.collect()
     return row
 
 
-def time_again(row: dict[str, Any], case: Case, settings: Settings, visit: int, seed: int) -> None:
+def time_again(
+    row: dict[str, Any], case: Case, settings: Settings, visit: int, seed: int, limits: Peaks | None = None
+) -> None:
     """Another visit of ``row``: the same providers on new tensors, which need no second check."""
     problem = _built(case)
-    providers = {name: _device.local(problem.providers[name], case.device) for name in row["samples"]}
+    names = [name for name in row["samples"] if name != LIMIT]
+    providers = {name: _device.local(problem.providers[name], case.device) for name in names}
     for provider in providers.values():
         provider()
-    _time(providers, case, settings, seed, row, visit)
+    _time({**providers, **_beside(row, limits)}, case, settings, seed, row, visit)
     del problem, providers
     gc.collect()
+
+
+def _beside(row: dict[str, Any], limits: Peaks | None) -> dict[str, Provider]:
+    """The machine's limit as a provider, where the row promises a part of it. A GPU's does not change by the hour."""
+    if row["limit_target"] is None or limits is None or row["device"] != "cpu":
+        return {}
+    found = limit(row["dtype"], row["operations"], row["bytes"], limits)
+    return {} if found is None else {LIMIT: found}
 
 
 def _built(case: Case) -> Problem:

@@ -104,7 +104,7 @@ def print_results(results: dict[str, Any], console: Console | None = None) -> No
         f"{device}, {described['threads']} threads, torch {described['versions']['torch']}; caches {caches}",
         limits_line(results),
         "ratio: the other's median over ours, ± its 95% interval; peak: the row's floor, by operations or bytes, "
-        "over our time",
+        "over our time; both timed in the same rounds where a fraction is promised",
         *(f"peer {name} {found.get('version') or 'absent: ' + found['absent']}"
           for name, found in results["peers"].items()),
         *notes(results),

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
-from pytransformer import cli
+from pytransformer import cli, ops
 from pytransformer.benchmarks import (
     SUITES,
     _contention,
@@ -40,7 +40,7 @@ from pytransformer.benchmarks import (
 )
 from pytransformer.benchmarks import _run as runner
 from pytransformer.benchmarks._bert import EPS, plain_bert
-from pytransformer.benchmarks._case import DIRECTIONS, OURS, PEER, AbsentError, Case, Problem
+from pytransformer.benchmarks._case import DIRECTIONS, LIMIT, OURS, PEER, AbsentError, Case, Problem
 from pytransformer.benchmarks._file import load, save
 from pytransformer.benchmarks._models import Model
 from pytransformer.benchmarks._processes import Remote
@@ -246,6 +246,16 @@ def test_peak_memory_sees_what_a_call_holds_for_a_while():
 
     try:
         found = _memory.peak_memory(call, "cpu")
+    except AbsentError as reason:
+        pytest.skip(str(reason))
+    assert all(30 * 2**20 < value < 40 * 2**20 for value in found)
+
+
+def test_peak_memory_sees_what_the_kernels_keep_from_call_to_call():
+    x = torch.ones(2**13, 2**10)
+    ops.layer_norm(x, None)
+    try:
+        found = _memory.peak_memory(lambda: ops.layer_norm(x, None), "cpu")
     except AbsentError as reason:
         pytest.skip(str(reason))
     assert all(30 * 2**20 < value < 40 * 2**20 for value in found)
@@ -549,6 +559,19 @@ def test_markdown_of_a_suite_of_promises_says_what_was_promised(tmp_path):
     assert second.endswith("|  |  |")
     results["suite"], results["environment"]["gpu"] = "gpu", "NVIDIA H200"
     assert "Measured on NVIDIA H200; torch" in markdown(results)
+
+
+@pytest.mark.parametrize(("operations", "moved"), [(1.0, 2.0**22), (1e8, 1.0)], ids=["bytes", "operations"])
+def test_the_limit_is_timed_beside_a_row_that_promises_a_part_of_it(tmp_path, operations, moved):
+    promising = replace(tiny_case(), operations=operations, bytes=moved, limit_target=0.5)
+    results = run([promising, tiny_case(48)], tmp_path / "r.json", "cpu", QUICK)
+    first, second = results["rows"]
+    assert set(first["samples"]) == {OURS, PEER, LIMIT}
+    assert set(second["samples"]) == {OURS, PEER}
+    beside = min(first["samples"][LIMIT]["wall"])
+    assert 1e8 / 1e13 < beside < 0.1, "what is timed is not the floor"  # a copy of 4 MiB, or 1e8 operations
+    found = _figures.figures(first, PEAKS)
+    assert set(found.others) == {PEER}
 
 
 def arguments(*words: str) -> argparse.Namespace:

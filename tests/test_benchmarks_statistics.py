@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pytransformer.benchmarks import _compare, _figures, _statistics
-from pytransformer.benchmarks._case import OURS, PEER
+from pytransformer.benchmarks._case import LIMIT, OURS, PEER
 from pytransformer.benchmarks._file import load
 from pytransformer.benchmarks._timing import LEAST_ROUNDS
 
@@ -205,6 +205,15 @@ def test_target_verdicts():
 def test_a_row_is_as_good_as_its_worst_target(promised, expected):
     walls = {OURS: [1.0] * 8, PEER: [2.0] * 8, "engine": [0.5] * 8}
     assert _figures.figures(make_row(walls, **promised), LIMITS).verdict == expected
+
+
+def test_a_limit_timed_in_the_same_rounds_goes_before_that_of_the_run():
+    hours = [1.0] * 6 + [2.0] * 6  # good ones and bad ones
+    row = make_row({OURS: hours, LIMIT: [0.9 * hour for hour in hours]}, limit_target=0.85)
+    found = _figures.figures(row, LIMITS)
+    assert found.limit.low == pytest.approx(0.9)
+    assert (found.verdict, found.others) == ("met", {})
+    assert set(_figures.walls(row)) == {OURS}
 
 
 def test_a_rate_is_of_each_thread():
