@@ -53,21 +53,17 @@ def peaks(device: str = "cpu", quick: bool = False) -> Peaks:
     return {"operations": rates, "sources": sources, "gemm": products, "copy": copies}
 
 
-class Operations:
+class Operations(Local):
     """A provider that takes as long as so many operations take in the loop of ``peaks``, on every thread."""
 
-    clock = "wall time"
-
     def __init__(self, dtype: str, operations: float) -> None:
-        self._paired = dtype == "bfloat16" and cpu_backend.peak_rate(True, PEAK_SECONDS / 10) > 0
+        paired = dtype == "bfloat16" and cpu_backend.peak_rate(True, PEAK_SECONDS / 10) > 0
+        super().__init__(partial(cpu_backend.peak_rate, paired, PEAK_SECONDS))
         self._operations = operations
-
-    def __call__(self) -> None:
-        return None
 
     def sample(self, calls: int) -> Sample:
         cpu, waited = time.process_time(), waited_seconds()
-        wall = calls * self._operations / cpu_backend.peak_rate(self._paired, PEAK_SECONDS)
+        wall = calls * self._operations / self.run()
         return Sample(wall, time.process_time() - cpu, waited_seconds() - waited)
 
 

@@ -4,8 +4,9 @@ Providers that are timed one after the other meet different machines: clocks, ne
 each round times every provider once, in a random order, so drift meets all of them. A sample is the mean of as
 many calls as fill ``SAMPLE_SECONDS``, in wall time and in the CPU time of the process. A sample in which the
 process waited for a core that another one had, or that the hypervisor had taken, was not of this library: its
-round is kept, flagged, and taken again. Rounds go on, up to a bound, until their ratios agree: a row that is quiet
-costs little, and a row that is not gets what the others left.
+round is kept, flagged, and taken again. Where peers have processes of their own, each waits until the others are
+at rest. Rounds go on, up to a bound, until their ratios agree: a row that is quiet costs little, and a row that is
+not gets what the others left.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from pytransformer.benchmarks._contention import waited_seconds
+from pytransformer.benchmarks._contention import wait_for_rest, waited_seconds
 from pytransformer.benchmarks._statistics import standard_error
 
 SAMPLE_SECONDS = 0.004
@@ -112,6 +113,7 @@ def measure(
     order = random.Random(seed)
     counts = {name: 1 if flush else calls.get(name) or _calls(run) for name, run in providers.items()}
     timing = Timing({name: Samples(count) for name, count in counts.items()})
+    alone = all(isinstance(run, Local) for run in providers.values())
     start = time.perf_counter()
     while not _enough(timing, time.perf_counter() - start, seconds):
         names = list(providers)
@@ -120,6 +122,8 @@ def measure(
         for name in names:
             if flush is not None:
                 flush()
+            if not alone:
+                wait_for_rest()
             found = timing.samples[name]
             sample = providers[name].sample(found.calls)
             found.wall.append(sample.wall / found.calls)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import re
 import sys
+import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -237,6 +239,27 @@ def test_waiting_for_a_core_is_seen():
     if not _contention.available():
         pytest.skip("this system does not tell how long a thread waited")
     assert 0 <= _contention.waited_seconds() <= _contention.waited_seconds()
+
+
+def _spin(seconds: float) -> None:
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+
+
+def test_a_sample_waits_until_a_peers_process_is_at_rest():
+    if not _contention.available():
+        pytest.skip("this system does not tell how long a thread waited")
+    _contention.wait_for_rest()
+    begin = time.perf_counter()
+    _contention.wait_for_rest()
+    assert time.perf_counter() - begin < 0.1
+    child = multiprocessing.get_context("fork").Process(target=_spin, args=(0.3,))
+    child.start()
+    begin = time.perf_counter()
+    _contention.wait_for_rest()
+    assert time.perf_counter() - begin > 0.2
+    child.join()
 
 
 def test_peak_memory_sees_what_a_call_holds_for_a_while():
