@@ -71,9 +71,9 @@ class Kept {
     const std::lock_guard<std::mutex> guard(lock);
     size_t best = blocks_.size();
     for (size_t i = blocks_.size(); i-- > 0;) {
-      const size_t size = blocks_[i].bytes;
-      if (size >= bytes && size <= bytes + bytes / 4 && (best == blocks_.size() || size < blocks_[best].bytes))
-        best = i;
+      const size_t size = blocks_[i].memory.bytes;
+      if (size < bytes || size > bytes + bytes / 4) continue;
+      if (best == blocks_.size() || size < blocks_[best].memory.bytes) best = i;
     }
     return best == blocks_.size() ? LargeMemory() : remove(best);
   }
@@ -82,9 +82,18 @@ class Kept {
   bool add(LargeMemory memory) {
     const std::lock_guard<std::mutex> guard(lock);
     if (total_ + memory.bytes > most_) return false;
-    blocks_.push_back(memory);
+    blocks_.push_back({memory, false});
     total_ += memory.bytes;
+    warm_ += memory.bytes;
     return true;
+  }
+
+  // Back to where `too_warm` found it.
+  void add_lent(LargeMemory memory) {
+    const std::lock_guard<std::mutex> guard(lock);
+    const auto warm = [](const Block& block) { return !block.lent; };
+    blocks_.insert(std::find_if(blocks_.begin(), blocks_.end(), warm), {memory, true});
+    total_ += memory.bytes;
   }
 
   LargeMemory oldest() {
@@ -92,18 +101,33 @@ class Kept {
     return blocks_.empty() ? LargeMemory() : remove(0);
   }
 
+  // The oldest block that the system has not been lent, if there are more than it costs nothing to keep.
+  LargeMemory too_warm() {
+    const std::lock_guard<std::mutex> guard(lock);
+    for (size_t i = 0; warm_ > most_ / 16 && i < blocks_.size(); ++i) {
+      if (!blocks_[i].lent) return remove(i);
+    }
+    return {};
+  }
+
   std::mutex lock;
 
  private:
+  struct Block {
+    LargeMemory memory;
+    bool lent;
+  };
+
   LargeMemory remove(size_t i) {
-    const LargeMemory found = blocks_[i];
+    const Block found = blocks_[i];
     blocks_.erase(blocks_.begin() + i);
-    total_ -= found.bytes;
-    return found;
+    total_ -= found.memory.bytes;
+    if (!found.lent) warm_ -= found.memory.bytes;
+    return found.memory;
   }
 
-  std::vector<LargeMemory> blocks_;
-  size_t total_ = 0;
+  std::vector<Block> blocks_;  // those that are lent before the others
+  size_t total_ = 0, warm_ = 0;
   const size_t most_ = physical_memory() / 4;
 };
 
@@ -134,11 +158,14 @@ LargeMemory take_large(size_t bytes) {
 }
 
 void give_back_large(LargeMemory memory) noexcept {
-  lend(memory);
   while (!kept().add(memory)) {
     const LargeMemory oldest = kept().oldest();
     if (!oldest.data) return unmap(memory);
     unmap(oldest);
+  }
+  for (LargeMemory block; (block = kept().too_warm()).data;) {
+    lend(block);
+    kept().add_lent(block);
   }
 }
 

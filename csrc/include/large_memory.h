@@ -2,8 +2,10 @@
 //
 // The system clears fresh pages when they are first touched, one fault a page. Where a result is larger than the
 // caches that takes several times as long as to write it, and malloc, which keeps up to 32 MB (glibc), asks for fresh
-// pages at every larger one. So what large results leave is kept here. The system may have the pages back whenever it
-// needs them (MADV_FREE): until then the next result finds them without a fault.
+// pages at every larger one. So what large results leave is kept here: the latest of it as it is, which costs nothing;
+// of the older blocks the system may have the pages back whenever it needs them (MADV_FREE), and until then the next
+// result finds them without a fault. To lend them so interrupts all threads, a tenth of a millisecond on a virtual
+// machine.
 #pragma once
 
 #include <cstddef>
@@ -21,8 +23,8 @@ struct LargeMemory {
 // Uninitialised memory of at least so many bytes. Throws std::bad_alloc.
 LargeMemory take_large(size_t bytes);
 
-// Keeps it for the next who asks for a little less, or as much; all together at most a quarter of the machine's
-// memory, the latest.
+// Keeps it for the next who asks for a little less, or as much: all together at most a quarter of the machine's
+// memory, and a sixteenth of that as it is.
 void give_back_large(LargeMemory memory) noexcept;
 
 // Bytes that are kept for the next, and gives them all to the system.
