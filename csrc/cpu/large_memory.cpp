@@ -1,6 +1,7 @@
 #include "large_memory.h"
 
 #include <algorithm>
+#include <fstream>
 #include <mutex>
 #include <new>
 #include <vector>
@@ -19,9 +20,15 @@ namespace {
 
 #ifdef PYTRANSFORMER_KEEPS_MEMORY
 
-size_t physical_memory() {
+// What the machine has, or this container may have.
+size_t available_memory() {
   const long pages = sysconf(_SC_PHYS_PAGES), size = sysconf(_SC_PAGESIZE);
-  return pages > 0 && size > 0 ? size_t(pages) * size_t(size) : 0;
+  size_t bytes = pages > 0 && size > 0 ? size_t(pages) * size_t(size) : 0;
+  for (const char* limit : {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"}) {
+    size_t allowed;  // not a number where there is no limit
+    if (std::ifstream(limit) >> allowed) bytes = std::min(bytes, allowed);
+  }
+  return bytes;
 }
 
 void* map(size_t bytes) {
@@ -47,7 +54,7 @@ void lend(LargeMemory memory) {
 
 #else  // nothing is kept: there is no way to lend it to the system
 
-size_t physical_memory() {
+size_t available_memory() {
   return 0;
 }
 
@@ -128,7 +135,7 @@ class Kept {
 
   std::vector<Block> blocks_;  // those that are lent before the others
   size_t total_ = 0, warm_ = 0;
-  const size_t most_ = physical_memory() / 4;
+  const size_t most_ = available_memory() / 4;
 };
 
 // Never destroyed: tensors may outlive the module's static objects.

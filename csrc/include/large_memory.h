@@ -23,8 +23,8 @@ struct LargeMemory {
 // Uninitialised memory of at least so many bytes. Throws std::bad_alloc.
 LargeMemory take_large(size_t bytes);
 
-// Keeps it for the next who asks for a little less, or as much: all together at most a quarter of the machine's
-// memory, and a sixteenth of that as it is.
+// Keeps it for the next who asks for a little less, or as much: all together at most a quarter of the memory that the
+// machine has or the container may have, and a sixteenth of that as it is.
 void give_back_large(LargeMemory memory) noexcept;
 
 // Bytes that are kept for the next, and gives them all to the system.
