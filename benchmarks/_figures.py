@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pytransformer.benchmarks._case import BYTES, LIMIT, OURS, PEER
-from pytransformer.benchmarks._peaks import copy_rate
+from pytransformer.benchmarks._peaks import floors
 from pytransformer.benchmarks._statistics import (
     MOST_NOISE,
     Ratio,
@@ -79,7 +79,8 @@ def rounds(row: dict[str, Any]) -> Rounds:
 
 def figures(row: dict[str, Any], limits: dict[str, Any], threads: int = 1) -> Figures:
     """The figures of a row; ``limits`` as ``raised_peaks`` gives them."""
-    samples = dict(walls(row))
+    samples = dict(rounds(row).walls)
+    beside = samples.pop(LIMIT, None)
     if OURS not in samples:
         others = {name: Versus(median(wall), None, None, "") for name, wall in samples.items()}
         return Figures(None, others, None, None, None, _without_ours(row))
@@ -90,16 +91,11 @@ def figures(row: dict[str, Any], limits: dict[str, Any], threads: int = 1) -> Fi
         others[name] = Versus(median(wall), ratio, target, target_verdict(ratio, target))
     limit = rate = speed = None
     if row["metric"] != BYTES:
-        limit = _limit(row, ours, limits)
+        limit = over_median(floor_seconds(row, limits), ours) if beside is None else paired_ratio(beside, ours)
         rate = over_median(row["bytes"] / threads, ours) if row["rate_target"] else None
         speed = over_median(row["operations"], ours) if row.get("speed_target") else None
     found = (limit, row["limit_target"]), (rate, row["rate_target"]), (speed, row.get("speed_target"))
     return Figures(median(ours), others, limit, rate, speed, _verdict(row, others, found))
-
-
-def _limit(row: dict[str, Any], ours: Sequence[float], limits: dict[str, Any]) -> Ratio:
-    beside = rounds(row).walls.get(LIMIT)
-    return over_median(floor_seconds(row, limits), ours) if beside is None else paired_ratio(beside, ours)
 
 
 def _verdict(row: dict[str, Any], others: dict[str, Versus], judged: Sequence[tuple[Ratio | None, Any]]) -> str:
@@ -137,9 +133,7 @@ def _without_ours(row: dict[str, Any]) -> str:
 
 def floor_seconds(row: dict[str, Any], limits: dict[str, Any]) -> float:
     """No kernel is faster: operations over the peak rate or bytes over the copy rate, whichever is longer."""
-    rates = limits["operations"]
-    rate = rates.get(row["dtype"], rates["float32"])
-    return float(max(row["operations"] / rate, row["bytes"] / copy_rate(limits["copy"], row["bytes"])))
+    return max(floors(row["dtype"], row["operations"], row["bytes"], limits))
 
 
 def raised_peaks(results: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,6 @@ import torch
 
 from pytransformer.backends import cpu as cpu_backend
 from pytransformer.backends import unavailable
-from pytransformer.benchmarks._contention import waited_seconds
 from pytransformer.benchmarks._device import local, stream_of_its_own
 from pytransformer.benchmarks._timing import Local, Provider, Sample
 
@@ -57,22 +56,24 @@ class Operations(Local):
     """A provider that takes as long as so many operations take in the loop of ``peaks``, on every thread."""
 
     def __init__(self, dtype: str, operations: float) -> None:
-        paired = dtype == "bfloat16" and cpu_backend.peak_rate(True, PEAK_SECONDS / 10) > 0
-        super().__init__(partial(cpu_backend.peak_rate, paired, PEAK_SECONDS))
-        self._operations = operations
+        super().__init__(self._measure)
+        self._paired = dtype == "bfloat16" and cpu_backend.peak_rate(True, PEAK_SECONDS / 10) > 0
+        self._operations, self._rate = operations, 0.0
+
+    def _measure(self) -> None:
+        self._rate = cpu_backend.peak_rate(self._paired, PEAK_SECONDS)
 
     def sample(self, calls: int) -> Sample:
-        cpu, waited = time.process_time(), waited_seconds()
-        wall = calls * self._operations / self.run()
-        return Sample(wall, time.process_time() - cpu, waited_seconds() - waited)
+        found = super().sample(1)
+        return found._replace(wall=calls * self._operations / self._rate)
 
 
 def limit(dtype: str, operations: float, moved: float, found: Peaks) -> Provider | None:
     """What a CPU's floor under a row takes at the moment, where it can be told; of ``found`` the nearer of the two."""
     if unavailable("cpu") is not None:
         return None
-    rate = found["operations"].get(dtype, found["operations"]["float32"])
-    if operations / rate > moved / copy_rate(found["copy"], moved):
+    arithmetic, traffic = floors(dtype, operations, moved, found)
+    if arithmetic > traffic:
         return Operations(dtype, operations)
     source = torch.randn(int(moved) // 8)
     return Local(partial(torch.empty_like(source).copy_, source))
@@ -122,6 +123,12 @@ def _shortest(run: Callable[[], Any], device: str, seconds: float) -> float:
         while len(found) < 3 or time.perf_counter() < end:
             found.append(provider.sample(calls).wall / calls)
     return min(found)
+
+
+def floors(dtype: str, operations: float, moved: float, found: Peaks) -> tuple[float, float]:
+    """Seconds that no kernel goes below: operations over the peak rate, and bytes over the copy rate."""
+    rates = found["operations"]
+    return operations / rates.get(dtype, rates["float32"]), moved / copy_rate(found["copy"], moved)
 
 
 def copy_rate(copies: dict[str, float], moved: float) -> float:

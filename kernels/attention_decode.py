@@ -21,8 +21,8 @@ from torch import Tensor
 
 from pytransformer.kernels import _configs
 from pytransformer.kernels._attention import (
+    cleaned,
     exponential,
-    finite,
     head_start,
     output_rows,
     rows_of_sequence,
@@ -124,16 +124,13 @@ def split_kernel(
         )
         keep = visible(t, s, s0, T, length, lower, upper, bits_row, stride_bits_t, BLOCK_S)
         x = tl.where(keep, x, float("-inf"))
-        sound = finite(v)
-        poison = tl.max((sound.to(tl.float32) != v.to(tl.float32)).to(tl.int32), 1)
-        poisoned = tl.max((keep & (poison[None, :] > 0)).to(tl.int32), 1)
-        total = tl.where(poisoned[:, None] > 0, float("nan"), total)
+        v, total = cleaned(v, keep, total)
         larger = tl.maximum(largest, tl.max(x, 1))
         pivot = tl.where(larger == float("-inf"), 0.0, larger)
         p = exponential(x, pivot[:, None], scale, False)
         rescale = tl.exp(largest - pivot)
         weight_sum = weight_sum * rescale + tl.sum(p, 1)
-        total = total * rescale[:, None] + dot(rounded(p, v.dtype), sound, PRECISION)
+        total = total * rescale[:, None] + dot(rounded(p, v.dtype), v, PRECISION)
         largest = larger
 
     unseen = weight_sum == 0

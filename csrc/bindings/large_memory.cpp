@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "bindings.h"
-#include "check.h"
 #include "dlpack.h"
 #include "large_memory.h"
 #include "tensor_caster.h"
@@ -20,16 +19,12 @@ namespace {
 
 // What a tensor owns: its memory, and the arrays that its description points to.
 struct Result {
-  explicit Result(std::vector<int64_t> sizes) : shape(std::move(sizes)), strides(shape.size(), 1) {
+  Result(std::vector<int64_t> sizes, size_t bytes) : shape(std::move(sizes)), strides(shape.size(), 1), memory(bytes) {
     for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * shape[i];
   }
-  ~Result() {
-    if (memory.data) give_back_large(memory);
-  }
-  int64_t numel() const { return shape.empty() ? 1 : strides[0] * shape[0]; }
 
   std::vector<int64_t> shape, strides;
-  LargeMemory memory;
+  LargeBuffer memory;
   dlpack::ManagedTensor tensor{};
 };
 
@@ -41,11 +36,12 @@ dlpack::DataType type_named(const std::string& name) {
 }
 
 py::object empty(std::vector<int64_t> shape, const std::string& dtype) {
-  auto result = std::make_unique<Result>(std::move(shape));
   const dlpack::DataType type = type_named(dtype);
-  result->memory = take_large(size_t(result->numel()) * (type.bits / 8));
+  size_t bytes = type.bits / 8;
+  for (const int64_t size : shape) bytes *= size_t(size);
+  auto result = std::make_unique<Result>(std::move(shape), bytes);
   dlpack::Tensor& view = result->tensor.tensor;
-  view.data = result->memory.data;
+  view.data = result->memory.data();
   view.device = {dlpack::device_cpu, 0};
   view.ndim = int32_t(result->shape.size());
   view.dtype = type;

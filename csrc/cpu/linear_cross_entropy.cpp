@@ -59,18 +59,11 @@ constexpr int sum_degree = sizeof(T) == sizeof(float) ? 6 : 5;
 template <class T>
 class Workspace {
  public:
-  explicit Workspace(int64_t size) {
-    if (size > 0) memory_ = take_large(size_t(size) * sizeof(T));
-  }
-  ~Workspace() {
-    if (memory_.data) give_back_large(memory_);
-  }
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-  T* get() const { return static_cast<T*>(memory_.data); }
+  explicit Workspace(int64_t size) : buffer_(size_t(size) * sizeof(T)) {}
+  T* get() const { return static_cast<T*>(buffer_.data()); }
 
  private:
-  LargeMemory memory_;
+  LargeBuffer buffer_;
 };
 
 // What a call works on, of either direction.

@@ -10,10 +10,12 @@
 
 #include <cstddef>
 
+#include "huge_pages.h"
+
 namespace pytransformer {
 
-// Blocks are of so many bytes and their multiples, on such boundaries: huge pages, where the system has them.
-constexpr size_t large_unit = size_t(2) << 20;
+// Blocks are of so many bytes and their multiples, on such boundaries.
+constexpr size_t large_unit = huge_page;
 
 struct LargeMemory {
   void* data = nullptr;
@@ -27,7 +29,22 @@ LargeMemory take_large(size_t bytes);
 // machine has or the container may have, and a sixteenth of that as it is.
 void give_back_large(LargeMemory memory) noexcept;
 
-// Bytes that are kept for the next, and gives them all to the system.
+// Gives all that is kept to the system; returns its bytes.
 size_t release_large() noexcept;
+
+// So many bytes, for as long as it lives; null where there are none.
+class LargeBuffer {
+ public:
+  explicit LargeBuffer(size_t bytes) : memory_(bytes > 0 ? take_large(bytes) : LargeMemory()) {}
+  ~LargeBuffer() {
+    if (memory_.data) give_back_large(memory_);
+  }
+  LargeBuffer(const LargeBuffer&) = delete;
+  LargeBuffer& operator=(const LargeBuffer&) = delete;
+  void* data() const { return memory_.data; }
+
+ private:
+  LargeMemory memory_;
+};
 
 }  // namespace pytransformer
