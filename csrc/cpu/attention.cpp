@@ -34,8 +34,9 @@
 // a word.
 //
 // Parallelism. With many heads a task is one key/value head with all its query heads, and its packed
-// operands never leave the core's L2. With few, all heads are packed first, and a task is one block of
-// queries; with a causal mask the longest go first.
+// operands never leave the core's L2; the keys and values of the next are asked for meanwhile, or 3% of the
+// time would go to waiting for them. With few, all heads are packed first, and a task is one block of queries, of a
+// head the longest first, as a causal mask makes them.
 #include "attention.h"
 
 #include <cmath>
@@ -63,6 +64,11 @@ struct PackedHead {
   uint8_t* flagged;  // per key_chunk: a value is NaN or infinite
 };
 
+// The key/value head that a thread will pack next: rows [next, end) of it are still to be asked for, `step` at a time.
+struct Upcoming {
+  int64_t b, g, next, end, step;
+};
+
 // One thread's state of a block of queries.
 template <class Op>
 struct QueryBlock {
@@ -79,6 +85,7 @@ struct QueryBlock {
   float* low;          // [queries], -top as an exponent of 2
   float* direct_sums;  // [queries][lanes], over one block of keys
   uint32_t* direct;    // [tiles of queries], bit i: panel i of a block of keys is weights already
+  Upcoming* upcoming;  // one
 };
 
 template <class T>
@@ -101,40 +108,61 @@ class Forward : Scoring {
   }
 
   void run() {
-    const int64_t threads = max_threads(), kv_tasks = batches * kv_heads;
-    const bool by_head = kv_tasks >= 4 * threads || (threads == 1);
-    const int64_t packed_heads = by_head ? threads : kv_tasks;
-    const int64_t block_size = carve_block(nullptr).second, head_size = carve_head(nullptr).second;
-    const Scratch<char> block_memory(threads * block_size), head_memory(packed_heads * head_size);
-    const auto block = [&](int64_t i) { return carve_block(block_memory.get() + i * block_size).first; };
-    const auto head = [&](int64_t i) { return carve_head(head_memory.get() + i * head_size).first; };
+    const int64_t threads = max_threads(), kv_tasks = batches * kv_heads, head_size = carve_head(nullptr).second;
+    const ThreadScratch<char> block_memory(threads, carve_block(nullptr).second);
+    const auto block = [&] { return carve_block(block_memory.of(thread_index())).first; };
 
-    if (by_head) {
+    if (kv_tasks >= 4 * threads || threads == 1) {
+      const ThreadScratch<char> head_memory(threads, head_size);
       parallel_tasks(kv_tasks, [&](int64_t task) {
         const int64_t b = task / kv_heads, g = task % kv_heads;
-        const PackedHead<Op> packed = head(thread_index());
-        const QueryBlock<Op> scratch = block(thread_index());
+        const PackedHead<Op> packed = carve_head(head_memory.of(thread_index())).first;
+        const QueryBlock<Op> scratch = block();
+        *scratch.upcoming = task + 1 < kv_tasks ? upcoming(task + 1) : Upcoming{};
         pack(b, g, 0, key_count, packed);
         for (int64_t h = g * group; h < (g + 1) * group; ++h)
           for (int64_t t = 0; t < queries_in(b); t += query_block_) query_rows(b, h, t, packed, scratch);
       });
       return;
     }
+    const Scratch<char> heads_memory(kv_tasks * head_size);
+    const auto head = [&](int64_t i) { return carve_head(heads_memory.get() + i * head_size).first; };
     const int64_t key_blocks = ceil_div(key_count, key_block);
     parallel_tasks(kv_tasks * key_blocks, [&](int64_t task) {
       const int64_t i = task / key_blocks, first = task % key_blocks * key_block;
       pack(i / kv_heads, i % kv_heads, first, least(key_count, first + key_block), head(i));
     });
     parallel_tasks(batches * heads * blocks(), [&](int64_t task) {
-      const int64_t i = blocks() - 1 - task / (batches * heads), bh = task % (batches * heads);
+      const int64_t i = blocks() - 1 - task % blocks(), bh = task / blocks();
       const int64_t b = bh / heads, h = bh % heads;
       if (i * query_block_ >= queries_in(b)) return;
-      query_rows(b, h, i * query_block_, head(b * kv_heads + h / group), block(thread_index()));
+      const QueryBlock<Op> scratch = block();
+      *scratch.upcoming = {};
+      query_rows(b, h, i * query_block_, head(b * kv_heads + h / group), scratch);
     });
   }
 
  private:
   int64_t blocks() const { return ceil_div(query_count, query_block_); }
+
+  // Nothing, where a head takes more than its share of L2.
+  Upcoming upcoming(int64_t task) const {
+    if (query_block_ > least_queries) return {};
+    const int64_t b = task / kv_heads;
+    const Keys& keys = visibility_.keys(b);
+    const int64_t steps = group * blocks() * ceil_div(key_count, panel);
+    return {b, task % kv_heads, keys.begin, keys.end, ceil_div(keys.end - keys.begin, steps)};
+  }
+
+  // Asks L2 for the next rows of it. Called once for each panel of scores: more at a time would fill the queue of what a
+  // core waits for.
+  void look_ahead(Upcoming& up) const {
+    const int64_t end = least(up.end, up.next + up.step);
+    for (; up.next < end; ++up.next) {
+      prefetch_row<T, 2>(key_row<const T>(a_.key, up.b, up.g, up.next), depth);
+      prefetch_row<T, 2>(key_row<const T>(a_.value, up.b, up.g, up.next), columns);
+    }
+  }
 
   std::pair<QueryBlock<Op>, int64_t> carve_block(char* base) const {
     QueryBlock<Op> s;
@@ -155,6 +183,7 @@ class Forward : Scoring {
     carver.take(s.low, query_block_);
     carver.take(s.direct_sums, at_once ? query_block_ * lanes : 0);
     carver.take(s.direct, at_once ? ceil_div(query_block_, tile_rows) : 0);
+    carver.take(s.upcoming, 1);
     return {s, carver.used()};
   }
 
@@ -249,6 +278,7 @@ class Forward : Scoring {
       for (int64_t i = 0; i < ceil_div(rows.count, tile_rows); ++i) s.direct[i] = 0;
     }
     for (int64_t p = n; p < n + count; p += panel) {
+      look_ahead(*s.upcoming);
       for (int64_t r = 0; r < rows.count; r += tile_rows) score_tile(rows, r, n, p, packed, s, at_once);
     }
   }

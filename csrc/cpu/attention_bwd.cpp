@@ -96,14 +96,14 @@ class Backward : Scoring {
 
     const int64_t head_size = carve_head(nullptr).second, sum_size = carve_sums(nullptr).second;
     const int64_t block_size = carve_block(nullptr).second;
-    const Scratch<char> memory(threads * (head_size + block_size));
-    const Scratch<char> sum_memory((parts == 1 ? threads : kv_tasks * parts) * sum_size);
+    const ThreadScratch<char> memory(threads, head_size + block_size + (parts == 1 ? sum_size : 0));
+    const Scratch<char> sum_memory(parts == 1 ? 0 : kv_tasks * parts * sum_size);
     const auto sums = [&](int64_t i) { return carve_sums(sum_memory.get() + i * sum_size).first; };
 
     parallel_tasks(kv_tasks * parts, [&](int64_t task) {
-      char* own = memory.get() + thread_index() * (head_size + block_size);
+      char* own = memory.of(thread_index());
       const int64_t b = task / parts / kv_heads, g = task / parts % kv_heads;
-      const HeadSums own_sums = sums(parts == 1 ? thread_index() : task);
+      const HeadSums own_sums = parts == 1 ? carve_sums(own + head_size + block_size).first : sums(task);
       kv_head(b, g, task % parts, parts, carve_head(own).first, own_sums, carve_block(own + head_size).first);
       if (parts == 1) store_sums(b, g, own_sums);
     });

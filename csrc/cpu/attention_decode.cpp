@@ -50,12 +50,12 @@ class Decode : Scoring {
 
   void run() {
     const int64_t splits = ceil_div(key_count, split), kv_tasks = batches * kv_heads;
-    const int64_t part_size = carve_part(nullptr).second, partial_size = carve_partial(nullptr).second;
-    const Scratch<char> part_memory(max_threads() * part_size);
+    const int64_t partial_size = carve_partial(nullptr).second;
+    const ThreadScratch<char> part_memory(max_threads(), carve_part(nullptr).second);
     const Scratch<char> partial_memory(kv_tasks * splits * partial_size);
     const auto partial = [&](int64_t i) { return carve_partial(partial_memory.get() + i * partial_size).first; };
     parallel_tasks(kv_tasks * splits, [&](int64_t task) {
-      const Part<Op> part = carve_part(part_memory.get() + thread_index() * part_size).first;
+      const Part<Op> part = carve_part(part_memory.of(thread_index())).first;
       const int64_t head = task / splits, first = task % splits * split;
       attend(head / kv_heads, head % kv_heads, first, part, partial(task));
     });

@@ -294,9 +294,9 @@ class Packed {
         depth_major_(from.depth_major),
         data_(outer_ * round_up(K, depth_step<Operand>)) {
     static_assert(pack_share % tile_rows == 0 && pack_share % tile_width == 0);
-    const int64_t shares = ceil_div(outer, pack_share);
-    parallel_tasks(shares * ceil_div(K, block_depth<Operand>), [&](int64_t task) {
-      const int64_t first = task % shares * pack_share, k = task / shares * block_depth<Operand>;
+    const int64_t depths = ceil_div(K, block_depth<Operand>);
+    parallel_tasks(ceil_div(outer, pack_share) * depths, [&](int64_t task) {
+      const int64_t first = task / depths * pack_share, k = task % depths * block_depth<Operand>;
       const int64_t count = outer - first < pack_share ? outer - first : pack_share;
       from.pack(from, first, count, k, depth_of_block<Operand>(K, k), data_.get() + offset(first, k));
     });
@@ -491,9 +491,8 @@ void gemm(int64_t M, int64_t N, const LeftView<Operand>& left, const Packed<Oper
   // Of a few rows, other libraries take dot products, whose many partial sums are more accurate than
   // one long one. Reading the other operand takes most of the time there: short runs are to be had for nothing.
   const int64_t run = M <= 16 || N <= 16 ? 32 : block_depth<Operand>;
-  constexpr int64_t left_size = block_rows * block_depth<Operand>;
-  const Scratch<float> memory(threads * block_rows * block_columns);
-  const Scratch<Operand> left_memory(left.packs() ? threads * left_size : 0);
+  const ThreadScratch<float> memory(threads, block_rows * block_columns);
+  const ThreadScratch<Operand> left_memory(threads, left.packs() ? block_rows * block_depth<Operand> : 0);
 
   const int64_t tasks = grid.blocks_down * grid.blocks_across;
   const auto block_of = [&](int64_t task) {
@@ -503,14 +502,14 @@ void gemm(int64_t M, int64_t N, const LeftView<Operand>& left, const Packed<Oper
   };
 
   parallel_tasks(tasks, [&](int64_t task) {
-    float* sums = memory.get() + thread_index() * block_rows * block_columns;
-    const Block block = block_of(task), next = task + threads < tasks ? block_of(task + threads) : Block{};
+    float* sums = memory.of(thread_index());
+    const Block block = block_of(task), next = task + 1 < tasks ? block_of(task + 1) : Block{};
     if (N <= tile_width && left.in_place()) {
       instance_for<RowProducts<Operand>, 1, tile_vecs>(1, ceil_div(N, Vec::lanes))(left, right, block, run, sums);
     } else {
       int64_t k = 0;
       do {  // once even for K = 0, to clear the sums
-        const auto a = left.block(block.row, block.rows, k, left_memory.get() + thread_index() * left_size);
+        const auto a = left.block(block.row, block.rows, k, left_memory.of(thread_index()));
         multiply_block(a, left, right, block, next, k, run, sums);
         k += block_depth<Operand>;
       } while (k < left.K);

@@ -12,12 +12,14 @@
 // scratch rows are then added in order, so equal inputs give equal bits at any one thread count.
 #include "layer_norm.h"
 
+#include <algorithm>
 #include <cmath>
 #include <memory>
 
 #include "parallel.h"
 #include "philox.h"
 #include "rows.h"
+#include "scratch.h"
 #include "simd.h"
 
 namespace pytransformer::PYTRANSFORMER_ISA {
@@ -242,11 +244,11 @@ void backward(const LayerNormBackward& a) {
   const Dropout dropout = Dropout::make(a.dropout_p, {a.seed, a.offset});
   const int threads = threads_for(rows * columns);
   const int64_t stride = 3 * columns;
-  std::unique_ptr<float[]> partial(new float[threads * stride]());
-  std::unique_ptr<float[]> groups(new float[threads * stride]());
+  const ThreadScratch<float> sums_of_parts(threads, 2 * stride);
 
   parallel_ranges(rows, threads, [&](int64_t begin, int64_t end, int part) {
-    float *total = partial.get() + part * stride, *base = groups.get() + part * stride;
+    float *total = sums_of_parts.of(part), *base = total + stride;
+    std::fill(total, base + stride, 0.0f);
     const ColumnSums sums{base, base + columns, base + 2 * columns};
     std::unique_ptr<float[]> multipliers(new float[columns + Dropout::spare]);
     for (int64_t r = begin; r < end; ++r) {
@@ -263,7 +265,7 @@ void backward(const LayerNormBackward& a) {
     float* out = outputs[which]->ptr<float>();
     for (int64_t c = 0; c < columns; ++c) {
       float total = 0;
-      for (int part = 0; part < threads; ++part) total += partial[part * stride + which * columns + c];
+      for (int part = 0; part < threads; ++part) total += sums_of_parts.of(part)[which * columns + c];
       out[c] = total;
     }
   }

@@ -237,10 +237,10 @@ void narrow_gemm(int64_t M, int64_t N, const T* a, int64_t stride, const NarrowR
                  const Epilogue& epilogue) {
   if (M <= 0 || N <= 0) return;
   const int64_t share = rows_of_task(M, N, right.K());
-  const Scratch<float> memory(max_threads() * share * block_columns);
+  const ThreadScratch<float> memory(max_threads(), share * block_columns);
 
   parallel_tasks(ceil_div(M, share), [&](int64_t task) {
-    float* sums = memory.get() + thread_index() * share * block_columns;
+    float* sums = memory.of(thread_index());
     const int64_t first = task * share, rows = M - first < share ? M - first : share;
     if (N <= sequential_columns) {
       sequential_rows(a + first * stride, stride, rows, N, right, sums);

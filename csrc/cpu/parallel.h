@@ -9,13 +9,14 @@
 // PYTRANSFORMER_STD_THREADS, a number: as many std::threads then run what is parallel.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <memory>
 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 #ifdef PYTRANSFORMER_STD_THREADS
-#include <atomic>
 #include <thread>
 #include <vector>
 #endif
@@ -24,19 +25,6 @@ namespace pytransformer {
 
 #ifdef PYTRANSFORMER_STD_THREADS
 inline thread_local int current_thread = -1;  // -1: outside of any parallel region
-
-// Runs body(thread) on each of `count` threads.
-template <class Body>
-void on_threads(int count, const Body& body) {
-  std::vector<std::thread> threads;
-  for (int i = 0; i < count; ++i) {
-    threads.emplace_back([&body, i] {
-      current_thread = i;
-      body(i);
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
-}
 
 // A parallel region inside another, run by the thread that met it: as OpenMP has it, this one is number 0 there.
 class NestedRegion {
@@ -50,6 +38,31 @@ class NestedRegion {
   int outer_;
 };
 #endif
+
+// Runs body(thread) on each of `count` threads; with a count of 1, on this one.
+template <class Body>
+void on_threads(int count, const Body& body) {
+#ifdef PYTRANSFORMER_STD_THREADS
+  if (count > 1) {
+    std::vector<std::thread> threads;
+    for (int i = 0; i < count; ++i) {
+      threads.emplace_back([&body, i] {
+        current_thread = i;
+        body(i);
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+    return;
+  }
+  const NestedRegion nested;
+  body(0);
+#elif defined(_OPENMP)
+#pragma omp parallel if (count > 1)
+  body(omp_get_thread_num());
+#else
+  body(0);
+#endif
+}
 
 // True in a process that was forked after this module was loaded (set by an atfork handler).
 bool in_forked_child();
@@ -91,22 +104,44 @@ inline bool idle(int64_t tasks, int threads) {
   return 8 * (rounds * threads - tasks) > rounds * threads;
 }
 
-// Runs body(task) for every task in [0, tasks); threads take tasks one by one, in order, as they
-// become free. For unequal tasks: put the longest first.
+// Tasks [0, tasks) in contiguous shares, one a thread, and how far each share has been taken.
+class Shares {
+ public:
+  Shares(int64_t tasks, int threads) : threads_(threads), shares_(new Share[size_t(threads)]) {
+    for (int i = 0; i < threads; ++i) {
+      shares_[i].next = tasks * i / threads;
+      shares_[i].end = tasks * (i + 1) / threads;
+    }
+  }
+
+  // Runs body(task) for what is left of the thread's own share, and then of the others.
+  template <class Body>
+  void take(int thread, const Body& body) {
+    for (int i = 0; i < threads_; ++i) {
+      Share& share = shares_[(thread + i) % threads_];
+      for (int64_t task; (task = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) body(task);
+    }
+  }
+
+ private:
+  struct alignas(128) Share {  // of no line that another thread's core asks for
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+  };
+  int threads_;
+  std::unique_ptr<Share[]> shares_;
+};
+
+// Runs body(task) for every task in [0, tasks). A thread takes the tasks of its own share one by one, in order, then
+// those that others have not come to. Which share that is depends on the number of tasks only, and so what a thread
+// wrote in one region it mostly finds in its own caches in the next, and in the next call: between cores that do not
+// share a cache a line takes 350 ns, seven times what it takes between those that do (Zen 4), and products of matrices
+// whose operands went to and fro that way were a sixth slower. For unequal tasks: put the longest first.
 template <class Body>
 void parallel_tasks(int64_t tasks, const Body& body) {
-  [[maybe_unused]] const bool threaded = tasks > 1 && max_threads() > 1;
-#ifdef PYTRANSFORMER_STD_THREADS
-  if (threaded) {
-    std::atomic<int64_t> next{0};
-    return on_threads(max_threads(), [&](int) {
-      for (int64_t task; (task = next.fetch_add(1)) < tasks;) body(task);
-    });
-  }
-  const NestedRegion nested;
-#endif
-#pragma omp parallel for schedule(dynamic, 1) if (threaded)
-  for (int64_t task = 0; task < tasks; ++task) body(task);
+  const int threads = tasks > 1 ? max_threads() : 1;
+  Shares shares(tasks, threads);
+  on_threads(threads, [&](int thread) { shares.take(thread, body); });
 }
 
 // Runs body(begin, end, thread) once for each of `threads` equal, contiguous parts of [0, count).

@@ -28,11 +28,11 @@ inline __attribute__((always_inline)) void store(T* p, Vec v, int count) {
 }
 
 // Asks for a row that is wanted soon, of a matrix whose rows may lie a page or more apart, where the hardware does not
-// look ahead. Asking beyond the end of the matrix does no harm.
-template <class T>
+// look ahead. Asking beyond the end of the matrix does no harm. Locality 3 is L1, 2 is L2.
+template <class T, int Locality = 3>
 inline void prefetch_row(const T* row, int64_t count) {
   const char* p = reinterpret_cast<const char*>(row);
-  for (int64_t i = 0; i < count * int64_t(sizeof(T)); i += 64) __builtin_prefetch(p + i);
+  for (int64_t i = 0; i < count * int64_t(sizeof(T)); i += 64) __builtin_prefetch(p + i, 0, Locality);
 }
 
 template <class From, class To>

@@ -99,4 +99,21 @@ class Scratch {
   BufferPool::Buffer buffer_;
 };
 
+// The same for each of several threads. Their parts lie far apart, for hardware looks ahead in strides of kilobytes:
+// what a core asks for beyond the end of its part it would take out of the caches of the core that works there, which
+// then waits to have it back. That cost attention 3% of its time, and 12% where the cores share no cache.
+template <class T>
+class ThreadScratch {
+ public:
+  ThreadScratch(int64_t threads, int64_t size)
+      : stride_(size > 0 ? (size * int64_t(sizeof(T)) + 2 * apart - 1) / apart * apart / int64_t(sizeof(T)) : 0),
+        memory_(threads * stride_) {}
+  T* of(int64_t thread) const { return memory_.get() + thread * stride_; }
+
+ private:
+  static constexpr int64_t apart = int64_t(128) << 10;
+  int64_t stride_;
+  Scratch<T> memory_;
+};
+
 }  // namespace pytransformer::PYTRANSFORMER_ISA
