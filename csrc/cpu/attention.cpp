@@ -154,8 +154,8 @@ class Forward : Scoring {
     return {b, task % kv_heads, keys.begin, keys.end, ceil_div(keys.end - keys.begin, steps)};
   }
 
-  // Asks L2 for the next rows of it. Called once for each panel of scores: more at a time would fill the queue of what a
-  // core waits for.
+  // Asks L2 for the next rows of it. Called once for each panel of scores: more at a time would fill the queue of what
+  // a core waits for.
   void look_ahead(Upcoming& up) const {
     const int64_t end = least(up.end, up.next + up.step);
     for (; up.next < end; ++up.next) {

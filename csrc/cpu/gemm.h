@@ -22,8 +22,7 @@
 //
 // While a tile is computed, its share of the next panel and of the next block of A is prefetched into
 // L2: shared caches of servers are slow, and without this a quarter of the time goes to waiting for
-// them; weights come from memory itself. Where there are too few blocks for the threads they are made narrower, then
-// lower.
+// them; weights come from memory itself. Where there are too few blocks for the threads they are made smaller.
 //
 // The sum over k is formed in float32, block by block: first within a block of depth, then over blocks.
 // It does not depend on which thread computes it, nor on how many there are, so equal inputs give equal
@@ -39,15 +38,13 @@
 
 namespace pytransformer::PYTRANSFORMER_ISA {
 
-constexpr int64_t block_rows = 144;     // divisible by row_unit
-constexpr int64_t row_unit = 48;        // of tiles, 4 or 6 rows, and of lines: a block that is turned begins a line
+constexpr int64_t block_rows = 144;     // divisible by tile_rows and by the vector
 constexpr int64_t block_columns = 256;  // divisible by tile_width
 template <class Operand>
 constexpr int64_t block_depth = 128 * depth_step<Operand>;
 constexpr int64_t tile_width = tile_vecs * Vec::lanes;
 constexpr int64_t pack_share = 192;  // rows or columns packed by one task; divisible by tile_rows and tile_width
-static_assert(block_rows % row_unit == 0 && row_unit % tile_rows == 0 && row_unit % Vec::lanes == 0 &&
-              block_columns % tile_width == 0);
+static_assert(block_rows % tile_rows == 0 && block_rows % Vec::lanes == 0 && block_columns % tile_width == 0);
 static_assert(tile_rows <= Vec::lanes, "packing by columns moves a row of a tile as one vector");
 
 // A matrix as an operand of a product. For A, `outer` counts the rows of the product, for B its columns;
@@ -377,22 +374,40 @@ struct BlockGrid {
   int64_t rows, columns;  // of a block
   int64_t blocks_down, blocks_across;
 
-  BlockGrid(int64_t M, int64_t N, int64_t K, int threads) {
-    blocks_down = ceil_div(M, block_rows);
-    blocks_across = ceil_div(N, block_columns);
-    const bool worth_sharing = double(M) * double(N) * double(K) > 1e6;
-    if (worth_sharing) {
-      // Narrower blocks until the threads finish together, or nearly so.
-      const int64_t panels = ceil_div(N, tile_width), tiles = ceil_div(M, tile_rows);
-      const auto waiting = [&] { return idle(blocks_down * blocks_across, threads); };
-      while (waiting() && blocks_across < panels) ++blocks_across;
-      while (waiting() && blocks_down < tiles && blocks_down * blocks_across < 8 * threads) ++blocks_down;
+  // Of the largest blocks, or of smaller ones with which the threads' last blocks end at least an eighth earlier.
+  template <class Operand>
+  BlockGrid(int64_t M, int64_t N, const LeftView<Operand>& left)
+      : BlockGrid(M, N, left, ceil_div(M, block_rows), ceil_div(N, block_columns)) {
+    const int64_t threads = max_threads(), tiles = ceil_div(M, tile_rows), panels = ceil_div(N, tile_width);
+    const int64_t most = double(M) * double(N) * double(left.K) > 1e6 ? 8 * threads : 1;
+    const int64_t least_down = blocks_down, least_across = blocks_across;
+    // Narrower before lower: of a narrower block a thread more often packed B itself.
+    for (int64_t down = least_down; down <= tiles && down * least_across <= most; ++down) {
+      for (int64_t across = least_across; across <= panels && down * across <= most; ++across) {
+        const BlockGrid other(M, N, left, down, across);
+        if (8 * other.time(N, threads) < 7 * time(N, threads)) *this = other;
+      }
     }
-    rows = round_up(ceil_div(M, blocks_down), tile_rows);
-    if (rows > block_rows / 2) rows = round_up(rows, row_unit);
-    columns = round_up(ceil_div(N, blocks_across), tile_width);
+  }
+
+ private:
+  static constexpr int64_t tiled_lines = 48;  // rows that are whole tiles and whole lines
+  static_assert(block_rows % tiled_lines == 0 && tiled_lines % tile_rows == 0 && tiled_lines % Vec::lanes == 0);
+
+  template <class Operand>
+  BlockGrid(int64_t M, int64_t N, const LeftView<Operand>& left, int64_t down, int64_t across) {
+    // Whole lines of what is turned; and whole tiles of an A that lies in tiles, as of any small block.
+    const int64_t even = ceil_div(M, down), unit = left.depth_major ? tiled_lines : Vec::lanes;
+    rows = round_up(even, even > block_rows / 2 ? unit : tile_rows);
+    columns = round_up(ceil_div(N, across), tile_width);
     blocks_down = ceil_div(M, rows);
     blocks_across = ceil_div(N, columns);
+  }
+
+  // Until the last block is done, in products of a column of A and a row of B.
+  int64_t time(int64_t N, int64_t threads) const {
+    const int64_t width = round_up(N, Vec::lanes);
+    return ceil_div(blocks_down * blocks_across, threads) * rows * (width < columns ? width : columns);
   }
 };
 
@@ -487,7 +502,7 @@ template <class Operand, class Epilogue>
 void gemm(int64_t M, int64_t N, const LeftView<Operand>& left, const Packed<Operand>& right, const Epilogue& epilogue) {
   if (M <= 0 || N <= 0) return;
   const int threads = max_threads();
-  const BlockGrid grid(M, N, left.K, threads);
+  const BlockGrid grid(M, N, left);
   // Of a few rows, other libraries take dot products, whose many partial sums are more accurate than
   // one long one. Reading the other operand takes most of the time there: short runs are to be had for nothing.
   const int64_t run = M <= 16 || N <= 16 ? 32 : block_depth<Operand>;

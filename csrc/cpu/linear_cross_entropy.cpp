@@ -233,9 +233,10 @@ void compute_block(const Problem<T>& p, const Chunk<T>& chunk, const Packed<oper
                    int64_t classes, RowSums* sums) {
   using Operand = operand_t<T>;
   const int64_t rows = chunk.rows;
-  const BlockGrid grid(classes, rows, p.E, max_threads());  // as gemm has it
+  const LeftRows<Operand> weight(p.weight + begin * p.E, p.E, classes, p.E);
+  const BlockGrid grid(classes, rows, weight.view);  // as gemm has it
   const Scratch<Sums> pieces(grid.blocks_down * rows);
-  gemm(rows, LeftRows<Operand>(p.weight + begin * p.E, p.E, classes, p.E), x, [&](const Block& block, float* values) {
+  gemm(rows, weight, x, [&](const Block& block, float* values) {
     Sums* found = pieces.get() + block.row / grid.rows * rows + block.column;
     finish_logits(p, chunk, block, begin + block.row, values, found, sums + block.column);
   });
