@@ -98,11 +98,17 @@ def test_nan_stays_in_its_row(backend):
     torch.testing.assert_close(dirty[rest], clean[rest])
 
 
-def test_explain_says_where_torchs_product_is_faster():
+def test_explain_says_where_torchs_product_is_faster(monkeypatch):
     skip_unless_served("cpu", "linear")
-    found = [str(pytransformer.explain(ops.linear, **make((rows,), 8, 5))) for rows in (256, 257)]
+    from pytransformer import _cpu
+
+    made = [make((rows,), 8, 5, torch.bfloat16) for rows in (160, 161)]
+    monkeypatch.setattr(_cpu, "isa", lambda: "avx512_bf16")
+    found = [str(pytransformer.explain(ops.linear, **x)) for x in made]
     assert found[0] == "linear: cpu"
-    assert "of more than 256 rows in torch.float32 torch's own product is faster (257 rows)" in found[1]
+    assert "of more than 160 rows in bfloat16 and fewer than 2048 features torch's own product is faster" in found[1]
+    assert str(pytransformer.explain(ops.linear, **make((161,), 8, 2048, torch.bfloat16))) == "linear: cpu"
+    assert str(pytransformer.explain(ops.linear, **make((161,), 8, 5))) == "linear: cpu"
 
 
 def test_many_rows_are_served_where_the_backend_is_asked_for():
@@ -127,11 +133,11 @@ def test_bfloat16_is_the_kernels_where_no_instruction_has_it(monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_a_compiled_call_serves_any_number_of_rows(dtype):
-    """Few rows are torch's too, in a graph: it would be compiled anew for 257. Slow types are the kernel's."""
+    """What hangs on the number of rows is torch's in a graph: it would be compiled anew for 161."""
     torch.compiler.reset()
     compiled = torch.compile(ops.linear, backend="eager", fullgraph=True, dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for rows in (7, 256, 257, 300):
+        for rows in (7, 160, 161, 300):
             tensors = make((rows,), 8, 5, dtype)
             expected = F.linear(*(x.float() for x in tensors.values())).to(dtype)
             torch.testing.assert_close(compiled(**tensors), expected)
