@@ -201,8 +201,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each [B,H,length,D]: views of the projections, nothing is copied."""
         if query is key and key is value and self.in_proj_weight is not None:
-            q, k, v = linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
-            return self._split_heads(q), self._split_heads(k), self._split_heads(v)
+            x = linear(query, self.in_proj_weight, self.in_proj_bias)
+            q, k, v = x.view(*x.shape[:-1], 3, self.num_heads, self.head_dim).unbind(2)
+            return self._heads_first(q), self._heads_first(k), self._heads_first(v)
         return self._project_query(query), *self._project_memory(key, value)
 
     def _project_query(self, query: Tensor) -> Tensor:
@@ -221,7 +222,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return self._split_heads(k), self._split_heads(v)
 
     def _split_heads(self, x: Tensor) -> Tensor:
-        heads = x.view(*x.shape[:-1], self.num_heads, self.head_dim)
+        return self._heads_first(x.view(*x.shape[:-1], self.num_heads, self.head_dim))
+
+    def _heads_first(self, heads: Tensor) -> Tensor:
         return heads.transpose(1, 2) if self.batch_first else heads.permute(1, 2, 0, 3)
 
     def _join_heads(self, x: Tensor) -> Tensor:
