@@ -121,6 +121,17 @@ def test_many_rows_are_served_where_the_backend_is_asked_for():
     torch.testing.assert_close(found.result, layer(x))
 
 
+def test_a_product_that_yields_to_torch_is_served_where_the_backend_is_asked_for(monkeypatch):
+    skip_unless_served("cpu", "linear")
+    from pytransformer import _cpu
+
+    tensors = make((161,), 8, 5, torch.bfloat16)
+    monkeypatch.setattr(_cpu, "isa", lambda: "avx512_bf16")
+    assert pytransformer.explain(ops.linear, **tensors).decisions[0].backend == "reference"
+    with use_backend("cpu"):
+        assert pytransformer.explain(ops.linear, **tensors).decisions[0].backend == "cpu"
+
+
 def test_bfloat16_is_the_kernels_where_no_instruction_has_it(monkeypatch):
     skip_unless_served("cpu", "linear")
     from pytransformer import _cpu

@@ -382,10 +382,10 @@ struct BlockGrid {
     const int64_t most = double(M) * double(N) * double(left.K) > 1e6 ? 8 * threads : 1;
     const int64_t least_down = blocks_down, least_across = blocks_across;
     const int64_t even = M * round_up(N, Vec::lanes) / threads;  // time, were all threads busy to the end
-    const auto idle = [&] { return 7 * time(N, threads) > 8 * even; };
+    const auto wasteful = [&] { return 7 * time(N, threads) > 8 * even; };
     // Narrower before lower: of a narrower block a thread more often packed B itself.
-    for (int64_t down = least_down; idle() && down <= tiles && down * least_across <= most; ++down) {
-      for (int64_t across = least_across; idle() && across <= panels && down * across <= most; ++across) {
+    for (int64_t down = least_down; wasteful() && down <= tiles && down * least_across <= most; ++down) {
+      for (int64_t across = least_across; wasteful() && across <= panels && down * across <= most; ++across) {
         const BlockGrid other(M, N, left, down, across);
         if (8 * other.time(N, threads) < 7 * time(N, threads)) *this = other;
       }

@@ -58,7 +58,7 @@ void on_threads(int count, const Body& body) {
   body(0);
 #elif defined(_OPENMP)
 #pragma omp parallel if (count > 1)
-  body(omp_get_thread_num());
+  if (const int thread = omp_get_thread_num(); thread < count) body(thread);
 #else
   body(0);
 #endif

@@ -1,8 +1,8 @@
 """The linear layers outside of ffn: by the CPU kernels where these are faster, else torch's own.
 
-``ops.linear`` knows where its kernel is the faster one. What it never serves goes to torch at once: on a GPU the
-product is torch's in any case, a graph that is being traced must not hang on how many rows there are, and subclasses
-of tensors have products of their own.
+``ops.linear`` knows where its kernel is the faster one. Elsewhere the product goes to torch at once: on a GPU it is
+torch's in any case, a graph that is being traced must not hang on how many rows there are and leaves it to the
+compiler, and subclasses of tensors have products of their own.
 """
 
 from __future__ import annotations
