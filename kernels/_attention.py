@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pytransformer.kernels._common import keep_elements, keep_quads, load
+from pytransformer.kernels._common import keep_columns, load
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -165,15 +165,11 @@ def exponential(x, pivot, scale, RAW: tl.constexpr):
 @triton.jit
 def keep_weights(
     rng_ptr, row, s0, t0, T, S, threshold,
-    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, QUADS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, OCTETS: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     """Which attention weights of a tile dropout keeps, [T,S] or transposed; ``row`` is the head's first of all rows."""
-    rows = row * T + t0 + tl.arange(0, BLOCK_T)  # int64
-    if QUADS:
-        quads = rows[:, None] * (S // 4) + (s0 // 4 + tl.arange(0, BLOCK_S // 4))[None, :]
-        keep = keep_quads(rng_ptr, quads, threshold)
-    else:
-        keep = keep_elements(rng_ptr, rows[:, None] * S + (s0 + tl.arange(0, BLOCK_S))[None, :], threshold)
+    rows = (row * T + t0 + tl.arange(0, BLOCK_T))[:, None]  # int64
+    keep = keep_columns(rng_ptr, rows, s0, S, threshold, BLOCK_S, OCTETS)
     return tl.trans(keep) if TRANSPOSED else keep
 
 

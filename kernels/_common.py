@@ -59,44 +59,47 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _kept(words, threshold):
-    return (words ^ 0x80000000).to(tl.int32, bitcast=True) >= threshold
-
-
-@triton.jit
 def _philox(rng_ptr, block):
-    """The four words of Philox4x32-10 for each block; ``rng_ptr`` holds int64 (seed, offset)."""
+    """The four words of Philox4x32-7 for each block; ``rng_ptr`` holds int64 (seed, offset)."""
     seed = tl.load(rng_ptr)
     offset = tl.load(rng_ptr + 1)
     zero = tl.zeros_like(block)
     low, high = (block & 0xFFFFFFFF).to(tl.uint32), ((block >> 32) & 0xFFFFFFFF).to(tl.uint32)
     offset_low = (zero + (offset & 0xFFFFFFFF)).to(tl.uint32)
     offset_high = (zero + ((offset >> 32) & 0xFFFFFFFF)).to(tl.uint32)
-    return tl.philox(seed, low, high, offset_low, offset_high)
+    return tl.philox(seed, low, high, offset_low, offset_high, n_rounds=7)
 
 
 @triton.jit
-def keep_elements(rng_ptr, elements, threshold):
-    """Which elements (int64 indices) dropout keeps: a whole block of random words for each."""
-    w0, w1, w2, w3 = _philox(rng_ptr, elements // 4)
-    word = elements % 4
-    return _kept(tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3)), threshold)
+def keep_columns(rng_ptr, rows, start, width, threshold, BLOCK: tl.constexpr, OCTETS: tl.constexpr):
+    """Which elements of ``rows`` [M,1] of a tensor with ``width`` columns dropout keeps, from column ``start`` on:
+    [M,BLOCK].
 
-
-@triton.jit
-def keep_quads(rng_ptr, quads, threshold):
-    """Which elements dropout keeps, [M,4N] for ``quads`` [M,N] (int64): each a run of four elements, of one block."""
-    w0, w1, w2, w3 = _philox(rng_ptr, quads)
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [M,N,2,2], word 2i + j at [i,j]
-    return _kept(tl.reshape(words, (quads.shape[0], quads.shape[1] * 4)), threshold)
+    Eight neighbours share a block of random words where ``width`` is a multiple of eight, which ``OCTETS`` says; else a
+    block is made for each element.
+    """
+    rows = rows.to(tl.int64)
+    if OCTETS:
+        blocks = rows * (width // 8) + (start // 8 + tl.arange(0, BLOCK // 8))[None, :]
+        w0, w1, w2, w3 = _philox(rng_ptr, blocks)
+        words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [M,N,2,2], word 2i + j at [i,j]
+        numbers = tl.reshape(tl.join(words & 0xFFFF, words >> 16), (blocks.shape[0], BLOCK))
+        keep = numbers.to(tl.int32) >= threshold
+    else:
+        elements = rows * width + (start + tl.arange(0, BLOCK))[None, :]
+        w0, w1, w2, w3 = _philox(rng_ptr, elements // 8)
+        number = (elements % 8).to(tl.uint32)
+        low, high = tl.where(number < 2, w0, w1), tl.where(number < 6, w2, w3)
+        word = tl.where(number < 4, low, high) >> (number % 2 * 16)
+        keep = (word & 0xFFFF).to(tl.int32) >= threshold
+    return keep
 
 
 def dropout_threshold(p: float) -> tuple[int, float]:
-    """``(threshold, 1 / (1 - p))`` as kernels take them: an element is kept iff its word is at least the threshold.
-
-    Both are shifted down by 2**31 to compare as int32. At p = 1 nothing is kept: what passes is multiplied by 0.
-    """
-    return min(int(p * 2**32 + 0.5), 2**32 - 1) - 2**31, 0.0 if p >= 1 else 1.0 / (1.0 - p)
+    """``(threshold, scale)`` as kernels take them: an element is kept, and scaled, iff its number of 16 bits is at
+    least the threshold. At p = 1 that is none."""
+    threshold = int(p * 2**16 + 0.5)
+    return threshold, 2**16 / max(2**16 - threshold, 1)
 
 
 def processors(device: torch.device) -> int:

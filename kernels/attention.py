@@ -65,7 +65,7 @@ def _attend(
     T, S, keys, length, lower, upper, scale, softcap, threshold, keep_scale,
     D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr, RAW: tl.constexpr,
-    SOFTCAP: tl.constexpr, QUADS: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, OCTETS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Takes one key block into the running softmax; ``CAREFUL``, values behind a mask may be NaN or Inf."""
     s0 = block * BLOCK_S
@@ -90,7 +90,7 @@ def _attend(
     rescale = tl.exp2((largest - pivot) * 1.4426950408889634)
     weight_sum = weight_sum * rescale + tl.sum(p, 1)
     if rng_ptr is not None:
-        kept = keep_weights(rng_ptr, row, s0, t0, T, S, threshold, BLOCK_T, BLOCK_S, QUADS, False)
+        kept = keep_weights(rng_ptr, row, s0, t0, T, S, threshold, BLOCK_T, BLOCK_S, OCTETS, False)
         p = tl.where(kept, p * keep_scale, 0.0)
     total = total * rescale[:, None] + dot(rounded(p, v.dtype), v, PRECISION)
     return total, weight_sum, larger
@@ -105,7 +105,7 @@ def forward_kernel(
     H, T, S, n_inner, tokens, at_end, lower, upper, scale, softcap, threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, TWICE: tl.constexpr, RAW: tl.constexpr, SOFTCAP: tl.constexpr,
-    QUADS: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
+    OCTETS: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
 ):  # fmt: skip
     n_blocks = tl.cdiv(T, BLOCK_T)
     block_t = n_blocks - 1 - tl.program_id(0) % n_blocks  # of a causal mask the long rows first
@@ -146,7 +146,7 @@ def forward_kernel(
             total, weight_sum, largest, q, block, row, t0, k_ptr, v_ptr, bias_ptr, bits_ptr, rng_ptr,
             stride_ks, stride_vs, stride_bias_t * BIAS_UNIT, stride_bias_s, stride_bits_t,
             T, S, keys, length, lower, upper, scale, softcap, threshold, keep_scale,
-            D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, False, False, RAW, SOFTCAP, QUADS, PRECISION,
+            D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, False, False, RAW, SOFTCAP, OCTETS, PRECISION,
         )  # fmt: skip
     for i in range(n_partial):
         if bits_ptr is not None:
@@ -157,7 +157,7 @@ def forward_kernel(
             total, weight_sum, largest, q, block, row, t0, k_ptr, v_ptr, bias_ptr, bits_ptr, rng_ptr,
             stride_ks, stride_vs, stride_bias_t * BIAS_UNIT, stride_bias_s, stride_bits_t,
             T, S, keys, length, lower, upper, scale, softcap, threshold, keep_scale,
-            D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, True, not TWICE, RAW, SOFTCAP, QUADS, PRECISION,
+            D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, True, not TWICE, RAW, SOFTCAP, OCTETS, PRECISION,
         )  # fmt: skip
     if TWICE and any_nan(total):
         total = tl.zeros((BLOCK_T, BLOCK_DV), tl.float32)
@@ -169,7 +169,7 @@ def forward_kernel(
                 total, weight_sum, largest, q, block, row, t0, k_ptr, v_ptr, bias_ptr, bits_ptr, rng_ptr,
                 stride_ks, stride_vs, stride_bias_t * BIAS_UNIT, stride_bias_s, stride_bits_t,
                 T, S, keys, length, lower, upper, scale, softcap, threshold, keep_scale,
-                D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, True, True, RAW, SOFTCAP, QUADS, PRECISION,
+                D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, True, True, RAW, SOFTCAP, OCTETS, PRECISION,
             )  # fmt: skip
 
     unseen = weight_sum == 0
@@ -276,13 +276,13 @@ class Softmax:
     def flags(self, query: Tensor, bias: Tensor | None, key_length: int) -> dict[str, Any]:
         """The constants of a kernel that depend on all this.
 
-        ``QUADS`` alone depends on a length, and only where there is dropout: four neighbours share random words.
+        ``OCTETS`` alone depends on a length, and only where there is dropout: eight neighbours share random words.
         """
         plain = bias is None and self.softcap == 0
         return {
             "RAW": plain and query.dtype != torch.float32,
             "SOFTCAP": self.softcap > 0,
-            "QUADS": self.rng is not None and key_length % 4 == 0,
+            "OCTETS": self.rng is not None and key_length % 8 == 0,
             "PRECISION": float32_precision() if query.dtype == torch.float32 else "ieee",
         }
 

@@ -76,7 +76,7 @@ def _score_gradient(
     stride_bias_t, stride_bias_s, stride_bits_t,
     T, S, length, lower, upper, scale, softcap, threshold, keep_scale,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, MASKED: tl.constexpr, RAW: tl.constexpr, SOFTCAP: tl.constexpr,
-    QUADS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    OCTETS: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     """``(P after dropout, dS, d product)`` of a tile; dS is the gradient of the bias."""
     x, th = scores(product, t, s, T, S, scale, softcap, bias_ptr, stride_bias_t, stride_bias_s, RAW, SOFTCAP)
@@ -87,7 +87,7 @@ def _score_gradient(
         dp = tl.where(keep, dp, 0.0)
     dropped = p
     if rng_ptr is not None:
-        kept = keep_weights(rng_ptr, row, s0, t0, T, S, threshold, BLOCK_T, BLOCK_S, QUADS, TRANSPOSED)
+        kept = keep_weights(rng_ptr, row, s0, t0, T, S, threshold, BLOCK_T, BLOCK_S, OCTETS, TRANSPOSED)
         dropped, dp = tl.where(kept, p * keep_scale, 0.0), tl.where(kept, dp * keep_scale, 0.0)
     ds = p * (dp - delta)
     dproduct = ds
@@ -105,7 +105,7 @@ def _add_dq(
     T, S, keys, length, lower, upper, scale, softcap, threshold, keep_scale,
     D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, MASKED: tl.constexpr, RAW: tl.constexpr,
-    SOFTCAP: tl.constexpr, QUADS: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, OCTETS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What one key block adds to dQ."""
     s0 = block * BLOCK_S
@@ -117,7 +117,7 @@ def _add_dq(
         dot(q, k, PRECISION), dot(dout, v, PRECISION), t, s, t0, s0, row, lse[:, None], delta[:, None],
         bias_ptr, bits_ptr, rng_ptr, stride_bias_t, stride_bias_s, stride_bits_t,
         T, S, length, lower, upper, scale, softcap, threshold, keep_scale,
-        BLOCK_T, BLOCK_S, MASKED, RAW, SOFTCAP, QUADS, False,
+        BLOCK_T, BLOCK_S, MASKED, RAW, SOFTCAP, OCTETS, False,
     )  # fmt: skip
     if MASKED:
         k = finite(k)
@@ -133,7 +133,7 @@ def dq_kernel(
     stride_bits_b, stride_bits_h, stride_bits_t, stride_list_b, stride_list_h, stride_list_t,
     H, T, S, n_inner, tokens, at_end, lower, upper, scale, softcap, threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, RAW: tl.constexpr, SOFTCAP: tl.constexpr, QUADS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, RAW: tl.constexpr, SOFTCAP: tl.constexpr, OCTETS: tl.constexpr,
     PRECISION: tl.constexpr, UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
 ):  # fmt: skip
     n_blocks = tl.cdiv(T, BLOCK_T)
@@ -180,7 +180,7 @@ def dq_kernel(
             dq, q, dout, lse, delta, block, row, t0, k_ptr, v_ptr, bias_ptr, bits_ptr, rng_ptr,
             stride_ks, stride_vs, stride_bias_t * BIAS_UNIT, stride_bias_s, stride_bits_t,
             T, S, keys, length, lower, upper, scale, softcap, threshold, keep_scale,
-            D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, False, RAW, SOFTCAP, QUADS, PRECISION,
+            D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, False, RAW, SOFTCAP, OCTETS, PRECISION,
         )  # fmt: skip
     for i in range(n_partial):
         if bits_ptr is not None:
@@ -191,7 +191,7 @@ def dq_kernel(
             dq, q, dout, lse, delta, block, row, t0, k_ptr, v_ptr, bias_ptr, bits_ptr, rng_ptr,
             stride_ks, stride_vs, stride_bias_t * BIAS_UNIT, stride_bias_s, stride_bits_t,
             T, S, keys, length, lower, upper, scale, softcap, threshold, keep_scale,
-            D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, True, RAW, SOFTCAP, QUADS, PRECISION,
+            D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, True, RAW, SOFTCAP, OCTETS, PRECISION,
         )  # fmt: skip
     rows = output_rows(row, head, t, T, H, q_begin)[:, None]
     store(dq_ptr + rows * D + d[None, :], dq * scale, inside & (d < D)[None, :])
@@ -204,7 +204,7 @@ def _add_dkv(
     T, S, queries, length, lower, upper, scale, softcap, threshold, keep_scale,
     D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, MASKED: tl.constexpr, RAW: tl.constexpr,
-    SOFTCAP: tl.constexpr, QUADS: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, OCTETS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What one query block adds to dK and dV. Queries beyond the last are loaded as 0 and add nothing."""
     t0 = block * BLOCK_T
@@ -220,7 +220,7 @@ def _add_dkv(
         dot(k, q, PRECISION), dot(v, tl.trans(dout), PRECISION), t, s, t0, s0, row, lse, delta,
         bias_ptr, bits_ptr, rng_ptr, stride_bias_t, stride_bias_s, stride_bits_t,
         T, S, length, lower, upper, scale, softcap, threshold, keep_scale,
-        BLOCK_T, BLOCK_S, MASKED, RAW, SOFTCAP, QUADS, True,
+        BLOCK_T, BLOCK_S, MASKED, RAW, SOFTCAP, OCTETS, True,
     )  # fmt: skip
     if MASKED:
         q = finite(q)
@@ -237,7 +237,7 @@ def dkv_kernel(
     stride_bits_b, stride_bits_h, stride_bits_t, stride_list_b, stride_list_h, stride_list_s,
     H, T, S, n_inner, tokens, at_end, lower, upper, scale, softcap, threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, RAW: tl.constexpr, SOFTCAP: tl.constexpr, QUADS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, RAW: tl.constexpr, SOFTCAP: tl.constexpr, OCTETS: tl.constexpr,
     PRECISION: tl.constexpr, UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
 ):  # fmt: skip
     n_blocks = tl.cdiv(S, BLOCK_S)
@@ -289,7 +289,7 @@ def dkv_kernel(
                 bias_head, bits_head, rng_ptr,
                 stride_qt, stride_dt, stride_bias_t * BIAS_UNIT, stride_bias_s, stride_bits_t,
                 T, S, queries, length, lower, upper, scale, softcap, threshold, keep_scale,
-                D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, False, RAW, SOFTCAP, QUADS, PRECISION,
+                D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, False, RAW, SOFTCAP, OCTETS, PRECISION,
             )  # fmt: skip
         for i in range(n_partial):
             if bits_ptr is not None:
@@ -301,7 +301,7 @@ def dkv_kernel(
                 bias_head, bits_head, rng_ptr,
                 stride_qt, stride_dt, stride_bias_t * BIAS_UNIT, stride_bias_s, stride_bits_t,
                 T, S, queries, length, lower, upper, scale, softcap, threshold, keep_scale,
-                D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, True, RAW, SOFTCAP, QUADS, PRECISION,
+                D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, True, RAW, SOFTCAP, OCTETS, PRECISION,
             )  # fmt: skip
     rows = output_rows(shared, group, s, S, H // GROUP, k_begin)[:, None]
     store(dk_ptr + rows * D + d[None, :], dk * scale, inside & (d < D)[None, :])
@@ -316,7 +316,7 @@ def dbias_kernel(
     stride_bits_b, stride_bits_h, stride_bits_t,
     H, T, S, BIAS_H, loop_b, loop_h, loop_t, lower, upper, scale, softcap, threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, RAW: tl.constexpr, SOFTCAP: tl.constexpr, QUADS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, RAW: tl.constexpr, SOFTCAP: tl.constexpr, OCTETS: tl.constexpr,
     PRECISION: tl.constexpr, UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, SUM_T: tl.constexpr,
 ):  # fmt: skip
     """One tile of the bias's gradient, summed over ``loop_b`` batches, ``loop_h`` heads and ``loop_t`` query blocks.
@@ -356,7 +356,7 @@ def dbias_kernel(
             bias_ptr + (batch * stride_bias_b + head * stride_bias_h) * BIAS_UNIT, bits_head, rng_ptr,
             stride_bias_t * BIAS_UNIT, stride_bias_s, stride_bits_t,
             T, S, length, lower, upper, scale, softcap, threshold, keep_scale,
-            BLOCK_T, BLOCK_S, True, RAW, SOFTCAP, QUADS, False,
+            BLOCK_T, BLOCK_S, True, RAW, SOFTCAP, OCTETS, False,
         )  # fmt: skip
         total += tl.where(queries < T, ds, 0.0)
     owner = tl.program_id(2).to(tl.int64)

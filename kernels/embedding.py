@@ -19,27 +19,17 @@ import triton.language as tl
 from torch import Tensor
 
 from pytransformer.kernels import _configs
-from pytransformer.kernels._common import dropout_threshold, keep_elements, keep_quads, load, store
+from pytransformer.kernels._common import dropout_threshold, keep_columns, load, store
 
 _SHARING = 16  # sequences whose positions one program loads once
 _SEGMENT = 4096  # a segment expected to be longer is shared among programs
-
-
-@triton.jit
-def _keep(rng_ptr, rows, e0, E, threshold, BLOCK_E: tl.constexpr, QUADS: tl.constexpr):
-    """Which elements of the rows (int64 [R,1]), from column e0 on, dropout keeps."""
-    if QUADS:
-        keep = keep_quads(rng_ptr, rows * (E // 4) + (e0 // 4 + tl.arange(0, BLOCK_E // 4))[None, :], threshold)
-    else:
-        keep = keep_elements(rng_ptr, rows * E + (e0 + tl.arange(0, BLOCK_E))[None, :], threshold)
-    return keep
 
 
 @triton.jit(do_not_specialize=["OUTER", "T", "threshold"])
 def forward_kernel(
     tokens_ptr, weight_ptr, positions_ptr, segments_ptr, segment_weight_ptr, rng_ptr, y_ptr,
     OUTER, T, E, scale, threshold, keep_scale,
-    SHARED: tl.constexpr, QUADS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    SHARED: tl.constexpr, OCTETS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """A tile of positions, in every ``num_programs(2)``-th sequence; ``SHARED`` positions are loaded once for them."""
     t, e0 = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None].to(tl.int64), tl.program_id(1) * BLOCK_E
@@ -60,14 +50,14 @@ def forward_kernel(
             segment = tl.load(segments_ptr + n, mask=t < T, other=0).to(tl.int64)
             y += load(segment_weight_ptr + segment * E + e, mask)
         if rng_ptr is not None:
-            y = tl.where(_keep(rng_ptr, n, e0, E, threshold, BLOCK_E, QUADS), y * keep_scale, 0.0)
+            y = tl.where(keep_columns(rng_ptr, n, e0, E, threshold, BLOCK_E, OCTETS), y * keep_scale, 0.0)
         store(y_ptr + n * E + e, y, mask)
 
 
 @triton.jit(do_not_specialize=["V", "threshold", "parts"])
 def table_gradient_kernel(
     dy_ptr, order_ptr, ends_ptr, rng_ptr, out_ptr, V, E, parts, scale, threshold, keep_scale,
-    QUADS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    OCTETS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Part ``program_id(2)`` of the gradient of one row of a table: ``out_ptr`` [parts,V,E].
 
@@ -85,7 +75,7 @@ def table_gradient_kernel(
         n = tl.load(order_ptr + at, mask=at < last, other=0)
         dy = load(dy_ptr + n * E + e, (at < last) & (e < E))
         if rng_ptr is not None:
-            dy = tl.where(_keep(rng_ptr, n, e0, E, threshold, BLOCK_E, QUADS), dy * keep_scale, 0.0)
+            dy = tl.where(keep_columns(rng_ptr, n, e0, E, threshold, BLOCK_E, OCTETS), dy * keep_scale, 0.0)
         total += tl.sum(dy, 0)
     place = (part.to(tl.int64) * V + row) * E + e0 + tl.arange(0, BLOCK_E)
     store(out_ptr + place, total * scale, e0 + tl.arange(0, BLOCK_E) < E)
@@ -94,7 +84,7 @@ def table_gradient_kernel(
 @triton.jit(do_not_specialize=["OUTER", "T", "threshold"])
 def position_gradient_kernel(
     dy_ptr, rng_ptr, out_ptr, OUTER, T, E, threshold, keep_scale,
-    QUADS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    OCTETS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """float32 [T,E]: dy [OUTER,T,E] after dropout, summed over its first dimension in order."""
     t, e0 = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None].to(tl.int64), tl.program_id(1) * BLOCK_E
@@ -105,7 +95,7 @@ def position_gradient_kernel(
         n = outer * T + t
         dy = load(dy_ptr + n * E + e, mask)
         if rng_ptr is not None:
-            dy = tl.where(_keep(rng_ptr, n, e0, E, threshold, BLOCK_E, QUADS), dy * keep_scale, 0.0)
+            dy = tl.where(keep_columns(rng_ptr, n, e0, E, threshold, BLOCK_E, OCTETS), dy * keep_scale, 0.0)
         total += dy
     tl.store(out_ptr + t * E + e, total, mask=mask)
 
@@ -132,7 +122,7 @@ def embedding_fwd(
     forward_kernel[(triton.cdiv(T, block_n), triton.cdiv(E, block_e), sequences)](
         tokens, weight, positions, segments, segment_weight, rng, y, outer, T, E, scale,
         *dropout_threshold(dropout_p),
-        SHARED=shared, QUADS=E % 4 == 0, BLOCK_N=block_n, BLOCK_E=block_e, **config.options,
+        SHARED=shared, OCTETS=E % 8 == 0, BLOCK_N=block_n, BLOCK_E=block_e, **config.options,
     )  # fmt: skip
     return y
 
@@ -149,7 +139,7 @@ def table_gradient(dy: Tensor, tokens: Tensor, table: Tensor, rng: Tensor | None
     block_n, block_e = config.tile
     table_gradient_kernel[(V, triton.cdiv(E, block_e), parts)](
         dy, order, ends, rng, found, V, E, parts, scale, *dropout_threshold(p),
-        QUADS=E % 4 == 0, BLOCK_N=block_n, BLOCK_E=block_e, **config.options,
+        OCTETS=E % 8 == 0, BLOCK_N=block_n, BLOCK_E=block_e, **config.options,
     )  # fmt: skip
     return found[0] if parts == 1 else found.sum(0).to(table.dtype)
 
@@ -162,6 +152,6 @@ def position_gradient(dy: Tensor, rng: Tensor | None, dropout_p: float) -> Tenso
     block_n, block_e = config.tile
     position_gradient_kernel[(triton.cdiv(T, block_n), triton.cdiv(E, block_e))](
         dy, rng, found, outer, T, E, *dropout_threshold(dropout_p),
-        QUADS=E % 4 == 0, BLOCK_N=block_n, BLOCK_E=block_e, **config.options,
+        OCTETS=E % 8 == 0, BLOCK_N=block_n, BLOCK_E=block_e, **config.options,
     )  # fmt: skip
     return found

@@ -27,24 +27,12 @@ from pytransformer.kernels._common import (
     dropout_threshold,
     empty_like,
     float32_precision,
-    keep_elements,
-    keep_quads,
+    keep_columns,
     load,
     rounded,
     store,
 )
 from pytransformer.kernels._matmul import product_tile, tile_of_program
-
-
-@triton.jit
-def _keep(rng_ptr, m, n0, width, threshold, BLOCK_N: tl.constexpr, QUADS: tl.constexpr):
-    """Which elements of rows m, from column n0 on, of a matrix with ``width`` columns dropout keeps."""
-    rows = m.to(tl.int64)[:, None]
-    if QUADS:
-        keep = keep_quads(rng_ptr, rows * (width // 4) + (n0 // 4 + tl.arange(0, BLOCK_N // 4))[None, :], threshold)
-    else:
-        keep = keep_elements(rng_ptr, rows * width + (n0 + tl.arange(0, BLOCK_N))[None, :], threshold)
-    return keep
 
 
 @triton.jit
@@ -55,7 +43,7 @@ def _bias(pointer, n, N):
 @triton.jit
 def _hidden_gradients(
     da, h_ptr, gate_ptr, rng_ptr, a_ptr, dh_ptr, dgate_ptr, m, n0, at, mask, F, threshold, keep_scale,
-    ACTIVATION: tl.constexpr, BLOCK_F: tl.constexpr, QUADS: tl.constexpr,
+    ACTIVATION: tl.constexpr, BLOCK_F: tl.constexpr, OCTETS: tl.constexpr,
 ):  # fmt: skip
     """From the gradient of a: stores a, dh and dgate; returns dh as it is stored."""
     y, slope = activate(load(h_ptr + at, mask), ACTIVATION)
@@ -63,7 +51,7 @@ def _hidden_gradients(
     if gate_ptr is not None:
         a = y * load(gate_ptr + at, mask)
     if rng_ptr is not None:
-        keep = _keep(rng_ptr, m, n0, F, threshold, BLOCK_F, QUADS)
+        keep = keep_columns(rng_ptr, m[:, None], n0, F, threshold, BLOCK_F, OCTETS)
         a, da = tl.where(keep, a * keep_scale, 0.0), tl.where(keep, da * keep_scale, 0.0)
     store(a_ptr + at, a, mask)
     dh = da * slope
@@ -78,14 +66,14 @@ def _hidden_gradients(
 @triton.jit(do_not_specialize=["M", "threshold"])
 def hidden_kernel(
     x_ptr, w_ptr, b_ptr, wg_ptr, bg_ptr, rng_ptr, h_ptr, a_ptr, M, E, F, threshold, keep_scale,
-    ACTIVATION: tl.constexpr, QUADS: tl.constexpr,
+    ACTIVATION: tl.constexpr, OCTETS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """h and a from x [M,E], W1 and Wg [F,E]."""
     row, column = tile_of_program(M, F, BLOCK_M, BLOCK_N)
     m, n = row * BLOCK_M + tl.arange(0, BLOCK_M), column * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (m < M)[:, None] & (n < F)[None, :]
-    at = m.to(tl.int64)[:, None] * F + n[None, :]
+    at = m[:, None] * F + n[None, :]
     h = product_tile(x_ptr, w_ptr, m, n, M, F, E, E, 1, 1, E, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
     if b_ptr is not None:
         h += _bias(b_ptr, n, F)
@@ -98,25 +86,27 @@ def hidden_kernel(
             gate += _bias(bg_ptr, n, F)
         a *= gate
     if rng_ptr is not None:
-        a = tl.where(_keep(rng_ptr, m, column * BLOCK_N, F, threshold, BLOCK_N, QUADS), a * keep_scale, 0.0)
+        a = tl.where(
+            keep_columns(rng_ptr, m[:, None], column * BLOCK_N, F, threshold, BLOCK_N, OCTETS), a * keep_scale, 0.0
+        )
     store(a_ptr + at, a, mask)
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
 def hidden_backward_kernel(
     dy_ptr, w_ptr, h_ptr, gate_ptr, rng_ptr, a_ptr, dh_ptr, dgate_ptr, partial_ptr, M, OUT, F, threshold, keep_scale,
-    ACTIVATION: tl.constexpr, QUADS: tl.constexpr,
+    ACTIVATION: tl.constexpr, OCTETS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """a, dh and dgate from dy [M,OUT], W2 [OUT,F] and h; ``partial_ptr`` [tiles of rows, F] gets column sums of dh."""
     row, column = tile_of_program(M, F, BLOCK_M, BLOCK_N)
     m, n = row * BLOCK_M + tl.arange(0, BLOCK_M), column * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (m < M)[:, None] & (n < F)[None, :]
-    at = m.to(tl.int64)[:, None] * F + n[None, :]
+    at = m[:, None] * F + n[None, :]
     da = product_tile(dy_ptr, w_ptr, m, n, M, F, OUT, OUT, 1, F, 1, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
     dh = _hidden_gradients(
         da, h_ptr, gate_ptr, rng_ptr, a_ptr, dh_ptr, dgate_ptr, m, column * BLOCK_N, at, mask, F, threshold,
-        keep_scale, ACTIVATION, BLOCK_N, QUADS,
+        keep_scale, ACTIVATION, BLOCK_N, OCTETS,
     )  # fmt: skip
     tl.store(partial_ptr + row * F + n, tl.sum(dh, 0), mask=n < F)
 
@@ -124,34 +114,34 @@ def hidden_backward_kernel(
 @triton.jit(do_not_specialize=["M", "threshold"])
 def activation_kernel(
     h_ptr, gate_ptr, rng_ptr, a_ptr, M, F, threshold, keep_scale,
-    ACTIVATION: tl.constexpr, QUADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACTIVATION: tl.constexpr, OCTETS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """a from h and the gate, elementwise."""
     m, n0 = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1) * BLOCK_N
     n = n0 + tl.arange(0, BLOCK_N)
     mask = (m < M)[:, None] & (n < F)[None, :]
-    at = m.to(tl.int64)[:, None] * F + n[None, :]
+    at = m[:, None] * F + n[None, :]
     a, _ = activate(load(h_ptr + at, mask), ACTIVATION)
     if gate_ptr is not None:
         a *= load(gate_ptr + at, mask)
     if rng_ptr is not None:
-        a = tl.where(_keep(rng_ptr, m, n0, F, threshold, BLOCK_N, QUADS), a * keep_scale, 0.0)
+        a = tl.where(keep_columns(rng_ptr, m[:, None], n0, F, threshold, BLOCK_N, OCTETS), a * keep_scale, 0.0)
     store(a_ptr + at, a, mask)
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
 def activation_backward_kernel(
     da_ptr, h_ptr, gate_ptr, rng_ptr, a_ptr, dh_ptr, dgate_ptr, partial_ptr, M, F, threshold, keep_scale,
-    ACTIVATION: tl.constexpr, QUADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACTIVATION: tl.constexpr, OCTETS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """a, dh and dgate from the gradient of a, elementwise, with the column sums of dh."""
     m, n0 = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1) * BLOCK_N
     n = n0 + tl.arange(0, BLOCK_N)
     mask = (m < M)[:, None] & (n < F)[None, :]
-    at = m.to(tl.int64)[:, None] * F + n[None, :]
+    at = m[:, None] * F + n[None, :]
     dh = _hidden_gradients(
         load(da_ptr + at, mask), h_ptr, gate_ptr, rng_ptr, a_ptr, dh_ptr, dgate_ptr, m, n0, at, mask, F, threshold,
-        keep_scale, ACTIVATION, BLOCK_N, QUADS,
+        keep_scale, ACTIVATION, BLOCK_N, OCTETS,
     )  # fmt: skip
     tl.store(partial_ptr + tl.program_id(0) * F + n, tl.sum(dh, 0), mask=n < F)
 
@@ -174,7 +164,7 @@ def hidden_fwd(
     """
     (M, E), width = x.shape, weight.shape[0]
     a = torch.empty(M, width, dtype=x.dtype, device=x.device)
-    constants = {"ACTIVATION": activation, "QUADS": width % 4 == 0}
+    constants = {"ACTIVATION": activation, "OCTETS": width % 8 == 0}
     arch = _configs.architecture(x.device)
     if _configs.fuse_activation("fwd", x.dtype, E, arch) if fused is None else fused:
         h = empty_like(a) if store_hidden else None
@@ -207,7 +197,7 @@ def hidden_bwd(
     (M, O), width = dy.shape, weight.shape[1]  # noqa: E741
     a, dh = empty_like(h), empty_like(h)
     dgate = None if gate is None else empty_like(h)
-    constants = {"ACTIVATION": activation, "QUADS": width % 4 == 0}
+    constants = {"ACTIVATION": activation, "OCTETS": width % 8 == 0}
     arch = _configs.architecture(dy.device)
     if _configs.fuse_activation("bwd", dy.dtype, O, arch) if fused is None else fused:
         config = _configs.matmul("backward", dy.dtype, arch)

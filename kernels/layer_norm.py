@@ -23,8 +23,7 @@ from pytransformer.kernels import _configs
 from pytransformer.kernels._common import (
     dropout_threshold,
     empty_like,
-    keep_elements,
-    keep_quads,
+    keep_columns,
     load,
     program_count,
     rounded,
@@ -32,17 +31,6 @@ from pytransformer.kernels._common import (
 )
 
 _LENGTHS = ["N", "threshold"]  # no kernel is compiled anew for these
-
-
-@triton.jit
-def _keep(rng_ptr, rows, start, E, threshold, BLOCK_E: tl.constexpr, QUADS: tl.constexpr):
-    """Which elements of ``rows`` [R,1], from column ``start`` on, dropout keeps: [R,BLOCK_E]."""
-    if QUADS:
-        quads = rows.to(tl.int64) * (E // 4) + (start // 4 + tl.arange(0, BLOCK_E // 4))[None, :]
-        keep = keep_quads(rng_ptr, quads, threshold)
-    else:
-        keep = keep_elements(rng_ptr, rows.to(tl.int64) * E + (start + tl.arange(0, BLOCK_E))[None, :], threshold)
-    return keep
 
 
 @triton.jit
@@ -58,13 +46,13 @@ def _residual_sum(
     threshold,
     keep_scale,
     BLOCK_E: tl.constexpr,
-    QUADS: tl.constexpr,
+    OCTETS: tl.constexpr,
 ):
     """``residual + dropout(x + input_bias)`` [R,BLOCK_E], rounded to the dtype of x as it is stored."""
     at = rows.to(tl.int64) * E + (start + tl.arange(0, BLOCK_E))[None, :]
     z = load(x_ptr + at, mask) + input_bias
     if rng_ptr is not None:
-        z = tl.where(_keep(rng_ptr, rows, start, E, threshold, BLOCK_E, QUADS), z * keep_scale, 0.0)
+        z = tl.where(keep_columns(rng_ptr, rows, start, E, threshold, BLOCK_E, OCTETS), z * keep_scale, 0.0)
     if residual_ptr is not None:
         z += load(residual_ptr + at, mask)
     return rounded(z, x_ptr.dtype.element_ty).to(tl.float32)
@@ -97,7 +85,7 @@ def forward_kernel(
     threshold,
     keep_scale,
     RMS: tl.constexpr,
-    QUADS: tl.constexpr,
+    OCTETS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
@@ -109,7 +97,7 @@ def forward_kernel(
         rows = (first + tl.arange(0, ROWS))[:, None]
         mask = (rows < N) & inside
         z = _residual_sum(
-            x_ptr, residual_ptr, input_bias, rng_ptr, rows, 0, mask, E, threshold, keep_scale, BLOCK_E, QUADS
+            x_ptr, residual_ptr, input_bias, rng_ptr, rows, 0, mask, E, threshold, keep_scale, BLOCK_E, OCTETS
         )
         z = tl.where(mask, z, 0.0)
         at = rows.to(tl.int64) * E + columns[None, :]
@@ -141,7 +129,7 @@ def forward_in_pieces_kernel(
     threshold,
     keep_scale,
     RMS: tl.constexpr,
-    QUADS: tl.constexpr,
+    OCTETS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
@@ -168,7 +156,7 @@ def forward_in_pieces_kernel(
                     threshold,
                     keep_scale,
                     BLOCK_E,
-                    QUADS,
+                    OCTETS,
                 )
                 at = rows.to(tl.int64) * E + (start + columns)[None, :]
                 if step == 0:
@@ -197,7 +185,7 @@ def _normalized(dy_ptr, z_ptr, weight, mean, rstd, at, mask):
 @triton.jit
 def _store_gradients(
     dz, dsum_ptr, rng_ptr, dz_ptr, dx_ptr, rows, start, at, mask, E, threshold, keep_scale,
-    BLOCK_E: tl.constexpr, QUADS: tl.constexpr,
+    BLOCK_E: tl.constexpr, OCTETS: tl.constexpr,
 ):  # fmt: skip
     """Adds the stream's own gradient, stores dz and dx, and returns dx."""
     if dsum_ptr is not None:
@@ -205,7 +193,7 @@ def _store_gradients(
     store(dz_ptr + at, dz, mask)
     dx = dz
     if rng_ptr is not None:
-        dx = tl.where(_keep(rng_ptr, rows, start, E, threshold, BLOCK_E, QUADS), dz * keep_scale, 0.0)
+        dx = tl.where(keep_columns(rng_ptr, rows, start, E, threshold, BLOCK_E, OCTETS), dz * keep_scale, 0.0)
         store(dx_ptr + at, dx, mask)
     return tl.where(mask, dx, 0.0)
 
@@ -227,7 +215,7 @@ def backward_kernel(
     threshold,
     keep_scale,
     RMS: tl.constexpr,
-    QUADS: tl.constexpr,
+    OCTETS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
@@ -251,7 +239,7 @@ def backward_kernel(
         if not RMS:
             dz -= (tl.sum(wdy, 1) / E)[:, None]
         dx = _store_gradients(
-            dz * rstd, dsum_ptr, rng_ptr, dz_ptr, dx_ptr, rows, 0, at, mask, E, threshold, keep_scale, BLOCK_E, QUADS
+            dz * rstd, dsum_ptr, rng_ptr, dz_ptr, dx_ptr, rows, 0, at, mask, E, threshold, keep_scale, BLOCK_E, OCTETS
         )
         dinput_bias += tl.sum(dx, 0)
     partial = partial_ptr + tl.program_id(0) * 3 * E + columns
@@ -277,7 +265,7 @@ def backward_in_pieces_kernel(
     threshold,
     keep_scale,
     RMS: tl.constexpr,
-    QUADS: tl.constexpr,
+    OCTETS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
@@ -304,7 +292,7 @@ def backward_in_pieces_kernel(
             dy, wdy, normal = _normalized(dy_ptr, z_ptr, weight, mean, rstd, at, mask)
             dz = (wdy - normal * projection - average) * rstd
             dx = _store_gradients(
-                dz, dsum_ptr, rng_ptr, dz_ptr, dx_ptr, rows, start, at, mask, E, threshold, keep_scale, BLOCK_E, QUADS
+                dz, dsum_ptr, rng_ptr, dz_ptr, dx_ptr, rows, start, at, mask, E, threshold, keep_scale, BLOCK_E, OCTETS
             )
             partial = partial_ptr + (start + columns)[None, :]
             tl.store(partial, load(partial, mask) + dy * normal, mask=mask)
@@ -381,5 +369,5 @@ def _launch(
     rows, columns = config.tile
     kernel[(_programs(config, x),)](
         *tensors, N, E, *scalars, *dropout_threshold(dropout_p),
-        RMS=rms, QUADS=E % 4 == 0, ROWS=rows, BLOCK_E=columns, **config.options,
+        RMS=rms, OCTETS=E % 8 == 0, ROWS=rows, BLOCK_E=columns, **config.options,
     )  # fmt: skip

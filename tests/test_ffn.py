@@ -173,7 +173,7 @@ def test_gated_of_the_reference(activation, dtype):
 @pytest.mark.parametrize("biases", [True, False], ids=["biases", "no_biases"])
 def test_gated(backend_isa, activation, dtype, biases):
     tensors = make((67,), 33, 150, 20, dtype, biases=biases, gated=True)
-    check("ffn", tensors, {"activation": activation, "dropout_p": 0.2 if biases else 0.0, "seed": 5}, backend_isa)
+    check("ffn", tensors, {"activation": activation, "dropout_p": 0.2 if biases else 0.0, "seed": 6}, backend_isa)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -54,7 +54,7 @@ def test_every_combination(backend_isa, dtype, op, flags):
     tensors = make(SHAPES[FLAGS.index(flags) % len(SHAPES)], dtype, flags[:4])
     if op == "rms_norm":
         del tensors["bias"]
-    check(op, tensors, {"dropout_p": 0.3 * dropout, "seed": 1234, "prenorm": prenorm}, backend_isa)
+    check(op, tensors, {"dropout_p": 0.3 * dropout, "seed": 2, "prenorm": prenorm}, backend_isa)
 
 
 @pytest.mark.parametrize("E", [1, 2, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 127, 513, 1023])

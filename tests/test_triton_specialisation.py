@@ -121,9 +121,9 @@ def test_sequences_end_to_end_compile_once():
 
 
 @pytest.mark.parametrize("options", [{"dropout": True}, {"bias": True}, {"dropout": True, "bias": True}])
-def test_dropout_and_bias_compile_once_more_for_multiples_of_four(options):
-    """Four neighbours share random words, and a bias is loaded four at a time where its rows allow it."""
-    for lengths in ((1, 15, 17, 1023), (16, 20, 1024)):
+def test_dropout_and_bias_compile_once_more_for_multiples_of_eight_and_four(options):
+    """Eight neighbours share random words, and a bias is loaded four at a time where its rows allow it."""
+    for lengths in ((1, 15, 17, 1023), (20, 36, 1028), (16, 24, 1024)):
         found = specialisations(lambda S=S: attend(S, S, **options) for S in lengths)
         assert {kernel for kernel, keys in found.items() if len(keys) > 1} == set(), lengths
 

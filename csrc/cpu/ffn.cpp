@@ -133,7 +133,7 @@ class BlockDropout {
  public:
   BlockDropout(const Dropout& dropout, int64_t features, int64_t first_token, const Block& block)
       : dropout_(dropout), first_row_(block.row) {
-    if (dropout.threshold == 0) return;
+    if (dropout.dropped == 0) return;
     for (int64_t c = 0; c < block.columns; c += 64) {
       const int64_t tokens = block.columns - c < 64 ? block.columns - c : 64;
       for (int64_t t = 0; t < tokens; ++t) {
@@ -147,7 +147,7 @@ class BlockDropout {
 
   // To a strip of the block.
   void apply(const Block& strip, float* values) const {
-    if (dropout_.threshold == 0) return;
+    if (dropout_.dropped == 0) return;
     const Vec scale = Vec::set1(dropout_.scale);
     for (int64_t i = 0; i < strip.rows; ++i) {
       float* row = values + i * block_columns;

@@ -145,15 +145,9 @@ struct UVec {
   __m256i v;
 
   static UVec set1(uint32_t x) { return {_mm256_set1_epi32(int32_t(x))}; }
-  static UVec iota() { return {_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)}; }
-  static UVec load(const uint32_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
-  void store(uint32_t* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+  static UVec block_order() { return {_mm256_setr_epi32(0, 1, 4, 5, 2, 3, 6, 7)}; }
   friend UVec operator+(UVec a, UVec b) { return {_mm256_add_epi32(a.v, b.v)}; }
   friend UVec operator^(UVec a, UVec b) { return {_mm256_xor_si256(a.v, b.v)}; }
-  friend Mask operator>=(UVec a, UVec b) {
-    return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(a.v, b.v), a.v))};
-  }
-  friend Mask operator<(UVec a, UVec b) { return ~(a >= b); }
 };
 
 // The low and the high half of the 64-bit products, lane by lane.
@@ -162,6 +156,23 @@ inline void multiply_wide(UVec a, UVec b, UVec& low, UVec& high) {
   __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(a.v, 32), _mm256_srli_epi64(b.v, 32));
   low = {_mm256_mullo_epi32(a.v, b.v)};
   high = {_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa)};
+}
+
+// Blocks of four words, one in each lane, in block_order(): bit 8 * (i % 4) + n of bits[i / 4] says whether number n of
+// block i, of 16 bits, the low half of each word first, is at least `limit`.
+inline void numbers_at_least(const UVec (&word)[4], uint16_t limit, uint32_t* bits) {
+  const __m256i first = _mm256_unpacklo_epi32(word[0].v, word[1].v),
+                second = _mm256_unpackhi_epi32(word[0].v, word[1].v);
+  const __m256i third = _mm256_unpacklo_epi32(word[2].v, word[3].v),
+                fourth = _mm256_unpackhi_epi32(word[2].v, word[3].v);
+  const auto at_least = [least = _mm256_set1_epi16(int16_t(limit))](__m256i x) {
+    return _mm256_cmpeq_epi16(_mm256_max_epu16(x, least), x);
+  };
+  const auto store = [&](uint32_t* out, __m256i a, __m256i b) {
+    *out = uint32_t(_mm256_movemask_epi8(_mm256_packs_epi16(at_least(a), at_least(b))));
+  };
+  store(bits, _mm256_unpacklo_epi64(first, third), _mm256_unpackhi_epi64(first, third));
+  store(bits + 1, _mm256_unpacklo_epi64(second, fourth), _mm256_unpackhi_epi64(second, fourth));
 }
 
 }  // namespace pytransformer::PYTRANSFORMER_ISA

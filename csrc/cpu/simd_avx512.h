@@ -134,13 +134,9 @@ struct UVec {
   __m512i v;
 
   static UVec set1(uint32_t x) { return {_mm512_set1_epi32(int32_t(x))}; }
-  static UVec iota() { return {_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)}; }
-  static UVec load(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
-  void store(uint32_t* p) const { _mm512_storeu_si512(p, v); }
+  static UVec block_order() { return {_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)}; }
   friend UVec operator+(UVec a, UVec b) { return {_mm512_add_epi32(a.v, b.v)}; }
   friend UVec operator^(UVec a, UVec b) { return {_mm512_xor_si512(a.v, b.v)}; }
-  friend Mask operator>=(UVec a, UVec b) { return {_mm512_cmpge_epu32_mask(a.v, b.v)}; }
-  friend Mask operator<(UVec a, UVec b) { return {_mm512_cmplt_epu32_mask(a.v, b.v)}; }
 };
 
 // The low and the high half of the 64-bit products, lane by lane.
@@ -216,5 +212,19 @@ inline Vec dot(PairVec a, PairVec b, Vec acc) {
 }
 
 #endif  // PYTRANSFORMER_BF16_DOT
+
+// Blocks of four words, one in each lane, in block_order(): bit 8 * (i % 4) + n of bits[i / 4] says whether number n of
+// block i, of 16 bits, the low half of each word first, is at least `limit`.
+inline void numbers_at_least(const UVec (&word)[4], uint16_t limit, uint32_t* bits) {
+  const __m512i first = _mm512_unpacklo_epi32(word[0].v, word[1].v),
+                second = _mm512_unpackhi_epi32(word[0].v, word[1].v);
+  const __m512i third = _mm512_unpacklo_epi32(word[2].v, word[3].v),
+                fourth = _mm512_unpackhi_epi32(word[2].v, word[3].v);
+  const __m512i least = _mm512_set1_epi16(int16_t(limit));
+  bits[0] = _mm512_cmpge_epu16_mask(_mm512_unpacklo_epi64(first, third), least);
+  bits[1] = _mm512_cmpge_epu16_mask(_mm512_unpackhi_epi64(first, third), least);
+  bits[2] = _mm512_cmpge_epu16_mask(_mm512_unpacklo_epi64(second, fourth), least);
+  bits[3] = _mm512_cmpge_epu16_mask(_mm512_unpackhi_epi64(second, fourth), least);
+}
 
 }  // namespace pytransformer::PYTRANSFORMER_ISA

@@ -133,16 +133,12 @@ struct UVec {
   uint32x4_t v;
 
   static UVec set1(uint32_t x) { return {vdupq_n_u32(x)}; }
-  static UVec iota() {
+  static UVec block_order() {
     static constexpr uint32_t numbers[4] = {0, 1, 2, 3};
     return {vld1q_u32(numbers)};
   }
-  static UVec load(const uint32_t* p) { return {vld1q_u32(p)}; }
-  void store(uint32_t* p) const { vst1q_u32(p, v); }
   friend UVec operator+(UVec a, UVec b) { return {vaddq_u32(a.v, b.v)}; }
   friend UVec operator^(UVec a, UVec b) { return {veorq_u32(a.v, b.v)}; }
-  friend Mask operator>=(UVec a, UVec b) { return {vcgeq_u32(a.v, b.v)}; }
-  friend Mask operator<(UVec a, UVec b) { return {vcltq_u32(a.v, b.v)}; }
 };
 
 // The low and the high half of the 64-bit products, lane by lane.
@@ -150,6 +146,21 @@ inline void multiply_wide(UVec a, UVec b, UVec& low, UVec& high) {
   const uint64x2_t first = vmull_u32(vget_low_u32(a.v), vget_low_u32(b.v)), last = vmull_high_u32(a.v, b.v);
   low = {vuzp1q_u32(vreinterpretq_u32_u64(first), vreinterpretq_u32_u64(last))};
   high = {vuzp2q_u32(vreinterpretq_u32_u64(first), vreinterpretq_u32_u64(last))};
+}
+
+// Blocks of four words, one in each lane, in block_order(): bit 8 * (i % 4) + n of bits[i / 4] says whether number n of
+// block i, of 16 bits, the low half of each word first, is at least `limit`.
+inline void numbers_at_least(const UVec (&word)[4], uint16_t limit, uint32_t* bits) {
+  const uint32x4x2_t even = vzipq_u32(word[0].v, word[2].v), odd = vzipq_u32(word[1].v, word[3].v);
+  static constexpr uint16_t places[8] = {1, 2, 4, 8, 16, 32, 64, 128};
+  bits[0] = 0;
+  for (int half = 0; half < 2; ++half) {
+    const uint32x4x2_t blocks = vzipq_u32(even.val[half], odd.val[half]);
+    for (int i = 0; i < 2; ++i) {
+      const uint16x8_t kept = vcgeq_u16(vreinterpretq_u16_u32(blocks.val[i]), vdupq_n_u16(limit));
+      bits[0] |= uint32_t(vaddvq_u16(vandq_u16(kept, vld1q_u16(places)))) << 8 * (2 * half + i);
+    }
+  }
 }
 
 }  // namespace pytransformer::PYTRANSFORMER_ISA

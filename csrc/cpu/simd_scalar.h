@@ -144,17 +144,9 @@ struct UVec {
   uint4 v;
 
   static UVec set1(uint32_t x) { return {uint4{x, x, x, x}}; }
-  static UVec iota() { return {uint4{0, 1, 2, 3}}; }
-  static UVec load(const uint32_t* p) {
-    UVec r;
-    std::memcpy(&r.v, p, sizeof r.v);
-    return r;
-  }
-  void store(uint32_t* p) const { std::memcpy(p, &v, sizeof v); }
+  static UVec block_order() { return {uint4{0, 1, 2, 3}}; }
   friend UVec operator+(UVec a, UVec b) { return {a.v + b.v}; }
   friend UVec operator^(UVec a, UVec b) { return {a.v ^ b.v}; }
-  friend Mask operator>=(UVec a, UVec b) { return {(int4)(a.v >= b.v)}; }
-  friend Mask operator<(UVec a, UVec b) { return {(int4)(a.v < b.v)}; }
 };
 
 // The low and the high half of the 64-bit products, lane by lane.
@@ -163,6 +155,18 @@ inline void multiply_wide(UVec a, UVec b, UVec& low, UVec& high) {
     uint64_t product = uint64_t(a.v[i]) * b.v[i];
     low.v[i] = uint32_t(product);
     high.v[i] = uint32_t(product >> 32);
+  }
+}
+
+// Blocks of four words, one in each lane, in block_order(): bit 8 * (i % 4) + n of bits[i / 4] says whether number n of
+// block i, of 16 bits, the low half of each word first, is at least `limit`.
+inline void numbers_at_least(const UVec (&word)[4], uint16_t limit, uint32_t* bits) {
+  bits[0] = 0;
+  for (int i = 0; i < Vec::lanes; ++i) {
+    for (int w = 0; w < 4; ++w) {
+      const uint32_t x = word[w].v[i];
+      bits[0] |= (uint32_t((x & 0xffff) >= limit) | uint32_t(x >> 16 >= limit) << 1) << (8 * i + 2 * w);
+    }
   }
 }
 

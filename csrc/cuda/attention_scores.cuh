@@ -135,52 +135,53 @@ __device__ inline uint32_t visible_queries(const Visibility& v, int t, int s, in
   return visible;
 }
 
-__device__ inline uint32_t keep_block(const Dropout& dropout, int64_t block) {
-  const uint4 words = dropout.block(uint64_t(block));
-  return uint32_t(dropout.keeps(words.x)) | uint32_t(dropout.keeps(words.y)) << 1 |
-         uint32_t(dropout.keeps(words.z)) << 2 | uint32_t(dropout.keeps(words.w)) << 3;
+// Whether dropout keeps elements [element, element + 8) of the scores.
+__device__ inline uint32_t keep_eight(const Dropout& dropout, int64_t element) {
+  const int lead = int(element % 8);
+  uint32_t kept = dropout.keeps(uint64_t(element / 8)) >> lead;
+  if (lead != 0) kept |= dropout.keeps(uint64_t(element / 8 + 1)) << (8 - lead);
+  return kept & 255;
 }
 
-// Whether dropout keeps elements [element, element + 4) of the scores.
-__device__ inline uint32_t keep_four(const Dropout& dropout, int64_t element) {
-  const int lead = int(element % 4);
-  uint32_t kept = keep_block(dropout, element / 4) >> lead;
-  if (lead != 0) kept |= keep_block(dropout, element / 4 + 1) << (4 - lead);
-  return kept & 15;
-}
-
-// 16 x 8 scores are 32 runs of four keys. Each lane draws the bits of one run, which are those of four neighbouring
-// lanes' scores in part, and what was drawn for all column groups is exchanged at once.
+// Two column groups, 16 x 16 scores, are 32 runs of eight keys. Each lane draws the bits of one run, which are those of
+// other lanes' scores for the most part, and what was drawn for all column groups is exchanged at once: the runs of
+// groups 2 n and 2 n + 1 are byte n of a lane's word.
 
 // Rows are queries; `row` is the index in [B*H*T] of this lane's upper row. Lane 4 g + j draws, of row g + 8 (j % 2),
-// keys 4 (j / 2) and on.
+// the keys of every other column group from group j / 2 on.
 template <int N>
 __device__ inline uint32_t keep_keys(const Dropout& dropout, int64_t row, int s, int S) {
-  const int odd = lane() % 2;
-  const int64_t first = (row + 8 * odd) * S + s + lane() % 4 / 2 * 4;
-  uint32_t drawn = 0;
+  static_assert(N % 16 == 0);
+  const int64_t first = (row + lane() % 2 * 8) * S + s + lane() % 4 / 2 * 8;
+  uint32_t drawn = 0, kept = 0;
 #pragma unroll 1
-  for (int n = 0; n < N / 8; ++n) drawn |= keep_four(dropout, first + 8 * n) << 4 * n;
-  const uint32_t received = __shfl_xor_sync(all_lanes, drawn, 1);
-  const uint32_t upper = (odd ? received : drawn) >> 2 * odd, lower = (odd ? drawn : received) >> 2 * odd;
-  return (upper & 0x33333333u) | (lower & 0x33333333u) << 2;
+  for (int n = 0; n < N / 16; ++n) drawn |= keep_eight(dropout, first + 16 * n) << 8 * n;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const uint32_t received = __shfl_sync(all_lanes, drawn, (lane() & ~3) | j);
+    kept |= (received >> lane_column() & 0x03030303u) << 2 * j;
+  }
+  return kept;
 }
 
 // Rows are keys from s on; `row` is the index in [B*H*T] of the first query of the columns. Lane 4 g + j draws, of
-// query 2 j + g % 2, keys 4 (g / 4) + 8 (g / 2 % 2) and on.
+// query 2 j + g % 2 of every other column group from group g / 4 on, keys 8 (g / 2 % 2) and on. Of the eight lanes
+// with equal j, each needs one bit of all: their words are transposed.
 template <int N>
 __device__ inline uint32_t keep_queries(const Dropout& dropout, int64_t row, int s, int S) {
-  const int place = lane_row() % 4;
-  const int64_t first = (row + lane_column() + place % 2) * S + s + lane_row() / 4 * 4 + place / 2 * 8;
-  uint32_t drawn = 0, kept = 0;
+  static_assert(N % 16 == 0);
+  const int g = lane_row();
+  const int64_t first = (row + lane_column() + g % 2 + g / 4 * 8) * S + s + g / 2 % 2 * 8;
+  uint32_t bits = 0;
 #pragma unroll 1
-  for (int n = 0; n < N / 8; ++n) drawn |= keep_four(dropout, first + int64_t(8 * n) * S) << 4 * n;
+  for (int n = 0; n < N / 16; ++n) bits |= keep_eight(dropout, first + int64_t(16 * n) * S) << 8 * n;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t received = __shfl_sync(all_lanes, drawn, (lane() & ~12) | i << 2);
-    kept |= (received >> place & 0x11111111u) << i;
+  for (int step = 4; step > 0; step /= 2) {
+    const uint32_t low = step == 4 ? 0x0f0f0f0fu : step == 2 ? 0x33333333u : 0x55555555u;
+    const uint32_t received = __shfl_xor_sync(all_lanes, bits, 4 * step);
+    bits = g & step ? (bits & ~low) | (received & ~low) >> step : (bits & low) | (received & low) << step;
   }
-  return kept;
+  return bits;
 }
 
 // Scores are kept in units in which exp is exp2 of score * factor. Plain ones are the product itself; others are

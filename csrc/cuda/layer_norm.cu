@@ -1,17 +1,20 @@
 // LayerNorm and RMSNorm with bias, dropout and residual: one read and one write.
 //
-// The op is bound by memory: x, residual, sum and output move once each, 8 bytes an element in 16 bits, and the hundred
-// instructions an element that dropout takes hide behind them. A row lives in the registers of the threads that share
-// it, up to 32 elements in each, between the passes over it: its mean, the variance around that mean (two passes, so
-// that a large common offset cancels exactly), the output. Up to 1024 columns that is one warp, which needs no barrier;
-// longer rows have a block of up to 16 warps. Weight and biases are small and come from the L1 cache.
+// The op is bound by memory: x, residual, sum and output move once each, 8 bytes an element in 16 bits. With everything
+// at once it is not far from being bound by instructions (an H200 has time for some forty an element), so that most of
+// what follows is about those. A row lives in the registers of the threads that share it, up to 32 elements in each,
+// between the passes over it: its mean, the variance around that mean (two passes, so that a large common offset
+// cancels exactly), the output. Up to 1024 columns that is one warp, which needs no barrier; longer rows have a block
+// of up to 16 warps. Each warp has a run of columns of its own, so that all addresses are one and constants. Each
+// optional part is one loop over what a thread holds, so that it is asked for once. Weight and biases are small and
+// come from the L1 cache.
 //
 // Threads load 16 bytes at a time, all of a row before the first is used: a multiprocessor must have some 40 KB under
 // way to keep the memory busy. Where rows do not start at multiples of 16 bytes they load one element at a time,
 // neighbours side by side, which takes more instructions an element: those rows have half as many in a thread.
 #include "layer_norm.h"
 
-#include "numeric.cuh"
+#include "layer_norm_row.cuh"
 #include "philox.cuh"
 #include "reduce.cuh"
 
@@ -19,9 +22,7 @@ namespace pytransformer::cuda {
 namespace {
 
 constexpr int row_threads = 512;  // at most
-template <int N>
-constexpr int row_elements = N > 1 ? 32 : 16;  // in one thread, which loads N at a time
-constexpr int rows_of_warps = 4;               // rows of a block whose rows are a warp each
+constexpr int rows_of_warps = 4;  // rows of a block whose rows are a warp each
 
 template <class T>
 struct ForwardArguments {
@@ -31,100 +32,94 @@ struct ForwardArguments {
   float *mean, *rstd;
   int64_t rows;
   int columns;
+  float inverse_columns;
   DropoutArgument dropout;
   float eps;
   bool rms;
 };
 
-// Which columns a thread holds: N neighbours at column(i), for each i.
-template <int N>
-__device__ int column_of(int i) {
-  return (i * blockDim.x + threadIdx.x) * N;
-}
-
+// z = residual + dropout(x + input_bias) of a row; 0 beyond its end.
 template <class T, int N, int COUNT>
-__device__ void load_row(const T* row, int columns, Pack<T, N> (&x)[COUNT]) {
-#pragma unroll
-  for (int i = 0; i < COUNT; ++i) {
-    if (column_of<N>(i) < columns) x[i] = load_pack<T, N>(row + column_of<N>(i));
-  }
-}
-
-// z = residual + dropout(x + input_bias) of a row; 0 beyond its end. Returns the sum of this thread's part.
-template <class T, int N, int COUNT>
-__device__ float add_row(const ForwardArguments<T>& a, int64_t row, float (&z)[COUNT][N]) {
-  const int64_t start = row * a.columns;
+__device__ void add_row(const ForwardArguments<T>& a, const Row<T, N, COUNT>& row, int64_t start,
+                        float (&z)[COUNT][N]) {
   Pack<T, N> x[COUNT] = {}, residual[COUNT] = {};
-  load_row(a.input + start, a.columns, x);
-  if (N > 1 && a.residual != nullptr) load_row(a.residual + start, a.columns, residual);
-  const Dropout dropout(a.dropout);
-  float total = 0;
+  row.load(a.input + start, x);
+  if (a.residual != nullptr) row.load(a.residual + start, residual);
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) widen(x[i], z[i]);
+  row.with(a.input_bias, z, [](float& z, float bias) { z += bias; });
+  Dropout(a.dropout).apply(start + row.column(0), row.step, z);
+  if (a.residual != nullptr) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      float other[N];
+      widen(residual[i], other);
+#pragma unroll
+      for (int j = 0; j < N; ++j) z[i][j] += other[j];
+    }
+  }
+  if (a.sum != nullptr) {
+    // Backward reads the stored sum: normalise what it will see, not what was rounded away.
+    Pack<T, N> sum[COUNT];
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      sum[i] = narrow<T>(z[i]);
+      widen(sum[i], z[i]);
+    }
+    row.each([&](int i) { store_pack(a.sum + start + row.column(i), sum[i]); });
+  }
+}
+
+// Of one block at least: else the compiler spills to fit in more.
+template <class T, int N, int COUNT>
+__global__ void __launch_bounds__(row_threads, 1) layer_norm_fwd_kernel(const ForwardArguments<T> a) {
+  __shared__ float scratch[2][1][most_warps];
+  const int64_t index = int64_t(blockIdx.x) * blockDim.y + threadIdx.y, start = index * a.columns;
+  if (index >= a.rows) return;  // only of rows of one warp each, which meet no barrier below
+  const Row<T, N, COUNT> row(a.columns);
+  float z[COUNT][N], total[1] = {}, squares[1] = {};
+  add_row(a, row, start, z);
+  if (!a.rms) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) total[0] += z[i][j];
+    }
+    row_sums(total, scratch[0]);
+  }
+  const float mean = a.rms ? 0.0f : total[0] / float(a.columns);
+  row.each([&](int i) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      z[i][j] -= mean;
+      squares[0] += z[i][j] * z[i][j];
+    }
+  });
+  row_sums(squares, scratch[1]);
+  const float rstd = rsqrtf(squares[0] * a.inverse_columns + a.eps);
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) {
-    const int column = column_of<N>(i);
-    widen(x[i], z[i]);
-    if (column >= a.columns) continue;
-    float other[N] = {};
-    if (a.input_bias) a.input_bias.load(column, other);
 #pragma unroll
-    for (int j = 0; j < N; ++j) z[i][j] += other[j];
-    dropout.apply(start + column, z[i]);
-    if (N == 1 && a.residual != nullptr) residual[i] = load_pack<T, N>(a.residual + start + column);
-    widen(residual[i], other);
-#pragma unroll
-    for (int j = 0; j < N; ++j) z[i][j] += other[j];
-    if (a.sum != nullptr) {
-      // Backward reads the stored sum: normalise what it will see, not what was rounded away.
-      store(a.sum + start + column, z[i]);
-#pragma unroll
-      for (int j = 0; j < N; ++j) z[i][j] = rounded<T>(z[i][j]);
-    }
-#pragma unroll
-    for (int j = 0; j < N; ++j) total += z[i][j];
+    for (int j = 0; j < N; ++j) z[i][j] *= rstd;
   }
-  return total;
+  row.with(a.weight, z, [](float& z, float weight) { z *= weight; });
+  row.with(a.bias, z, [](float& z, float bias) { z += bias; });
+  row.each([&](int i) { store(a.output + start + row.column(i), z[i]); });
+  if (threadIdx.x == 0) {
+    if (a.mean != nullptr) a.mean[index] = mean;
+    if (a.rstd != nullptr) a.rstd[index] = rstd;
+  }
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(row_threads) layer_norm_fwd_kernel(const ForwardArguments<T> a) {
-  constexpr int count = row_elements<N> / N;
-  __shared__ float scratch[2][1][most_warps];
-  const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
-  if (row >= a.rows) return;  // only of rows of one warp each, which meet no barrier below
-  float z[count][N];
-  float total[1] = {add_row(a, row, z)}, squares[1] = {};
-  if (!a.rms) row_sums(total, scratch[0]);
-  const float mean = a.rms ? 0.0f : total[0] / float(a.columns);
-#pragma unroll
-  for (int i = 0; i < count; ++i) {
-    if (column_of<N>(i) >= a.columns) continue;
-#pragma unroll
-    for (int j = 0; j < N; ++j) squares[0] += (z[i][j] - mean) * (z[i][j] - mean);
-  }
-  row_sums(squares, scratch[1]);
-  const float rstd = 1.0f / sqrtf(squares[0] / float(a.columns) + a.eps);
-#pragma unroll
-  for (int i = 0; i < count; ++i) {
-    const int column = column_of<N>(i);
-    if (column >= a.columns) continue;
-    float y[N], vector[N];
-#pragma unroll
-    for (int j = 0; j < N; ++j) y[j] = (z[i][j] - mean) * rstd;
-    if (a.weight) {
-      a.weight.load(column, vector);
-#pragma unroll
-      for (int j = 0; j < N; ++j) y[j] *= vector[j];
-    }
-    if (a.bias) {
-      a.bias.load(column, vector);
-#pragma unroll
-      for (int j = 0; j < N; ++j) y[j] += vector[j];
-    }
-    store(a.output + row * a.columns + column, y);
-  }
-  if (threadIdx.x == 0) {
-    if (a.mean != nullptr) a.mean[row] = mean;
-    if (a.rstd != nullptr) a.rstd[row] = rstd;
+auto kernel_for(int elements) {
+  if constexpr (N > 1) {
+    if (elements == 32) return layer_norm_fwd_kernel<T, N, 32 / N>;
+    if (elements == 24) return layer_norm_fwd_kernel<T, N, 24 / N>;
+    if (elements == 16) return layer_norm_fwd_kernel<T, N, 16 / N>;
+    return layer_norm_fwd_kernel<T, N, 8 / N>;
+  } else {
+    return elements == 16 ? layer_norm_fwd_kernel<T, 1, 16> : layer_norm_fwd_kernel<T, 1, 8>;
   }
 }
 
@@ -142,19 +137,20 @@ void forward(const LayerNormForward& p, const Launch& launch) {
                               p.rstd.ptr<float>(),
                               rows,
                               int(columns),
+                              1.0f / float(columns),
                               dropout(p.dropout_p, launch),
                               p.eps,
                               p.rms};
   const bool wide = columns % widest<T> == 0 && aligned(p.input, 16) && aligned(p.residual, 16) &&
                     aligned(p.weight, 16) && aligned(p.bias, 16) && aligned(p.input_bias, 16) &&
                     aligned(p.output, 16) && aligned(p.sum, 16);
-  const int64_t elements = warp_size * (wide ? row_elements<widest<T>> : row_elements<1>);
-  const unsigned threads = unsigned(ceil_div(columns, elements)) * warp_size;
-  if (threads > row_threads)
-    fail("layer_norm: at most ", elements * row_threads / warp_size, " columns, got ", columns);
+  const int elements =
+      wide ? fullest(columns, row_threads, false, {32, 24, 16, 8}) : fullest(columns, row_threads, false, {16, 8});
+  const unsigned threads = unsigned(ceil_div(columns, warp_size * elements)) * warp_size;
+  if (threads > row_threads) fail("layer_norm: at most ", row_threads * elements, " columns, got ", columns);
   const unsigned together = threads == warp_size ? rows_of_warps : 1;
   const Shape shape{dim3(unsigned(ceil_div(rows, together))), dim3(threads, together)};
-  start("layer_norm_fwd", p.input, wide ? layer_norm_fwd_kernel<T, widest<T>> : layer_norm_fwd_kernel<T, 1>, shape,
+  start("layer_norm_fwd", p.input, wide ? kernel_for<T, widest<T>>(elements) : kernel_for<T, 1>(elements), shape,
         launch, a);
 }
 

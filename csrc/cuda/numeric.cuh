@@ -47,10 +47,21 @@ __device__ Pack<T, N> load_pack(const T* p) {
   return *reinterpret_cast<const Pack<T, N>*>(p);
 }
 
+// bfloat16 is the upper half of a float: two of a word take one instruction each.
 template <class T, int N>
 __device__ void widen(const Pack<T, N>& pack, float (&x)[N]) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16> && N % 2 == 0) {
+    uint32_t words[N / 2];
+    memcpy(words, pack.data, sizeof words);
 #pragma unroll
-  for (int i = 0; i < N; ++i) x[i] = to_float(pack.data[i]);
+    for (int i = 0; i < N / 2; ++i) {
+      x[2 * i] = __uint_as_float(words[i] << 16);
+      x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = to_float(pack.data[i]);
+  }
 }
 
 template <class T, int N>
@@ -58,12 +69,35 @@ __device__ void load(const T* p, float (&x)[N]) {
   widen(load_pack<T, N>(p), x);
 }
 
+// N neighbours at an address that is a multiple of 16 bytes at most.
 template <class T, int N>
-__device__ void store(T* p, const float (&x)[N]) {
+__device__ void load_neighbours(const T* p, float (&x)[N]) {
+  constexpr int step = N < widest<T> ? N : widest<T>;
+#pragma unroll
+  for (int i = 0; i < N; i += step) {
+    float part[step];
+    load(p + i, part);
+#pragma unroll
+    for (int j = 0; j < step; ++j) x[i + j] = part[j];
+  }
+}
+
+template <class T, int N>
+__device__ Pack<T, N> narrow(const float (&x)[N]) {
   Pack<T, N> pack;
 #pragma unroll
   for (int i = 0; i < N; ++i) pack.data[i] = from_float<T>(x[i]);
+  return pack;
+}
+
+template <class T, int N>
+__device__ void store_pack(T* p, const Pack<T, N>& pack) {
   *reinterpret_cast<Pack<T, N>*>(p) = pack;
+}
+
+template <class T, int N>
+__device__ void store(T* p, const float (&x)[N]) {
+  store_pack(p, narrow<T>(x));
 }
 
 // A [columns] parameter: of the storage type of the op, or float32.
@@ -77,15 +111,13 @@ class Parameter {
 
   template <int N>
   __device__ void load(int column, float (&x)[N]) const {
-    if (!wide_) return cuda::load(static_cast<const T*>(data_) + column, x);
-    constexpr int step = N < widest<float> ? N : widest<float>;
-#pragma unroll
-    for (int i = 0; i < N; i += step) {
-      float part[step];
-      cuda::load(static_cast<const float*>(data_) + column + i, part);
-#pragma unroll
-      for (int j = 0; j < step; ++j) x[i + j] = part[j];
-    }
+    visit([&](auto* data) { load_neighbours(data + column, x); });
+  }
+
+  // f(pointer to the values), as T or as float.
+  template <class F>
+  __device__ void visit(const F& f) const {
+    wide_ ? f(static_cast<const float*>(data_)) : f(static_cast<const T*>(data_));
   }
 
  private:

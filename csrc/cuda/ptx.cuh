@@ -72,6 +72,11 @@ __device__ inline uint32_t pack<__half>(float low, float high) {
   return pair;
 }
 
+// Where `threads` of a block, whole warps, wait for each other; 0 is the barrier of __syncthreads().
+__device__ inline void barrier(int number, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
 // 16 bytes from global to shared memory, past the registers; bytes from `valid` on are zeros and not read.
 __device__ inline void copy_16_async(uint32_t shared, const void* global, int valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid) : "memory");

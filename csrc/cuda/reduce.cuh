@@ -3,6 +3,7 @@
 #pragma once
 
 #include "launch.h"
+#include "ptx.cuh"
 
 namespace pytransformer::cuda {
 
@@ -15,8 +16,8 @@ inline __device__ float warp_sum(float x) {
   return x;
 }
 
-// Sums over threadIdx.x, for each threadIdx.y; blockDim.x is a multiple of the warp. Where a row has several warps all
-// threads of the block call this, and meet at one barrier: two sums in a row need a scratch each, in shared memory.
+// Sums over threadIdx.x, for each threadIdx.y; blockDim.x is a multiple of the warp. Where a row has several warps, all
+// of them call this, and meet at one barrier: two sums in a row need a scratch each, in shared memory.
 template <int N>
 __device__ void row_sums(float (&x)[N], float (*scratch)[most_warps]) {
 #pragma unroll
@@ -27,7 +28,7 @@ __device__ void row_sums(float (&x)[N], float (*scratch)[most_warps]) {
 #pragma unroll
     for (int n = 0; n < N; ++n) scratch[n][first + threadIdx.x / warp_size] = x[n];
   }
-  __syncthreads();
+  ptx::barrier(1 + threadIdx.y, blockDim.x);
 #pragma unroll
   for (int n = 0; n < N; ++n) {
     x[n] = 0;

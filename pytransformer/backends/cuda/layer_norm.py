@@ -11,6 +11,7 @@ from pytransformer import _cuda
 from pytransformer.backends.cuda._arguments import aligned, call, multiprocessors, outpaced, rows, unsupported
 
 LARGE = 2**24  # elements: from there on Triton's kernels take less time on an H200, host and all
+_BLOCKS = 2  # of the backward on a multiprocessor, at most
 _MOST = 16384  # elements of a row that the kernels hold; half as many where rows do not start at 16 bytes
 
 
@@ -117,7 +118,8 @@ def layer_norm_bwd(
     grad_input = torch.empty_like(grad_stream) if dropout_p > 0 else stream.new_empty(0)
     sums = (vector(needs[0]), vector(needs[1]), vector(needs[2]))
     weight_sums, bias_sums, input_bias_sums = (x if needed else None for x, needed in zip(sums, needs, strict=True))
-    partial = stream.new_empty(multiprocessors(stream.device.index or 0), 3, columns, dtype=torch.float32)
+    blocks = multiprocessors(stream.device.index or 0) * _BLOCKS
+    partial = stream.new_empty(blocks, 3, columns, dtype=torch.float32)
     _cuda.layer_norm_bwd(
         rows(torch.zeros_like(stream) if grad_output is None else grad_output),
         rows(grad_sum),
