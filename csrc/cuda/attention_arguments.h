@@ -85,16 +85,8 @@ inline void check_workspace(const char* name, const Launch& launch, int64_t byte
   if (given < bytes) fail(name, ": workspace must have ", bytes, " bytes, got ", given);
 }
 
-// The view of a [B,H,T,D] tensor whose rows are aligned for 16-byte accesses, or an error.
-Heads aligned_heads(const char* name, const char* argument, const TensorView& view);
-
-// The same of any tensor: for results of a width that 8 does not divide, which are stored one by one.
-Heads unaligned_heads(const TensorView& view);
-
-// The view of a result, which must be aligned where its rows are stored in whole chunks.
-inline Heads result_heads(const char* name, const char* argument, const TensorView& view) {
-  return view.shape[3] % 8 == 0 ? aligned_heads(name, argument, view) : unaligned_heads(view);
-}
+// The view of a [B,H,T,D] tensor whose rows are whole chunks of 16 bytes and start at multiples of these, or an error.
+Heads heads(const char* name, const char* argument, const TensorView& view);
 
 // body(integral_constant<int, D>) for the narrowest compiled head width D that holds `width` columns.
 template <class Body>

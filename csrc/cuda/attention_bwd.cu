@@ -20,18 +20,12 @@ __global__ void __launch_bounds__(threads)
   };
   const T *out = row_of(a.out), *grad_out = row_of(a.grad_out);
   float delta = 0;
-  if (a.out.width % 8 == 0) {
-    for (int column = lane() * 8; column < a.out.width; column += 32 * 8) {
-      float x[8], y[8];
-      load(out + column, x);
-      load(grad_out + column, y);
+  for (int column = lane() * 8; column < a.out.width; column += 32 * 8) {
+    float x[8], y[8];
+    load(out + column, x);
+    load(grad_out + column, y);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) delta += x[i] * y[i];
-    }
-  } else {
-    for (int column = lane(); column < a.out.width; column += 32) {
-      delta += to_float(out[column]) * to_float(grad_out[column]);
-    }
+    for (int i = 0; i < 8; ++i) delta += x[i] * y[i];
   }
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) delta += __shfl_xor_sync(all_lanes, delta, distance);
@@ -56,15 +50,15 @@ void attention_bwd(const AttentionBackward& p, const Launch& launch) {
   check_workspace(name, launch, attention_bwd_workspace(p));
   char* workspace = launch.workspace.ptr<char>();
   BackwardArguments a{attention_arguments(name, p, launch, workspace + statistics_bytes(p))};
-  a.out = result_heads(name, "out", p.out);
-  a.grad_out = aligned_heads(name, "grad_out", p.grad_out);
+  a.out = heads(name, "out", p.out);
+  a.grad_out = heads(name, "grad_out", p.grad_out);
   a.lse = p.lse.ptr<const float>();
   a.lse_batch = p.lse.stride[0];
   a.lse_head = p.lse.stride[1];
   a.statistics = reinterpret_cast<float2*>(workspace);
-  a.grad_query = result_heads(name, "grad_query", p.grad_query);
-  a.grad_key = result_heads(name, "grad_key", p.grad_key);
-  a.grad_value = result_heads(name, "grad_value", p.grad_value);
+  a.grad_query = heads(name, "grad_query", p.grad_query);
+  a.grad_key = heads(name, "grad_key", p.grad_key);
+  a.grad_value = heads(name, "grad_value", p.grad_value);
   a.grad_bias = p.grad_bias.ptr<float>();
   by_dtype<__half, __nv_bfloat16>(name, p.query.dtype, [&](auto zero) {
     using T = decltype(zero);

@@ -64,11 +64,12 @@ __global__ void __launch_bounds__(threads, 2) attention_bwd_key_kernel(const __g
   const Visibility v(a, batch, head);
   if (a.cu_seq_k != nullptr && s >= v.length) return;  // of a sequence that is shorter than the longest
   const Range range = query_tiles<N, Cut::keys>(v, s);
-  const auto kind = [&](Step step) { return v.kind<N, Cut::keys>(step.tile * N, s, step.member); };
+  TileKind kind = TileKind::empty;  // of the step found last
   const auto find = [&](Step step) {
     for (; step.member < a.group; step = {step.member + 1, range.tile}) {
       for (; step.tile < range.end; ++step.tile) {
-        if (kind(step) != TileKind::empty) return step;
+        kind = v.kind<N, Cut::keys>(step.tile * N, s, step.member);
+        if (kind != TileKind::empty) return step;
       }
     }
     return step;
@@ -97,8 +98,8 @@ __global__ void __launch_bounds__(threads, 2) attention_bwd_key_kernel(const __g
     if (step.member < a.group) load(step, 0);
     ptx::commit_copies();
     for (int stage = 0; step.member < a.group; stage ^= 1) {
+      const bool partial = kind == TileKind::partial;
       const Step next = find({step.member, step.tile + 1});
-      const bool partial = kind(step) == TileKind::partial;
       ptx::wait_for_copies<0>();
       __syncthreads();  // this tile is here, and nobody reads the other buffer any more
       if (next.member < a.group) load(next, stage ^ 1);

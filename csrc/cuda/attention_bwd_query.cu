@@ -47,9 +47,9 @@ __global__ void __launch_bounds__(threads, 2) attention_bwd_query_kernel(const _
   const Visibility v(a, batch, head);
   if (t >= v.T) return;  // of a sequence that is shorter than the longest
   const Range range = key_tiles<Cut::queries, N>(v, t);
-  const auto kind = [&](int tile) { return v.kind<Cut::queries, N>(t, tile * N); };
+  TileKind kind = TileKind::empty;  // of the tile found last
   const auto find = [&](int tile) {
-    while (tile < range.end && kind(tile) == TileKind::empty) ++tile;
+    while (tile < range.end && (kind = v.kind<Cut::queries, N>(t, tile * N)) == TileKind::empty) ++tile;
     return tile;
   };
   const int before = a.before_keys(batch);
@@ -61,16 +61,15 @@ __global__ void __launch_bounds__(threads, 2) attention_bwd_query_kernel(const _
   load_rows<Cut::queries>(queries, a.query, a.of_queries(a.query, batch, head), t, v.T);
   load_rows<Cut::queries>(grad_outs, a.grad_out, a.of_queries(a.grad_out, batch, head), t, v.T);
 
-  const int of_warp = 16 * M * warp(), row = t + of_warp + lane_row();
-  const int64_t first = int64_t(line) * a.T;
+  const int of_warp = 16 * M * warp();
+  const auto row_of = [&](int thread) { return t + thread / 32 * 16 * M + thread % 32 / 4; };  // the first, of a thread
   const float2* statistics = a.statistics + a.of_rows(batch, head);
   float2 of_rows[M][2];
 #pragma unroll
   for (int i = 0; i < 2 * M; ++i) {
+    const int row = row_of(threadIdx.x);
     of_rows[i / 2][i % 2] = row + 8 * i < v.T ? statistics[row + 8 * i] : float2{0, 0};
   }
-  const int64_t bias_offset = batch * a.bias.batch + head * a.bias.head;
-  float* grad_bias = a.grad_bias == nullptr ? nullptr : a.grad_bias + first * a.S;
 
   float sum[M][D / 8][4];
 #pragma unroll 1
@@ -80,8 +79,8 @@ __global__ void __launch_bounds__(threads, 2) attention_bwd_query_kernel(const _
     if (tile < range.end) load(tile, 0);
     ptx::commit_copies();
     for (int stage = 0; tile < range.end; stage ^= 1) {
+      const bool partial = kind == TileKind::partial;
       const int next = find(tile + 1);
-      const bool partial = kind(tile) == TileKind::partial;
       ptx::wait_for_copies<0>();
       __syncthreads();  // this tile is here, and nobody reads the other buffer any more
       if (next < range.end) load(next, stage ^ 1);
@@ -91,12 +90,14 @@ __global__ void __launch_bounds__(threads, 2) attention_bwd_query_kernel(const _
         clean_tile<T, N>(keys, nullptr);
         __syncthreads();
       }
-      const RowsAreQueries<M, N> place{v, a, of_rows, first, row, tile * N};
+      const int64_t first = int64_t(line) * a.T;
+      const RowsAreQueries<M, N> place{v, a, of_rows, first, row_of(ptx::thread_now()), tile * N};
       const TileBits<M> bits(place, partial, a.dropout);
       float p[M][N / 8][4] = {}, ds[M][N / 8][4] = {};
       multiply_rows<T, M, N>(p, queries, of_warp, keys);
       multiply_rows<T, M, N>(ds, grad_outs, of_warp, values);
-      score_gradients<T, M, N>(p, ds, a, place, bits, partial, bias_offset, grad_bias);
+      score_gradients<T, M, N>(p, ds, a, place, bits, partial, batch * a.bias.batch + head * a.bias.head,
+                               a.grad_bias == nullptr ? nullptr : a.grad_bias + first * a.S);
       if (a.softcap > 0) {
         float products[M][N / 8][4] = {};
         multiply_rows<T, M, N>(products, queries, of_warp, keys);

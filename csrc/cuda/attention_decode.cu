@@ -92,7 +92,7 @@ void attention_decode(const AttentionForward& p, const DecodeSplit& split, const
   if (p.block_table) a.pages = {p.block_table.ptr<const int32_t>(), p.block_table.stride[0], int(p.key.shape[2])};
   a.parts = reinterpret_cast<float*>(workspace);
   a.lse = a.parts + split.splits * rows_of(p) * p.value.shape[3];
-  const CombineArguments combine{a.parts, a.lse,   unaligned_heads(p.out), p.lse.ptr<float>(), rows_of(p), a.H,
+  const CombineArguments combine{a.parts, a.lse,   heads(name, "out", p.out), p.lse.ptr<float>(), rows_of(p), a.H,
                                  a.T,     a.splits};
   by_dtype<__half, __nv_bfloat16>(name, p.query.dtype, [&](auto zero) {
     by_head_width(name, std::max(p.query.shape[3], p.value.shape[3]),

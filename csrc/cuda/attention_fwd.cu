@@ -27,7 +27,7 @@ void attention_fwd(const AttentionForward& p, const Launch& launch) {
   const DecodeSplit split = decode_split(p);
   if (split.splits > 1 || p.block_table) return attention_decode(p, split, launch);
   ForwardArguments a{attention_arguments(name, p, launch, launch.workspace.ptr<char>())};
-  a.out = result_heads(name, "out", p.out);
+  a.out = heads(name, "out", p.out);
   a.lse = p.lse.ptr<float>();
   a.lse_batch = p.lse.stride[0];
   a.lse_head = p.lse.stride[1];

@@ -232,7 +232,7 @@ template <int ROWS, int D>
 __device__ inline void load_keys(Tile<D> tile, const Heads& x, int64_t head_offset, const Pages& pages, int batch,
                                  int first, int from, int end) {
   const uint16_t* head = static_cast<const uint16_t*>(x.data) + head_offset;
-  load_tile<ROWS>(tile, x.width, head, [&](int row) -> const uint16_t* {
+  load_tile<ROWS>(tile, x.width, [&](int row) -> const uint16_t* {
     const int key = first + row;
     if (key < from || key >= end) return nullptr;
     if (pages.table == nullptr) return head + x.row * key;
@@ -257,9 +257,9 @@ __device__ inline void attend(RunningSoftmax<ForwardCut<D, Grouped>::M, D>& soft
   const int place = Grouped && a.pages.table != nullptr ? 0 : rows.batch;  // a pool belongs to all sequences
   const int64_t key_offset = place * a.key.batch + key_head * a.key.head;
   const int64_t value_offset = place * a.value.batch + key_head * a.value.head;
-  const auto kind = [&](int tile) { return v.kind<Cut::queries, N>(t, tile * N); };
+  TileKind kind = TileKind::empty;  // of the tile found last
   const auto find = [&](int tile) {
-    while (tile < range.end && kind(tile) == TileKind::empty) ++tile;
+    while (tile < range.end && (kind = v.kind<Cut::queries, N>(t, tile * N)) == TileKind::empty) ++tile;
     return tile;
   };
   const auto load = [&](int tile, int stage) {
@@ -277,8 +277,8 @@ __device__ inline void attend(RunningSoftmax<ForwardCut<D, Grouped>::M, D>& soft
   if (tile < range.end) load(tile, 0);
   ptx::commit_copies();
   for (int stage = 0; tile < range.end; stage ^= 1) {
+    const bool partial = kind == TileKind::partial;
     const int next = find(tile + 1), s = tile * N;
-    const bool partial = kind(tile) == TileKind::partial;
     ptx::wait_for_copies<0>();
     __syncthreads();  // this tile is here, and nobody reads the other buffer any more
     if (next < range.end) load(next, stage ^ 1);
@@ -339,7 +339,7 @@ __global__ void __launch_bounds__(threads, 2) attention_fwd_kernel(const __grid_
     range.end = min(range.end, from + (block + 1) * share);
   }
   const uint16_t* query = static_cast<const uint16_t*>(a.query.data) + a.of_queries(a.query, batch, head);
-  load_tile<Cut::queries>(Tile<D>{memory}, a.query.width, query, [&](int i) -> const uint16_t* {
+  load_tile<Cut::queries>(Tile<D>{memory}, a.query.width, [&](int i) -> const uint16_t* {
     const int row = rows.first + i;
     if (row >= rows.end) return nullptr;
     return query + rows.member(row, a.T) * a.query.head + rows.query(row, a.T) * a.query.row;

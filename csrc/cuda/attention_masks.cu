@@ -117,23 +117,19 @@ int64_t packed_mask_bytes(const AttentionProblem& problem) {
   return ceil_div(shape.bits() * 4 + shape.states(), 16) * 16;
 }
 
-Heads aligned_heads(const char* name, const char* argument, const TensorView& view) {
-  bool fits = aligned(view, 16);
+Heads heads(const char* name, const char* argument, const TensorView& view) {
+  bool fits = aligned(view, 16) && view.shape[3] % 8 == 0;
   for (int dim = 0; dim < 3; ++dim) fits = fits && (view.shape[dim] == 1 || view.stride[dim] % 8 == 0);
-  if (!fits) fail(name, ": rows of ", argument, " must start at multiples of 16 bytes");
-  return unaligned_heads(view);
-}
-
-Heads unaligned_heads(const TensorView& view) {
+  if (!fits) fail(name, ": rows of ", argument, " must be of whole 16 bytes and start at multiples of them");
   return {view.data, view.stride[0], view.stride[1], view.stride[2], int(view.shape[3])};
 }
 
 AttentionArguments attention_arguments(const char* name, const AttentionProblem& p, const Launch& launch,
                                        char* memory) {
   AttentionArguments a;
-  a.query = aligned_heads(name, "query", p.query);
-  a.key = aligned_heads(name, "key", p.key);
-  a.value = aligned_heads(name, "value", p.value);
+  a.query = heads(name, "query", p.query);
+  a.key = heads(name, "key", p.key);
+  a.value = heads(name, "value", p.value);
   if (p.bias) {
     const bool is_float32 = p.bias.dtype == DType::float32;
     if (!is_float32 && p.bias.dtype != p.query.dtype)

@@ -53,27 +53,58 @@ __host__ __device__ constexpr int tile_bytes(int rows) {
   return rows * D * 2;
 }
 
-// Begins to copy ROWS rows: `row_at(r)` is where row r starts, or null for a row of zeros. Columns from `width` on
-// become zeros.
+// A thread's part of copying a tile: of every row that is its own, a chunk from each window. Then all that it adds to
+// its first address in shared memory is constants.
+template <int D>
+struct TileCopy {
+  static constexpr int window = Tile<D>::window, step = threads / window;  // rows of a thread are `step` apart
+
+  int row, chunk;
+  uint32_t to;
+  int width;
+
+  __device__ TileCopy(Tile<D> tile, int width) : width(width) {
+    const int thread = ptx::thread_now();
+    row = thread / window;
+    chunk = thread % window;
+    to = tile.chunk(row, chunk);
+  }
+
+  // Row `row + i * step`, of which this thread's first chunk is at `source`; zeros where it is not `there`, and from
+  // column `width` on.
+  __device__ void begin(int i, const uint16_t* source, bool there) const {
+#pragma unroll
+    for (int j = 0; j < D / 8 / window; ++j) {
+      const bool valid = there && 8 * (chunk + j * window) < width;
+      ptx::copy_16_async(to + tile_bytes<D>(i * step) + j * window * 16, source + 8 * j * window, valid);
+    }
+  }
+};
+
+// Begins to copy ROWS rows: `row_at(r)` is where row r starts, or null for a row of zeros.
 template <int ROWS, int D, class RowAt>
-__device__ inline void load_tile(Tile<D> tile, int width, const void* anywhere, const RowAt& row_at) {
-  static_assert(ROWS * D / 8 % threads == 0);
-  // Not unrolled: the addresses would stay in registers from tile to tile, and there are none to spare.
-#pragma unroll 1
-  for (int i = 0; i < ROWS * D / 8 / threads; ++i) {
-    const int at = int(threadIdx.x) + i * threads, row = at / (D / 8), chunk = at % (D / 8);
-    const uint16_t* source = row_at(row);
-    const int valid = source == nullptr ? 0 : min(max(2 * (width - 8 * chunk), 0), 16);
-    ptx::copy_16_async(tile.chunk(row, chunk), valid > 0 ? source + 8 * chunk : anywhere, valid);
+__device__ inline void load_tile(Tile<D> tile, int width, const RowAt& row_at) {
+  const TileCopy<D> copy(tile, width);
+  static_assert(ROWS % copy.step == 0);
+#pragma unroll
+  for (int i = 0; i < ROWS / copy.step; ++i) {
+    const uint16_t* source = row_at(copy.row + i * copy.step);
+    copy.begin(i, source + 8 * copy.chunk, source != nullptr);
   }
 }
 
 // Rows [first, first + ROWS) of one head; those from `end` on are zeros.
 template <int ROWS, int D>
 __device__ inline void load_rows(Tile<D> tile, const Heads& from, int64_t head_offset, int first, int end) {
-  const uint16_t* head = static_cast<const uint16_t*>(from.data) + head_offset;
-  load_tile<ROWS>(tile, from.width, head,
-                  [&](int row) { return first + row < end ? head + from.row * (first + row) : nullptr; });
+  const TileCopy<D> copy(tile, from.width);
+  static_assert(ROWS % copy.step == 0);
+  const uint16_t* source = static_cast<const uint16_t*>(from.data) + head_offset + 8 * copy.chunk;
+  source += from.row * (first + copy.row);
+#pragma unroll
+  for (int i = 0; i < ROWS / copy.step; ++i) {
+    copy.begin(i, source, first + copy.row + i * copy.step < end);
+    source += from.row * copy.step;
+  }
 }
 
 // Sets what is not finite to 0. Where `spoilt` is given (shared memory, zero before), a row r that held such a thing
@@ -99,14 +130,6 @@ __device__ inline void clean_tile(Tile<D> tile, uint32_t* spoilt) {
   }
 }
 
-__device__ inline void store_chunk(uint16_t* to, uint4 chunk, int count) {
-  const uint32_t pairs[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    if (i < count) to[i] = uint16_t(pairs[i / 2] >> i % 2 * 16);
-  }
-}
-
 // Rounds a warp's rows and writes them to rows [first, first + 16 M) of a head, by way of the rows from `row` on of a
 // tile, which nobody else uses any more: memory is written in whole chunks. Rows from `end` on are left out.
 template <class T, int M, int D>
@@ -124,17 +147,12 @@ __device__ inline void store_rows(const float (&x)[M][D / 8][4], Tile<D> tile, i
   }
   __syncwarp();
   uint16_t* head = static_cast<uint16_t*>(to.data) + head_offset;
-  const bool aligned = to.width % 8 == 0;
 #pragma unroll 1
   for (int at = lane(); at < 16 * M * D / 8; at += 32) {
-    const int r = at / (D / 8), index = at % (D / 8), left = to.width - 8 * index;
-    if (first + r >= end || left <= 0) continue;
+    const int r = at / (D / 8), index = at % (D / 8);
+    if (first + r >= end || 8 * index >= to.width) continue;
     const uint4 chunk = ptx::load_shared_16(tile.chunk(row + r, index));
-    uint16_t* target = head + to.row * (first + r) + 8 * index;
-    if (aligned)
-      *reinterpret_cast<uint4*>(target) = chunk;
-    else
-      store_chunk(target, chunk, left);
+    *reinterpret_cast<uint4*>(head + to.row * (first + r) + 8 * index) = chunk;
   }
 }
 

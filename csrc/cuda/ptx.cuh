@@ -19,6 +19,13 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return uint32_t(__cvta_generic_to_shared(pointer));
 }
 
+// threadIdx.x, read anew where this stands: no register keeps what follows from it until then.
+__device__ inline int thread_now() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
+
 // Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8. Lane i receives
 // elements 2 (i % 4) and the next of row i / 4 of each matrix.
 __device__ inline void load_matrices(uint32_t (&to)[4], uint32_t row_address) {
@@ -77,9 +84,10 @@ __device__ inline void barrier(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
-// 16 bytes from global to shared memory, past the registers; bytes from `valid` on are zeros and not read.
-__device__ inline void copy_16_async(uint32_t shared, const void* global, int valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid) : "memory");
+// 16 bytes from global to shared memory, past the registers, or zeros where not `valid`.
+__device__ inline void copy_16_async(uint32_t shared, const void* global, bool valid) {
+  const int bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
 
 // 8 bytes, or zeros where not `valid`.

@@ -104,7 +104,8 @@ def attention_fwd(
     at_end: bool = False,
 ) -> tuple[Tensor, Tensor]:
     packing = Packing(contiguous(cu_seq_q), contiguous(cu_seq_k), max_q, max_k)
-    out = empty_heads((*query.shape[:3], value.shape[-1]), cu_seq_q is not None, query.new_empty)
+    packed, width = cu_seq_q is not None, value.shape[-1]
+    out = _results(query, width, packed)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     query, scale = _positive(query, scale)
     query = packing.queries(_aligned(query))
@@ -131,7 +132,7 @@ def attention_fwd(
         packing.queries(lse),
         _call(query, key, value, mask, rng, dropout_p, packing, block_table),
     )
-    return out, lse
+    return _narrowed(out, width, packed), lse
 
 
 def attention_bwd(
@@ -158,14 +159,14 @@ def attention_bwd(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     packing = Packing(contiguous(cu_seq_q), contiguous(cu_seq_k), max_q, max_k)
-    packed = cu_seq_q is not None
-    grad_query, grad_key, grad_value = (empty_heads(x.shape, packed, x.new_empty) for x in (query, key, value))
+    packed, widths = cu_seq_q is not None, (query.shape[-1], key.shape[-1], value.shape[-1])
+    grads = [_results(x, width, packed) for x, width in zip((query, key, value), widths, strict=True)]
     # Summed over broadcast dimensions by torch, pairwise. Tiles that nobody sees are not written.
     size = (*query.shape[:3], key.shape[2]) if needs_bias else 0
     grad_bias = torch.zeros(size, dtype=torch.float32, device=query.device)
     signed = scale
     query, scale = _positive(query, scale)
-    query, grad_out = (packing.queries(_aligned(x)) for x in (query, grad_out))
+    query, out, grad_out = (packing.queries(_aligned(x)) for x in (query, out, grad_out))
     key, value = (packing.keys(_aligned(x)) for x in (key, value))
     mask = over_scores(mask, query, key)
     lse = packing.queries(lse)
@@ -184,17 +185,18 @@ def attention_bwd(
         packing.cu_seq_q,
         packing.cu_seq_k,
         at_end,
-        packing.queries(out),
+        out,
         lse,
         grad_out,
-        packing.queries(grad_query),
-        packing.keys(grad_key),
-        packing.keys(grad_value),
+        packing.queries(grads[0]),
+        packing.keys(grads[1]),
+        packing.keys(grads[2]),
         grad_bias if needs_bias else None,
         _call(query, key, value, mask, rng, dropout_p, packing, lse=lse),
     )
     if needs_bias and bias is not None:
         grad_bias = grad_bias.sum_to_size(bias.shape).to(bias.dtype)
+    grad_query, grad_key, grad_value = (_narrowed(x, width, packed) for x, width in zip(grads, widths, strict=True))
     return _positive(grad_query, signed)[0], grad_key, grad_value, grad_bias
 
 
@@ -222,14 +224,32 @@ def _positive(query: Tensor, scale: float) -> tuple[Tensor, float]:
     return (-query if scale < 0 else torch.zeros_like(query)), abs(scale) or 1.0
 
 
+def _whole(width: int) -> int:
+    """``width`` in whole chunks."""
+    return width + -width % CHUNK
+
+
 def _aligned(x: Tensor) -> Tensor:
-    """``x``, or a copy of it whose rows start at multiples of 16 bytes, as kernels read them."""
+    """``x``, or a copy of it, as kernels read it: rows of whole chunks, filled up with zeros, that start at chunks."""
     batch, head, row, last = x.stride()
+    width = x.shape[-1]
+    if width % CHUNK:
+        return torch.nn.functional.pad(x, (0, _whole(width) - width))
     if last == 1 and x.data_ptr() % 16 == 0:
         if (batch | head | row) % CHUNK == 0:
             return x
         if all(stride % CHUNK == 0 for stride, size in zip((batch, head, row), x.shape, strict=False) if size > 1):
             return x
-    width = x.shape[-1]
-    room = torch.empty(*x.shape[:3], width + -width % CHUNK, dtype=x.dtype, device=x.device)
-    return room.narrow(-1, 0, width).copy_(x)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
+
+
+def _results(like: Tensor, width: int, packed: bool) -> Tensor:
+    """Where a kernel writes rows of ``width``, in whole chunks."""
+    return empty_heads((*like.shape[:3], _whole(width)), packed, like.new_empty)
+
+
+def _narrowed(x: Tensor, width: int, packed: bool) -> Tensor:
+    """The first ``width`` columns of results, laid out as if there had been no more."""
+    if x.shape[-1] == width:
+        return x
+    return empty_heads((*x.shape[:3], width), packed, x.new_empty).copy_(x.narrow(-1, 0, width))
