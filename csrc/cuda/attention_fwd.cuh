@@ -272,6 +272,7 @@ __device__ inline void attend(RunningSoftmax<ForwardCut<D, Grouped>::M, D>& soft
     load_rows<N>(buffer(2 * stage + 1), a.value, value_offset, before + tile * N, before + v.length);
   };
   const int row = rows.first + 16 * M * warp() + lane_row();
+  const bool idle = rows.first + 16 * M * warp() >= rows.end;  // of few queries most warps only copy
   softmax.reset();
   int tile = find(range.tile);
   if (tile < range.end) load(tile, 0);
@@ -290,14 +291,16 @@ __device__ inline void attend(RunningSoftmax<ForwardCut<D, Grouped>::M, D>& soft
       clean_tile<T, N>(values, spoilt);
       __syncthreads();
     }
-    float x[M][N / 8][4] = {};
-    multiply_rows<T, M, N>(x, queries, 16 * M * warp(), keys);
-    if (a.shapes_scores()) shape_scores<T, M, N>(x, a, rows, row, s);
-    if (partial) hide_scores<M, N, D>(x, softmax, v, rows, row, s, careful ? spoilt : nullptr);
-    softmax.template take_in<N>(x, score_factor(a));
-    if (a.dropout.rng != nullptr)
-      drop_weights<M, N>(x, Dropout(a.dropout), (int64_t(rows.batch) * a.H + rows.head) * a.T + row, s, a.S);
-    multiply_weights<T, M, N>(softmax.total, x, values);
+    if (!idle) {
+      float x[M][N / 8][4] = {};
+      multiply_rows<T, M, N>(x, queries, 16 * M * warp(), keys);
+      if (a.shapes_scores()) shape_scores<T, M, N>(x, a, rows, row, s);
+      if (partial) hide_scores<M, N, D>(x, softmax, v, rows, row, s, careful ? spoilt : nullptr);
+      softmax.template take_in<N>(x, score_factor(a));
+      if (a.dropout.rng != nullptr)
+        drop_weights<M, N>(x, Dropout(a.dropout), (int64_t(rows.batch) * a.H + rows.head) * a.T + row, s, a.S);
+      multiply_weights<T, M, N>(softmax.total, x, values);
+    }
     tile = next;
   }
   ptx::wait_for_copies<0>();  // of the queries, where no tile was visited
