@@ -45,6 +45,40 @@ inline __attribute__((always_inline)) void for_vectors(int64_t columns, const Bo
   if (c < columns) body(c, Part{int(columns - c)});
 }
 
+// Sums over a row are formed in as many parts as make sixteen lanes: shorter ones round less, and wait less for each
+// other.
+constexpr int parts = 16 / lanes;
+
+class RowSum {
+ public:
+  void add(int part, Vec x) { part_[part] = part_[part] + x; }
+  void add_product(int part, Vec x, Vec y) { part_[part] = fma(x, y, part_[part]); }
+  float total() const {
+    Vec sum = part_[0];
+    for (int i = 1; i < parts; ++i) sum = sum + part_[i];
+    return sum.sum();
+  }
+
+ private:
+  Vec part_[parts] = {};
+};
+
+// body(column, Whole or Part, the part of its sums that it adds to), of which each is a constant in each place here.
+template <class Body>
+inline __attribute__((always_inline)) void for_summed_vectors(int64_t columns, const Body& body) {
+  if constexpr (parts == 1) return for_vectors(columns, [&](int64_t c, auto n) { body(c, n, 0); });
+  int64_t c = 0;
+  for (; c + parts * lanes <= columns; c += parts * lanes) {
+    for (int part = 0; part < parts; ++part) body(c + part * lanes, Whole{}, part);
+  }
+  for (int part = 0; part < parts - 1; ++part) {
+    if (c + lanes > columns) continue;
+    body(c, Whole{}, part);
+    c += lanes;
+  }
+  if (c < columns) body(c, Part{int(columns - c)}, parts - 1);
+}
+
 template <class T>
 inline Vec load(const T* p, Whole) {
   return Vec::load(p);
@@ -99,8 +133,8 @@ inline __attribute__((always_inline)) void prefetch_next_store(const T* p, int64
 template <class T>
 float add_row(const T* x, const T* residual, const float* input_bias, const float* keep, int64_t columns, T* sum,
               float* row) {
-  Vec total = Vec::zero();
-  for_vectors(columns, [&](int64_t c, auto n) {
+  RowSum total;
+  for_summed_vectors(columns, [&](int64_t c, auto n, int part) {
     prefetch_next(x + c, columns);
     Vec z = load(x + c, n);
     if (input_bias) z = z + load(input_bias + c, n);
@@ -115,25 +149,25 @@ float add_row(const T* x, const T* residual, const float* input_bias, const floa
       z = load(sum + c, n);
     }
     store(row + c, z, n);
-    total = total + z;
+    total.add(part, z);
   });
-  return total.sum() / float(columns);
+  return total.total() / float(columns);
 }
 
 // The variance of a row around its mean. `mean` comes in as a float32 sum left it, off by some ulps of a
 // large common offset; the sum of the differences is small and says how far: `mean` leaves corrected.
 inline float variance(const float* row, bool rms, int64_t columns, float& mean) {
-  Vec squares = Vec::zero(), differences = Vec::zero();
+  RowSum squares, differences;
   const Vec centre = Vec::set1(mean);
-  for_vectors(columns, [&](int64_t c, auto n) {
+  for_summed_vectors(columns, [&](int64_t c, auto n, int part) {
     Vec d = load(row + c, n) - centre;
     if constexpr (n.partial) d = select(Mask::first(n.count), d, Vec::zero());
-    differences = differences + d;
-    squares = fma(d, d, squares);
+    differences.add(part, d);
+    squares.add_product(part, d, d);
   });
-  const float correction = rms ? 0.0f : differences.sum() / float(columns);
+  const float correction = rms ? 0.0f : differences.total() / float(columns);
   mean += correction;
-  return squares.sum() / float(columns) - correction * correction;
+  return squares.total() / float(columns) - correction * correction;
 }
 
 template <class T>
@@ -205,8 +239,8 @@ void backward_row(const LayerNormBackward& a, int64_t r, int64_t columns, const 
   float* bias_sum = a.grad_bias ? sums.bias : nullptr;
   float* input_bias_sum = a.grad_input_bias ? sums.input_bias : nullptr;
 
-  Vec g_total = Vec::zero(), gx_total = Vec::zero();
-  for_vectors(columns, [&](int64_t c, auto n) {
+  RowSum g_total, gx_total;
+  for_summed_vectors(columns, [&](int64_t c, auto n, int part) {
     if constexpr (prefetches) {
       prefetch_next(dy + c, columns);
       prefetch_next(z + c, columns);
@@ -214,14 +248,14 @@ void backward_row(const LayerNormBackward& a, int64_t r, int64_t columns, const 
     const Vec upstream = load(dy + c, n);
     const Vec xhat = (load(z + c, n) - mean) * Vec::set1(rstd);
     const Vec g = weight ? upstream * load(weight + c, n) : upstream;
-    g_total = g_total + g;
-    gx_total = fma(g, xhat, gx_total);
+    g_total.add(part, g);
+    gx_total.add_product(part, g, xhat);
     if (weight_sum) store(weight_sum + c, fma(upstream, xhat, load(weight_sum + c, n)), n);
     if (bias_sum) store(bias_sum + c, load(bias_sum + c, n) + upstream, n);
   });
   const float inverse = 1.0f / float(columns);
-  const Vec g_mean = Vec::set1(a.rms ? 0.0f : g_total.sum() * inverse);
-  const Vec gx_mean = Vec::set1(gx_total.sum() * inverse);
+  const Vec g_mean = Vec::set1(a.rms ? 0.0f : g_total.total() * inverse);
+  const Vec gx_mean = Vec::set1(gx_total.total() * inverse);
 
   for_vectors(columns, [&](int64_t c, auto n) {
     const Vec upstream = load(dy + c, n);
