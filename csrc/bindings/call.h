@@ -7,9 +7,11 @@
 //
 //     call(PYTRANSFORMER_KERNEL(layer_norm_fwd), problem)
 //
-// is all that it says of where it runs. The GIL is released; the CUDA module also makes the tensors' device current.
+// is all that it says of where it runs. The GIL is released; the CUDA module also makes the tensors' device current,
+// and long calls of the CPU module look for signals now and then.
 #pragma once
 
+#include "interrupt.h"
 #include "kernels.h"  // of the module that is being built
 #include "tensor_caster.h"
 
@@ -61,6 +63,18 @@ inline Call call_from(pybind11::handle source) {
 
 #else
 
+// Has Python a signal to handle, and did its handler raise? Then that is the error of the call (see _cpu's translator).
+inline bool signalled() {
+  const pybind11::gil_scoped_acquire acquired;
+  return PyErr_CheckSignals() != 0;
+}
+
+// A kernel of the CPU module runs.
+struct Running {
+  pybind11::gil_scoped_release released;
+  Interruptible interruptible{&signalled};
+};
+
 struct Call {
   const int64_t* rng = nullptr;
 
@@ -69,7 +83,7 @@ struct Call {
 
   template <class Problem>
   void operator()(void (*kernel)(const Problem&), const Problem& problem) const {
-    pybind11::gil_scoped_release released;
+    const Running running;
     kernel(problem);
   }
 };

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings.h"
+#include "interrupt.h"
 #include "kernels.h"
 #include "tensor_caster.h"
 
@@ -11,6 +12,12 @@ using namespace pytransformer;
 
 PYBIND11_MODULE(_cpu, module) {
   load_exchange_api();
+  py::register_exception_translator([](std::exception_ptr thrown) {
+    try {
+      std::rethrow_exception(thrown);
+    } catch (const Interrupted&) {  // what the handler of the signal has raised is set already
+    }
+  });
   module.doc() = "SIMD kernels for CPUs. Private: use pytransformer.ops.";
   module.def("isa", [] { return std::string(kernels().isa); }, "The instruction set in use.");
   module.def("set_isa", &set_isa, py::arg("name"), "Use the named instruction set from now on.");

@@ -3,9 +3,8 @@
 #include <string>
 
 #include "bindings.h"
+#include "call.h"
 #include "check.h"
-#include "kernels.h"
-#include "tensor_caster.h"
 
 namespace py = pybind11;
 
@@ -65,7 +64,7 @@ void forward(const TensorView& input, const TensorView& weight, const TensorView
   check_vector(loss, input.shape[0], DType::float32, "loss");
   check_vector(lse, input.shape[0], DType::float32, "lse");
   check_gradients(a.grad, input, weight);
-  py::gil_scoped_release released;
+  const Running running;
   kernels().linear_cross_entropy_fwd(a);
 }
 
@@ -82,7 +81,7 @@ void backward(const TensorView& grad_loss, const TensorView& input, const Tensor
   check_classifier(input, weight, bias, target, a.options);
   check_vector(grad_loss, input.shape[0], DType::float32, "grad_loss");
   check_gradients(a.grad, input, weight);
-  py::gil_scoped_release released;
+  const Running running;
   kernels().linear_cross_entropy_bwd(a);
 }
 

@@ -1,7 +1,9 @@
 // Which instruction set to use: CPUID says what the CPU has, XGETBV what the operating system saves.
+#include <chrono>
 #include <cstdlib>
 
 #include "check.h"
+#include "interrupt.h"
 #include "kernels.h"
 
 #if defined(__x86_64__)
@@ -97,6 +99,11 @@ const KernelTable*& current() {
   return table;
 }
 
+using Clock = std::chrono::steady_clock;
+constexpr auto patience = std::chrono::milliseconds(50);
+thread_local bool (*asked)() = nullptr;
+thread_local Clock::time_point next_time;
+
 bool forked = false;
 #ifndef _WIN32
 const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; });
@@ -106,6 +113,23 @@ const int fork_handler = pthread_atfork(nullptr, nullptr, [] { forked = true; })
 
 bool in_forked_child() {
   return forked;
+}
+
+Interruptible::Interruptible(bool (*wanted)()) {
+  asked = wanted;
+  next_time = Clock::now() + patience;
+}
+
+Interruptible::~Interruptible() {
+  asked = nullptr;
+}
+
+bool interruption_wanted() {
+  if (asked == nullptr) return false;
+  const Clock::time_point now = Clock::now();
+  if (now < next_time) return false;
+  next_time = now + patience;
+  return asked();
 }
 
 const KernelTable& kernels() {

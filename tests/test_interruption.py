@@ -1,0 +1,71 @@
+"""Long calls of the CPU kernels look for signals: Ctrl-C ends them, and nothing is the worse for it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+
+import pytest
+import torch
+
+from pytransformer import ops
+
+
+class EndedError(Exception):
+    pass
+
+
+def attention(size: int) -> object:
+    q = torch.randn(1, 2, size, 64)
+    return lambda: ops.attention(q, q, q, backend="cpu")
+
+
+def ffn(size: int) -> object:
+    x, weight = torch.randn(size, 2048), torch.randn(8192, 2048)
+    return lambda: ops.ffn(x, weight, None, weight.T.contiguous(), None, backend="cpu")
+
+
+def linear_cross_entropy(size: int) -> object:
+    x, weight, target = torch.randn(size, 512), torch.randn(32768, 512), torch.randint(0, 32768, (size,))
+    return lambda: ops.linear_cross_entropy(x, weight, target, backend="cpu")
+
+
+@pytest.fixture
+def alarm():
+    def end(*_):
+        raise EndedError
+
+    before = signal.signal(signal.SIGALRM, end)
+    yield lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers of signals here")
+@pytest.mark.parametrize(("make", "size"), [(attention, 65536), (ffn, 32768), (linear_cross_entropy, 65536)])
+def test_a_signal_ends_a_long_call(alarm, make, size):
+    call, small = make(size), make(8)
+    wanted = small()
+    alarm(0.1)
+    began = time.perf_counter()
+    with pytest.raises(EndedError):
+        call()
+    # Whole, each takes ten seconds of two cores and more; a block of one takes milliseconds.
+    assert time.perf_counter() - began < 3
+    torch.testing.assert_close(small(), wanted)
+
+
+def test_a_signal_without_consequence_does_not():
+    q = torch.randn(1, 2, 4096, 64)
+    wanted = ops.attention(q, q, q, backend="cpu")
+    seen = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: seen.append(True))
+    try:
+        timer = threading.Timer(0.06, lambda: signal.raise_signal(signal.SIGUSR1))
+        timer.start()
+        while not seen:
+            assert torch.equal(ops.attention(q, q, q, backend="cpu"), wanted)
+        timer.join()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
