@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,17 +17,17 @@ class EndedError(Exception):
     pass
 
 
-def attention(size: int) -> object:
+def attention(size: int) -> Callable[[], torch.Tensor]:
     q = torch.randn(1, 2, size, 64)
     return lambda: ops.attention(q, q, q, backend="cpu")
 
 
-def ffn(size: int) -> object:
+def ffn(size: int) -> Callable[[], torch.Tensor]:
     x, weight = torch.randn(size, 2048), torch.randn(8192, 2048)
     return lambda: ops.ffn(x, weight, None, weight.T.contiguous(), None, backend="cpu")
 
 
-def linear_cross_entropy(size: int) -> object:
+def linear_cross_entropy(size: int) -> Callable[[], torch.Tensor]:
     x, weight, target = torch.randn(size, 512), torch.randn(32768, 512), torch.randint(0, 32768, (size,))
     return lambda: ops.linear_cross_entropy(x, weight, target, backend="cpu")
 

@@ -152,6 +152,7 @@ def wrong(name: str, unit: str, file: str, old: str, new: str, counts: bool = Fa
     from ptx import backend
 
     text = source(file)
+    assert old in text, f"{file} has no {old!r}"
     ptx = build.ptx_of_edited(unit, {file: text.replace(old, new, 1)}, narrowed)
     with backend.installed("80", races=True, counts=counts) as installed, backend.replaced(ptx), unwritten_is_nan():
         try:
