@@ -70,3 +70,23 @@ def test_a_signal_without_consequence_does_not():
         timer.join()
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers of signals here")
+def test_a_handler_may_call_kernels_itself(alarm):
+    call, small, seen = attention(65536), attention(8), []
+
+    def handle(*_):
+        small()
+        seen.append(True)
+        if len(seen) == 2:
+            raise EndedError
+        alarm(0.1)
+
+    signal.signal(signal.SIGALRM, handle)
+    alarm(0.1)
+    began = time.perf_counter()
+    with pytest.raises(EndedError):
+        call()
+    assert len(seen) == 2
+    assert time.perf_counter() - began < 3

@@ -115,13 +115,13 @@ bool in_forked_child() {
   return forked;
 }
 
-Interruptible::Interruptible(bool (*wanted)()) {
+Interruptible::Interruptible(bool (*wanted)()) : outer_(asked) {
   asked = wanted;
   next_time = Clock::now() + patience;
 }
 
 Interruptible::~Interruptible() {
-  asked = nullptr;
+  asked = outer_;
 }
 
 bool interruption_wanted() {

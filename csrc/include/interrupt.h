@@ -7,13 +7,16 @@ namespace pytransformer {
 struct Interrupted {};
 
 // While one exists, calls that its thread makes ask `wanted` every 50 ms, between tasks, and are given up if it says
-// so.
+// so. What asks may make calls of its own: then the outer one asks on.
 class Interruptible {
  public:
   explicit Interruptible(bool (*wanted)());
   ~Interruptible();
   Interruptible(const Interruptible&) = delete;
   Interruptible& operator=(const Interruptible&) = delete;
+
+ private:
+  bool (*outer_)();
 };
 
 // Asks, if it is time to and the calling thread is interruptible.
