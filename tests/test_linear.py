@@ -98,17 +98,51 @@ def test_nan_stays_in_its_row(backend):
     torch.testing.assert_close(dirty[rest], clean[rest])
 
 
-def test_explain_says_where_torchs_product_is_faster(monkeypatch):
+@pytest.fixture
+def pretended(monkeypatch):
+    """Sets what the processor is said to have: our instruction set, and torch's matrix units."""
     skip_unless_served("cpu", "linear")
     from pytransformer import _cpu
+    from pytransformer.backends.cpu import _matrix_units
 
-    made = [make((rows,), 8, 5, torch.bfloat16) for rows in (160, 161)]
-    monkeypatch.setattr(_cpu, "isa", lambda: "avx512_bf16")
-    found = [str(pytransformer.explain(ops.linear, **x)) for x in made]
-    assert found[0] == "linear: cpu"
-    assert "of more than 160 rows in bfloat16 and fewer than 2048 features torch's own product is faster" in found[1]
-    assert str(pytransformer.explain(ops.linear, **make((161,), 8, 2048, torch.bfloat16))) == "linear: cpu"
-    assert str(pytransformer.explain(ops.linear, **make((161,), 8, 5))) == "linear: cpu"
+    def pretend(isa="avx512_bf16", **units):
+        monkeypatch.setattr(_cpu, "isa", lambda: isa)
+        monkeypatch.setattr(_matrix_units, "_capabilities", lambda: units)
+
+    return pretend
+
+
+def test_explain_says_where_torchs_product_is_faster(pretended):
+    pretended()
+    few, many = (make((rows,), 8, 255, torch.bfloat16) for rows in (1024, 1025))
+    assert str(pytransformer.explain(ops.linear, **few)) == "linear: cpu"
+    reason = "of more than 1024 rows in bfloat16 and at most 255 features torch's own product is faster"
+    assert reason in str(pytransformer.explain(ops.linear, **many))
+    assert str(pytransformer.explain(ops.linear, **make((1025,), 8, 256, torch.bfloat16))) == "linear: cpu"
+    assert str(pytransformer.explain(ops.linear, **make((1025,), 8, 5))) == "linear: cpu"
+
+
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.bfloat16, "amx_bf16"), (torch.float16, "amx_fp16")], ids=str)
+def test_products_are_torchs_where_it_has_a_matrix_unit_for_them(pretended, dtype, unit):
+    few, many = (make((rows,), 8, 300, dtype) for rows in (32, 33))
+    network = {name: randn(33, 33, dtype=dtype) for name in ("input", "weight1", "weight2")} | {
+        "bias1": None,
+        "bias2": None,
+    }
+    for units, served in (({}, "cpu"), ({unit: True}, "reference")):
+        pretended(**units)
+        assert pytransformer.explain(ops.linear, **few).decisions[0].backend == "cpu"
+        assert pytransformer.explain(ops.linear, **make((33,), 8, 300)).decisions[0].backend == "cpu"
+        assert pytransformer.explain(ops.ffn, **network).decisions[0].backend == served
+        found = str(pytransformer.explain(ops.linear, **many))
+        assert ("this processor's AMX unit" in found) == (served == "reference")
+
+
+@pytest.mark.parametrize("rows", [1023, 1024])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_on_both_sides_of_where_torch_computes_them(pretended, dtype, rows):
+    pretended()
+    check(make((rows,), 40, 24, dtype), "cpu")
 
 
 def test_many_rows_are_served_where_the_backend_is_asked_for():
@@ -121,34 +155,28 @@ def test_many_rows_are_served_where_the_backend_is_asked_for():
     torch.testing.assert_close(found.result, layer(x))
 
 
-def test_a_product_that_yields_to_torch_is_served_where_the_backend_is_asked_for(monkeypatch):
-    skip_unless_served("cpu", "linear")
-    from pytransformer import _cpu
-
-    tensors = make((161,), 8, 5, torch.bfloat16)
-    monkeypatch.setattr(_cpu, "isa", lambda: "avx512_bf16")
+def test_a_product_that_yields_to_torch_is_served_where_the_backend_is_asked_for(pretended):
+    pretended()
+    tensors = make((1025,), 8, 5, torch.bfloat16)
     assert pytransformer.explain(ops.linear, **tensors).decisions[0].backend == "reference"
     with use_backend("cpu"):
         assert pytransformer.explain(ops.linear, **tensors).decisions[0].backend == "cpu"
 
 
-def test_bfloat16_is_the_kernels_where_no_instruction_has_it(monkeypatch):
-    skip_unless_served("cpu", "linear")
-    from pytransformer import _cpu
-
-    tensors = make((300,), 8, 5, torch.bfloat16)
+def test_bfloat16_is_the_kernels_where_no_instruction_has_it(pretended):
+    tensors = make((1030,), 8, 5, torch.bfloat16)
     for isa, served in (("avx2", "cpu"), ("avx512", "cpu"), ("avx512_bf16", "reference"), ("neon", "reference")):
-        monkeypatch.setattr(_cpu, "isa", lambda found=isa: found)
+        pretended(isa)
         assert pytransformer.explain(ops.linear, **tensors).decisions[0].backend == served
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_a_compiled_call_serves_any_number_of_rows(dtype):
-    """What hangs on the number of rows is torch's in a graph: it would be compiled anew for 161."""
+    """What hangs on the number of rows is torch's in a graph: it would be compiled anew for 1025."""
     torch.compiler.reset()
     compiled = torch.compile(ops.linear, backend="eager", fullgraph=True, dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for rows in (7, 160, 161, 300):
+        for rows in (7, 1024, 1025):
             tensors = make((rows,), 8, 5, dtype)
             expected = F.linear(*(x.float() for x in tensors.values())).to(dtype)
             torch.testing.assert_close(compiled(**tensors), expected)

@@ -374,7 +374,7 @@ struct BlockGrid {
   int64_t rows, columns;  // of a block
   int64_t blocks_down, blocks_across;
 
-  // Of the largest blocks; where these would leave threads idle for more than an eighth of the time, of smaller ones.
+  // Of the largest blocks; where these would leave threads idle for more than a 32nd of the time, of smaller ones.
   template <class Operand>
   BlockGrid(int64_t M, int64_t N, const LeftView<Operand>& left)
       : BlockGrid(M, N, left, ceil_div(M, block_rows), ceil_div(N, block_columns)) {
@@ -382,12 +382,12 @@ struct BlockGrid {
     const int64_t most = double(M) * double(N) * double(left.K) > 1e6 ? 8 * threads : 1;
     const int64_t least_down = blocks_down, least_across = blocks_across;
     const int64_t even = M * round_up(N, Vec::lanes) / threads;  // time, were all threads busy to the end
-    const auto wasteful = [&] { return 7 * time(N, threads) > 8 * even; };
+    const auto wasteful = [&] { return 31 * time(N, threads) > 32 * even; };
     // Narrower before lower: of a narrower block a thread more often packed B itself.
     for (int64_t down = least_down; wasteful() && down <= tiles && down * least_across <= most; ++down) {
       for (int64_t across = least_across; wasteful() && across <= panels && down * across <= most; ++across) {
         const BlockGrid other(M, N, left, down, across);
-        if (8 * other.time(N, threads) < 7 * time(N, threads)) *this = other;
+        if (32 * other.time(N, threads) < 31 * time(N, threads)) *this = other;
       }
     }
   }

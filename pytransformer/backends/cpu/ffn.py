@@ -6,14 +6,16 @@ from torch import Tensor
 
 from pytransformer import _cpu
 from pytransformer.backends._arguments import contiguous, rows, unsupported_dtype
+from pytransformer.backends.cpu._matrix_units import faster_in_torch
 from pytransformer.backends.cpu._memory import empty
 
 
-def why_not(
-    input: Tensor,
-    *rest: object,
-) -> str | None:
+def why_not(input: Tensor, *rest: object) -> str | None:
     return unsupported_dtype(input)
+
+
+def yields_to(input: Tensor, *rest: object) -> tuple[str, str] | None:
+    return faster_in_torch(input)
 
 
 def ffn_fwd(

@@ -1,12 +1,13 @@
-"""linear by ``csrc/cpu/linear.cpp``, chosen where that is faster than torch's own product.
+"""linear by ``csrc/cpu/linear.cpp``, left to torch where its own product is faster.
 
 What torch multiplies without an instruction for the type, it multiplies slowly: float16 everywhere, and bfloat16 on
 processors without AVX512-BF16. The kernel takes a quarter of torch's time in float16, and half (AVX-512) to a quarter
 (AVX2) in bfloat16; the backward a fortieth in float16, and in bfloat16 on AVX2. Only one row and a weight that no cache
-holds torch reads at the memory's full speed. In float32 it takes 0.6 to 0.9 times the time of torch's of few rows, and
-0.8 to 1.05 of more, which is the bias: torch adds the product to a copy of it. In bfloat16 the same of few rows, and
-0.85 to 1.0 of more where many features repay the packing of the input; elsewhere up to 1.1. Measured on a Zen 4 with
-one and two threads, torch's and our instructions held to those of the lesser processors.
+holds torch reads at the memory's full speed. Where torch has the instruction, the forward takes 0.5 to 0.9 times the
+time of torch's of up to 256 rows and 0.8 to 1.02 of more, in float32 and bfloat16; in bfloat16 with few features and
+thousands of rows 1.0 to 1.3, for the input is packed and hardly used. The backward, of 1,024 rows and more, takes 0.75
+to 1.02 in float32 and 0.85 to 1.05 in bfloat16; of fewer, for which the weight is packed and hardly used, up to 1.2.
+Measured on a Zen 4 with one and two threads, torch's and our instructions held to those of the lesser processors.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from torch import Tensor
 from pytransformer import _cpu
 from pytransformer.backends._arguments import contiguous, rows, unsupported_dtype
 from pytransformer.backends._tracing import constant_when_traced
+from pytransformer.backends.cpu._matrix_units import faster_in_torch, torch_has_unit
 from pytransformer.backends.cpu._memory import empty
 
-MOST_ROWS = 160  # of bfloat16 with an instruction for it
-MANY_FEATURES = 2048  # of which it takes any number of rows
+FEW_FEATURES = 255  # of bfloat16 with an instruction for it, which torch takes of many rows
+MANY_ROWS = 1024
 CACHED = 2**23  # elements
 _WITHOUT_BFLOAT16 = ("scalar", "avx2", "avx512")
 
@@ -30,16 +32,18 @@ def why_not(input: Tensor, *rest: object) -> str | None:
 
 
 def yields_to(input: Tensor, weight: Tensor, *rest: object) -> tuple[str, str] | None:
+    if (found := faster_in_torch(input)) is not None:
+        return found
     slow, features = _slow_in_torch(input.dtype), weight.shape[0]
-    by_rows = not slow and input.dtype == torch.bfloat16 and features < MANY_FEATURES
+    narrow = not slow and input.dtype == torch.bfloat16 and features <= FEW_FEATURES
     if torch.compiler.is_compiling():  # a graph must not hang on how many rows there are
-        return ("reference", "of many rows in bfloat16 torch's own product is faster") if by_rows else None
+        return ("reference", "of few features in bfloat16 torch's own product is faster") if narrow else None
     count = input.numel() // input.shape[-1]
     if slow and count == 1 and weight.numel() > CACHED:
         size = f"{input.dtype} and a weight of {weight.numel()} elements"
         return "reference", f"of one row in {size} torch's own product is faster"
-    if by_rows and count > MOST_ROWS:
-        size = f"more than {MOST_ROWS} rows in bfloat16 and fewer than {MANY_FEATURES} features"
+    if narrow and count > MANY_ROWS:
+        size = f"more than {MANY_ROWS} rows in bfloat16 and at most {FEW_FEATURES} features"
         return "reference", f"of {size} torch's own product is faster ({count} rows, {features} features)"
     return None
 
@@ -59,7 +63,8 @@ def linear_bwd(
     grad_output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
 ) -> tuple[Tensor, ...]:
     needs_input, needs_weight, needs_bias = needs
-    if not _slow_in_torch(input.dtype):
+    few_rows = input.numel() // input.shape[-1] < MANY_ROWS
+    if torch_has_unit(input.dtype) or (few_rows and not _slow_in_torch(input.dtype)):
         return _by_torch(rows(grad_output), input, weight, needs)
     grad_input = empty(input.shape if needs_input else (0,), input.dtype)
     grad_weight = empty(weight.shape if needs_weight else (0,), weight.dtype)
