@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pytransformer import ops
+from pytransformer.ops.attention import UNPACKED
 
 
 class EndedError(Exception):
@@ -20,6 +21,14 @@ class EndedError(Exception):
 def attention(size: int) -> Callable[[], torch.Tensor]:
     q = torch.randn(1, 2, size, 64)
     return lambda: ops.attention(q, q, q, backend="cpu")
+
+
+def attention_backward(size: int) -> Callable[[], torch.Tensor]:
+    from pytransformer.backends.cpu.attention import attention_bwd
+
+    x, lse = torch.randn(1, 2, size, 64), torch.zeros(1, 2, size)
+    numbers = (None, None, 0.125, 0.0, 0.0)  # band, scale, softcap, dropout_p
+    return lambda: attention_bwd(x, x, x, x, x, lse, *[None] * 4, *numbers, *UNPACKED, False)[0]
 
 
 def ffn(size: int) -> Callable[[], torch.Tensor]:
@@ -43,9 +52,20 @@ def alarm():
     signal.signal(signal.SIGALRM, before)
 
 
+@pytest.fixture(params=[1, 2], ids=["1_thread", "2_threads"])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers of signals here")
-@pytest.mark.parametrize(("make", "size"), [(attention, 65536), (ffn, 32768), (linear_cross_entropy, 65536)])
-def test_a_signal_ends_a_long_call(alarm, make, size):
+@pytest.mark.parametrize(
+    ("make", "size"),
+    [(attention, 65536), (attention_backward, 65536), (ffn, 32768), (linear_cross_entropy, 65536)],
+)
+def test_a_signal_ends_a_long_call(alarm, threads, make, size):
     call, small = make(size), make(8)
     wanted = small()
     alarm(0.1)

@@ -121,7 +121,9 @@ class Forward : Scoring {
         *scratch.upcoming = task + 1 < kv_tasks ? upcoming(task + 1) : Upcoming{};
         pack(b, g, 0, key_count, packed);
         for (int64_t h = g * group; h < (g + 1) * group; ++h)
-          for (int64_t t = 0; t < queries_in(b); t += query_block_) query_rows(b, h, t, packed, scratch);
+          for (int64_t t = 0; t < queries_in(b) && !given_up(); t += query_block_) {
+            query_rows(b, h, t, packed, scratch);
+          }
       });
       return;
     }

@@ -172,7 +172,7 @@ class Backward : Scoring {
     for (int64_t i = 0; i < keys_in(b) * columns_stride; ++i) sums.grad_value[i] = 0;
     const bool flagged = pack_head(b, g, head);
     for (int64_t h = g * group; h < (g + 1) * group; ++h) {
-      for (int64_t t = part * query_block; t < queries_in(b);) {
+      for (int64_t t = part * query_block; t < queries_in(b) && !given_up();) {
         int64_t blocks = 0;
         for (; blocks < group_ && t < queries_in(b); t += parts * query_block) {
           s.queries[blocks++].rows = {b, h, t, least(query_block, queries_in(b) - t)};

@@ -25,44 +25,40 @@
 
 namespace pytransformer {
 
-#ifdef PYTRANSFORMER_STD_THREADS
-inline thread_local int current_thread = -1;  // -1: outside of any parallel region
+inline thread_local int current_thread = -1;  // in the innermost region; -1: in none of this header's
 
-// A parallel region inside another, run by the thread that met it: as OpenMP has it, this one is number 0 there.
-class NestedRegion {
+class OnThread {
  public:
-  NestedRegion() : outer_(current_thread) {
-    if (outer_ > 0) current_thread = 0;
-  }
-  ~NestedRegion() { current_thread = outer_; }
+  explicit OnThread(int thread) : outer_(current_thread) { current_thread = thread; }
+  ~OnThread() { current_thread = outer_; }
 
  private:
   int outer_;
 };
-#endif
 
-// Runs body(thread) on each of `count` threads; with a count of 1, on this one.
+// Runs body(thread) on each of `count` threads. With a count of 1 it is called from here, as thread 0 of those that
+// work on it, and what it throws passes.
 template <class Body>
 void on_threads(int count, const Body& body) {
-#ifdef PYTRANSFORMER_STD_THREADS
-  if (count > 1) {
-    std::vector<std::thread> threads;
-    for (int i = 0; i < count; ++i) {
-      threads.emplace_back([&body, i] {
-        current_thread = i;
-        body(i);
-      });
-    }
-    for (std::thread& thread : threads) thread.join();
-    return;
+  if (count == 1) {
+    const OnThread here(current_thread < 0 ? -1 : 0);
+    return body(0);
   }
-  const NestedRegion nested;
-  body(0);
+#ifdef PYTRANSFORMER_STD_THREADS
+  std::vector<std::thread> threads;
+  for (int i = 0; i < count; ++i) {
+    threads.emplace_back([&body, i] {
+      const OnThread here(i);
+      body(i);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
 #elif defined(_OPENMP)
-#pragma omp parallel if (count > 1)
-  if (const int thread = omp_get_thread_num(); thread < count) body(thread);
-#else
-  body(0);
+#pragma omp parallel
+  if (const int thread = omp_get_thread_num(); thread < count) {
+    const OnThread here(thread);
+    body(thread);
+  }
 #endif
 }
 
@@ -95,13 +91,7 @@ inline int max_threads() {
 namespace pytransformer::PYTRANSFORMER_ISA {
 
 inline int thread_index() {
-#ifdef _OPENMP
-  return omp_get_thread_num();
-#elif defined(PYTRANSFORMER_STD_THREADS)
-  return current_thread >= 0 ? current_thread : 0;
-#else
-  return 0;
-#endif
+  return current_thread < 0 ? 0 : current_thread;
 }
 
 // How many threads elementwise work on so many elements is worth: waking one costs about what 16k of them do.
@@ -144,27 +134,51 @@ class Shares {
   std::unique_ptr<Share[]> shares_;
 };
 
+// The tasks of an outermost region.
+struct Tasks {
+  const bool may_end;
+  std::atomic<bool> ended{false};
+};
+inline thread_local Tasks* running_tasks = nullptr;  // of which this thread runs some
+
+class RunningTasks {
+ public:
+  explicit RunningTasks(Tasks* tasks) : before_(running_tasks) { running_tasks = tasks; }
+  ~RunningTasks() { running_tasks = before_; }
+
+ private:
+  Tasks* before_;
+};
+
+// Whether what this thread does is wanted no more. Tasks that take long look at it now and then, and return.
+inline bool given_up() {
+  if (running_tasks == nullptr) return false;
+  if (running_tasks->may_end && interruption_wanted()) running_tasks->ended.store(true, std::memory_order_relaxed);
+  return running_tasks->ended.load(std::memory_order_relaxed);
+}
+
 // Runs body(task) for every task in [0, tasks). A thread takes the tasks of its own share one by one, in order, then
 // those that others have not come to. Which share that is depends on the number of tasks only, and so what a thread
 // wrote in one region it mostly finds in its own caches in the next, and in the next call: between cores that do not
 // share a cache a line takes 350 ns, seven times what it takes between those that do (Zen 4), and products of matrices
 // whose operands went to and fro that way were a sixth slower. For unequal tasks: put the longest first.
 //
-// The calling thread asks between its tasks whether the call is to be given up (interrupt.h). Not inside another
-// region: nothing may be thrown out of that.
+// The calling thread asks between its tasks whether the call is to be given up (interrupt.h), and what is left of them
+// is then skipped, in regions inside of these tasks, too. The outermost region throws: not when it runs inside one that
+// is not of this header, out of which nothing may be thrown.
 template <class Body>
 void parallel_tasks(int64_t tasks, const Body& body) {
   const int threads = tasks > 1 ? max_threads() : 1;
-  const bool may_end = !in_parallel();
-  std::atomic<bool> ended{false};
+  Tasks own{!in_parallel()};
+  Tasks* const outermost = running_tasks != nullptr ? running_tasks : &own;
   Shares shares(tasks, threads);
   on_threads(threads, [&](int thread) {
+    const RunningTasks running(outermost);
     shares.take(thread, [&](int64_t task) {
-      if (may_end && thread == 0 && interruption_wanted()) ended.store(true, std::memory_order_relaxed);
-      if (!ended.load(std::memory_order_relaxed)) body(task);
+      if (!given_up()) body(task);
     });
   });
-  if (ended) throw Interrupted();
+  if (own.ended) throw Interrupted();
 }
 
 // Runs body(begin, end, thread) once for each of `threads` equal, contiguous parts of [0, count).
@@ -176,7 +190,8 @@ void parallel_ranges(int64_t count, int threads, const Body& body) {
     return on_threads(threads, [&](int part) { body(count * part / threads, count * (part + 1) / threads, part); });
   }
 #endif
-#pragma omp parallel for schedule(static, 1) if (threads > 1)
+  if (threads <= 1) return body(0, count, 0);
+#pragma omp parallel for schedule(static, 1)
   for (int part = 0; part < threads; ++part) {
     body(count * part / threads, count * (part + 1) / threads, part);
   }
