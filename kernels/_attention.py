@@ -42,12 +42,20 @@ def sequence(cu_q_ptr, cu_k_ptr, batch, lower, upper, at_end):
 
 
 @triton.jit
-def output_rows(row, head, t, T, H, begin):
-    """Which rows of what a kernel writes are those of queries ``t`` of a head, the ``row``-th of all.
+def output_row(batch, head, t, T, H, begin):
+    """Which row of a result [B,T,H] is that of query ``t`` of a head.
 
-    They lie as [B,H,T], or, where the sequence begins at a row of its own, as the tokens [T,H] do.
+    ``begin`` is the first token of sequences that lie end to end, else None.
     """
-    return row * T + t if begin is None else (begin + t) * H + head
+    first = batch * T if begin is None else begin
+    return (first + t) * H + head
+
+
+@triton.jit
+def output_tile(ptr, batch, head, t0, T, H, begin, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """Pointers [ROWS,1] to the rows of ``WIDTH`` of a result [B,T,H,WIDTH] that are those of queries from ``t0`` on."""
+    ptr += output_row(batch, head, t0, T, H, begin) * WIDTH
+    return ptr + tl.arange(0, ROWS)[:, None] * (H * WIDTH)
 
 
 @triton.jit

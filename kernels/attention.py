@@ -38,7 +38,7 @@ from pytransformer.kernels._attention import (
     keep_weights,
     key_blocks,
     listed_block,
-    output_rows,
+    output_tile,
     partial_block,
     scores,
     sequence,
@@ -176,8 +176,8 @@ def forward_kernel(
     out = total / tl.where(unseen, 1.0, weight_sum)[:, None]
     lse = tl.where(unseen, float("-inf"), largest + tl.log(tl.where(unseen, 1.0, weight_sum)))
     dv = tl.arange(0, BLOCK_DV)
-    at = output_rows(row, head, t, T, H, q_begin)[:, None] * Dv + dv[None, :]
-    store(out_ptr + at, out, (t < queries)[:, None] & (dv < Dv)[None, :])
+    at = output_tile(out_ptr, batch, head, t0, T, H, q_begin, Dv, BLOCK_T) + dv[None, :]
+    store(at, out, (t < queries)[:, None] & (dv < Dv)[None, :])
     tl.store(lse_ptr + head_start(row, head, T, tokens, q_begin) + t, lse, mask=t < queries)
 
 
@@ -343,12 +343,11 @@ def register_limit(arch: str, most: int = 255) -> dict[str, int]:
 
 
 def heads_like(x: Tensor, columns: Tensor, masks: Masking, of_keys: bool = False) -> Tensor:
-    """Room for [B,H,T] of ``x`` and the last dimension of ``columns``; or for [1,H,tokens,...], as the tokens lie."""
+    """Room for [B,H,T] of ``x``, or [1,H,tokens], and the last dimension of ``columns``: a row a token."""
     B, H, T, _ = x.shape
-    if masks.sequences is None:
-        return x.new_empty(B, H, T, columns.shape[3])
-    tokens = masks.sequences.total_k if of_keys else masks.sequences.total_q
-    return x.new_empty(1, tokens, H, columns.shape[3]).transpose(1, 2)
+    if masks.sequences is not None:
+        B, T = 1, masks.sequences.total_k if of_keys else masks.sequences.total_q
+    return x.new_empty(B, T, H, columns.shape[3]).transpose(1, 2)
 
 
 def attention_fwd(query: Tensor, key: Tensor, value: Tensor, masks: Masking, softmax: Softmax) -> tuple[Tensor, Tensor]:
@@ -363,7 +362,7 @@ def attention_fwd(query: Tensor, key: Tensor, value: Tensor, masks: Masking, sof
     arch, widest = _configs.architecture(query.device), max(D, Dv)
     config = _configs.attention("fwd", query.dtype, widest, shape_class(masks, softmax), arch)
     twice = query.dtype != torch.float32 and widest <= MOST_TWICE
-    limited = masks.sequences is not None or query.dtype == torch.float32
+    limited = (masks.sequences is None) == (query.dtype == torch.float32)  # the others ptxas fits in by itself
     limit = register_limit(arch) if limited else {}
     block_t, block_s = config.tile
     pointers, strides, n_inner = mask_arguments(masks, masks.tiles(block_t, block_s))

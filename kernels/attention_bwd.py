@@ -29,7 +29,7 @@ from pytransformer.kernels._attention import (
     head_start,
     keep_weights,
     key_blocks,
-    output_rows,
+    output_tile,
     partial_block,
     query_blocks,
     scores,
@@ -55,18 +55,18 @@ from pytransformer.kernels.attention import (
 @triton.jit(do_not_specialize=LENGTHS)
 def delta_kernel(
     dout_ptr, out_ptr, delta_ptr, stride_db, stride_dh, stride_dt, H, T,
-    Dv: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_T: tl.constexpr, UNIT: tl.constexpr, AS_TOKENS: tl.constexpr,
+    Dv: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_T: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """``delta = sum(dout * out)`` of each row of [B,H,T]; ``AS_TOKENS`` B is 1 and out lies as [T,H,Dv]."""
+    """``delta = sum(dout * out)`` of each row of [B,H,T]; out lies as [B,T,H,Dv]."""
     n_blocks = tl.cdiv(T, BLOCK_T)
     row = (tl.program_id(0) // n_blocks).to(tl.int64)
-    t = tl.program_id(0) % n_blocks * BLOCK_T + tl.arange(0, BLOCK_T)
-    dv = tl.arange(0, BLOCK_DV)[None, :]
+    t0 = tl.program_id(0) % n_blocks * BLOCK_T
+    t, dv = t0 + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_DV)[None, :]
     mask = (t < T)[:, None] & (dv < Dv)
-    dout_ptr += (row // H * stride_db + row % H * stride_dh) * UNIT
+    batch, head = row // H, row % H
+    dout_ptr += (batch * stride_db + head * stride_dh) * UNIT
     dout = load(dout_ptr + t[:, None] * stride_dt + dv, mask)
-    at = t * H + row if AS_TOKENS else row * T + t
-    out = load(out_ptr + at[:, None] * Dv + dv, mask)
+    out = load(output_tile(out_ptr, batch, head, t0, T, H, None, Dv, BLOCK_T) + dv, mask)
     tl.store(delta_ptr + row * T + t, tl.sum(dout * out, 1), mask=t < T)
 
 
@@ -193,8 +193,8 @@ def dq_kernel(
             T, S, keys, length, lower, upper, scale, softcap, threshold, keep_scale,
             D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, True, RAW, SOFTCAP, OCTETS, PRECISION,
         )  # fmt: skip
-    rows = output_rows(row, head, t, T, H, q_begin)[:, None]
-    store(dq_ptr + rows * D + d[None, :], dq * scale, inside & (d < D)[None, :])
+    at = output_tile(dq_ptr, batch, head, t0, T, H, q_begin, D, BLOCK_T) + d[None, :]
+    store(at, dq * scale, inside & (d < D)[None, :])
 
 
 @triton.jit
@@ -303,9 +303,10 @@ def dkv_kernel(
                 T, S, queries, length, lower, upper, scale, softcap, threshold, keep_scale,
                 D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, True, RAW, SOFTCAP, OCTETS, PRECISION,
             )  # fmt: skip
-    rows = output_rows(shared, group, s, S, H // GROUP, k_begin)[:, None]
-    store(dk_ptr + rows * D + d[None, :], dk * scale, inside & (d < D)[None, :])
-    store(dv_ptr + rows * Dv + dv[None, :], dv_total, inside & (dv < Dv)[None, :])
+    dk_at = output_tile(dk_ptr, batch, group, s0, S, H // GROUP, k_begin, D, BLOCK_S) + d[None, :]
+    dv_at = output_tile(dv_ptr, batch, group, s0, S, H // GROUP, k_begin, Dv, BLOCK_S) + dv[None, :]
+    store(dk_at, dk * scale, inside & (d < D)[None, :])
+    store(dv_at, dv_total, inside & (dv < Dv)[None, :])
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, "BIAS_H", "loop_b", "loop_h", "loop_t"])
@@ -389,7 +390,7 @@ def attention_bwd(
     outer, unit = outer_strides(dout)
     delta_kernel[(triton.cdiv(lse.shape[2], rows) * lse.shape[0] * H,)](
         dout, out, delta, *outer, H, lse.shape[2],
-        Dv=Dv, BLOCK_DV=shape["BLOCK_DV"], BLOCK_T=rows, UNIT=unit, AS_TOKENS=masks.sequences is not None, num_warps=4,
+        Dv=Dv, BLOCK_DV=shape["BLOCK_DV"], BLOCK_T=rows, UNIT=unit, num_warps=4,
     )  # fmt: skip
     outer, unit = outer_strides(query, key, value, dout)
     of_bias, bias_unit = bias_strides(masks.bias)

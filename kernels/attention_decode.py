@@ -24,7 +24,7 @@ from pytransformer.kernels._attention import (
     cleaned,
     exponential,
     head_start,
-    output_rows,
+    output_row,
     rows_of_sequence,
     scores,
     sequence,
@@ -151,14 +151,14 @@ def combine_kernel(
     The rows are [B,H,T]; of sequences that lie end to end the results are those of the tokens.
     """
     row, dv = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_DV)
-    out_row, lse_row = row, row
+    t, head, batch = row % T, row // T % H, row // T // H
+    begin = None
     if cu_q_ptr is not None:
-        begin, queries = rows_of_sequence(cu_q_ptr, row // T // H)
-        if row % T >= queries:
+        begin, queries = rows_of_sequence(cu_q_ptr, batch)
+        if t >= queries:
             return
-        head = row // T % H
-        out_row = output_rows(row // T, head, row % T, T, H, begin)
-        lse_row = head_start(row // T, head, T, tokens, begin) + row % T
+    out_row = output_row(batch, head, t, T, H, begin)
+    lse_row = head_start(row // T, head, T, tokens, begin) + t
     every = tl.arange(0, MOST)
     all_lse = tl.load(parts_lse_ptr + every * N + row, mask=every < splits, other=float("-inf"))
     pivot = tl.max(all_lse, 0)

@@ -283,6 +283,17 @@ def test_layouts(backend_isa, kind, dtype):
     check("attention", tensors, {"is_causal": True, "enable_gqa": True}, backend_isa, magnitudes=cancels)
 
 
+@pytest.mark.parametrize("D", [16, 20])
+def test_results_lie_as_torchs_do(backend_isa, D):
+    """A token's heads together: what joins them takes no copy."""
+    if backend_isa == "reference":
+        pytest.skip("results of plain PyTorch lie as its operations leave them")
+    inputs = [x.requires_grad_() for x in qkv(2, 3, 3, 5, 7, D, D).values()]
+    out = ops.attention(*inputs, backend=backend_isa)
+    grads = torch.autograd.grad(out, inputs, torch.ones_like(out))
+    assert all(x.transpose(1, 2).is_contiguous() for x in (out, *grads))
+
+
 @pytest.mark.parametrize("kind", ["transposed", "packed", "misaligned", "column_major", "stride_0"])
 def test_mask_layouts(backend_isa, kind):
     tensors = qkv(2, 4, 2, 33, 35, 16, 16) | {"bias": strided(kind, randn(2, 4, 33, 35))}

@@ -97,10 +97,11 @@ def unit_stride(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
-def empty_heads(shape: Sequence[int], packed: bool, empty: Callable[[Sequence[int]], Tensor]) -> Tensor:
-    """``empty`` of [B,H,T,D]; of packed sequences, which come as [T,H,D], in the order of these."""
-    if not packed:
-        return empty(shape)
+def empty_heads(shape: Sequence[int], empty: Callable[[Sequence[int]], Tensor]) -> Tensor:
+    """``empty`` of [B,H,T,D] as it lies in every result of attention: the heads of a token together, [B,T,H,D].
+
+    So do torch's own, and what follows takes a token's heads as one row, without a copy.
+    """
     B, H, T, D = shape
     return empty((B, T, H, D)).transpose(1, 2)
 

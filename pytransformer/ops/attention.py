@@ -55,17 +55,16 @@ class AttentionOp(FusedOp):
 
     @staticmethod
     def fake_forward(query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        shape, packed = query.shape[:3], args[11] is not None
+        shape = query.shape[:3]
         lse_dtype = torch.promote_types(query.dtype, torch.float32)
-        out = empty_heads((*shape, value.shape[-1]), packed, query.new_empty)
+        out = empty_heads((*shape, value.shape[-1]), query.new_empty)
         return out, query.new_empty(shape, dtype=lse_dtype)
 
     @staticmethod
     def fake_backward(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        bias, cu_seq_q, needs_bias = args[3], args[11], args[-1]
+        bias, needs_bias = args[3], args[-1]
         grad_bias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device) if needs_bias else query.new_empty(0)
-        packed = cu_seq_q is not None
-        return *(empty_heads(x.shape, packed, x.new_empty) for x in (query, key, value)), grad_bias
+        return *(empty_heads(x.shape, x.new_empty) for x in (query, key, value)), grad_bias
 
     @staticmethod
     def save(args: Any, outputs: Any) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
@@ -136,7 +135,8 @@ def attention(
         backend: ``"auto"`` or the name of one; see ``pytransformer.backends``.
 
     Returns:
-        ``out`` [B,H,T,Dv], or a tuple ``(out, lse, weights)`` with what was asked for.
+        ``out`` [B,H,T,Dv], or a tuple ``(out, lse, weights)`` with what was asked for. Kernels lay ``out`` as torch's
+        do, a token's heads together: ``out.transpose(1, 2).flatten(2)`` [B,T,H*Dv] is a view.
 
     Numerics:
         Softmax and accumulation in float32 (float64 for float64). A query that sees no key has output 0, lse

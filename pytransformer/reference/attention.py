@@ -186,7 +186,7 @@ def why_not(*args: object) -> str | None:
 def attention_fwd(*args: object) -> tuple[Tensor, Tensor]:
     """The arguments of ``attention``; returns ``(out, lse)``."""
     out, lse, _ = attention(*args)  # type: ignore[arg-type]
-    return out, lse
+    return _heads_together(out), lse
 
 
 def attention_bwd(
@@ -219,12 +219,14 @@ def attention_bwd(
         return attention(q, k, v, mask, b, *rest, None, cu_seq_q, cu_seq_k, max_q, max_k, at_end)[:1]
 
     grads = vjp(forward, (query, key, value, bias), (grad_out,))
-    grad_query, grad_key, grad_value, grad_bias = (or_empty(g, query) for g in grads)
-    if cu_seq_q is not None:  # in the order of the tokens, as every backend lays them
-        grad_query, grad_key, grad_value = (
-            g.transpose(1, 2).contiguous().transpose(1, 2) for g in (grad_query, grad_key, grad_value)
-        )
+    *of_heads, grad_bias = (or_empty(g, query) for g in grads)
+    grad_query, grad_key, grad_value = (_heads_together(g) for g in of_heads)
     return grad_query, grad_key, grad_value, grad_bias if needs_bias else query.new_empty(0)
+
+
+def _heads_together(x: Tensor) -> Tensor:
+    """[B,H,T,D] in the memory of [B,T,H,D], as every backend lays it."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _and(a: Tensor | None, b: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ def attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     packing = Packing(contiguous(cu_seq_q), contiguous(cu_seq_k), max_q, max_k)
     fresh = partial(empty, dtype=query.dtype)
-    out = empty_heads((*query.shape[:3], value.shape[-1]), cu_seq_q is not None, fresh)
+    out = empty_heads((*query.shape[:3], value.shape[-1]), fresh)
     lse = empty(query.shape[:3])
     _cpu.attention_fwd(
         packing.queries(unit_stride(query)),
@@ -118,8 +118,8 @@ def attention_bwd(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     packing = Packing(contiguous(cu_seq_q), contiguous(cu_seq_k), max_q, max_k)
-    packed, fresh = cu_seq_q is not None, partial(empty, dtype=query.dtype)
-    grad_query, grad_key, grad_value = (empty_heads(x.shape, packed, fresh) for x in (query, key, value))
+    fresh = partial(empty, dtype=query.dtype)
+    grad_query, grad_key, grad_value = (empty_heads(x.shape, fresh) for x in (query, key, value))
     # Summed over broadcast dimensions by torch, pairwise: a running sum in the kernel would lose digits.
     grad_bias = torch.zeros((*query.shape[:3], key.shape[2]) if needs_bias else 0)
     _cpu.attention_bwd(

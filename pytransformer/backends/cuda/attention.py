@@ -104,8 +104,8 @@ def attention_fwd(
     at_end: bool = False,
 ) -> tuple[Tensor, Tensor]:
     packing = Packing(contiguous(cu_seq_q), contiguous(cu_seq_k), max_q, max_k)
-    packed, width = cu_seq_q is not None, value.shape[-1]
-    out = _results(query, width, packed)
+    width = value.shape[-1]
+    out = _results(query, width)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     query, scale = _positive(query, scale)
     query = packing.queries(_aligned(query))
@@ -132,7 +132,7 @@ def attention_fwd(
         packing.queries(lse),
         _call(query, key, value, mask, rng, dropout_p, packing, block_table),
     )
-    return _narrowed(out, width, packed), lse
+    return _narrowed(out, width), lse
 
 
 def attention_bwd(
@@ -159,8 +159,8 @@ def attention_bwd(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     packing = Packing(contiguous(cu_seq_q), contiguous(cu_seq_k), max_q, max_k)
-    packed, widths = cu_seq_q is not None, (query.shape[-1], key.shape[-1], value.shape[-1])
-    grads = [_results(x, width, packed) for x, width in zip((query, key, value), widths, strict=True)]
+    widths = query.shape[-1], key.shape[-1], value.shape[-1]
+    grads = [_results(x, width) for x, width in zip((query, key, value), widths, strict=True)]
     # Summed over broadcast dimensions by torch, pairwise. Tiles that nobody sees are not written.
     size = (*query.shape[:3], key.shape[2]) if needs_bias else 0
     grad_bias = torch.zeros(size, dtype=torch.float32, device=query.device)
@@ -196,7 +196,7 @@ def attention_bwd(
     )
     if needs_bias and bias is not None:
         grad_bias = grad_bias.sum_to_size(bias.shape).to(bias.dtype)
-    grad_query, grad_key, grad_value = (_narrowed(x, width, packed) for x, width in zip(grads, widths, strict=True))
+    grad_query, grad_key, grad_value = (_narrowed(x, width) for x, width in zip(grads, widths, strict=True))
     return _positive(grad_query, signed)[0], grad_key, grad_value, grad_bias
 
 
@@ -243,13 +243,13 @@ def _aligned(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
 
 
-def _results(like: Tensor, width: int, packed: bool) -> Tensor:
+def _results(like: Tensor, width: int) -> Tensor:
     """Where a kernel writes rows of ``width``, in whole chunks."""
-    return empty_heads((*like.shape[:3], _whole(width)), packed, like.new_empty)
+    return empty_heads((*like.shape[:3], _whole(width)), like.new_empty)
 
 
-def _narrowed(x: Tensor, width: int, packed: bool) -> Tensor:
+def _narrowed(x: Tensor, width: int) -> Tensor:
     """The first ``width`` columns of results, laid out as if there had been no more."""
     if x.shape[-1] == width:
         return x
-    return empty_heads((*x.shape[:3], width), packed, x.new_empty).copy_(x.narrow(-1, 0, width))
+    return empty_heads((*x.shape[:3], width), x.new_empty).copy_(x.narrow(-1, 0, width))

@@ -89,6 +89,7 @@ def attention_bwd(
     query, masks, softmax = _arguments(query, key, packed, packing, at_end, *rest)
     grad_out, query = packing.queries(grad_out), packing.queries(query)
     key, value = packing.keys(key), packing.keys(value)
+    out = contiguous(out.transpose(1, 2)).transpose(1, 2)  # as the forward laid it
     grad_query, grad_key, grad_value, delta = backward_kernels.attention_bwd(
         grad_out, query, key, value, out, lse, masks, softmax
     )
