@@ -42,9 +42,9 @@ void check_table(const EmbeddingTable& table, const TensorView& batch, const cha
   }
 }
 
-void forward(const TensorView& weight, const TensorView& tokens, float scale, const TensorView& positions,
+void forward(const TensorView& weight, const TensorView& tokens, float scale, const Rows& positions,
              const TensorView& position_index, const TensorView& segment_weight, const TensorView& segments,
-             float dropout_p, const TensorView& output, const Call& call) {
+             float dropout_p, const Rows& output, const Call& call) {
   const EmbeddingForward a{{weight, tokens, scale},
                            {positions, position_index, 1},
                            {segment_weight, segments, 1},
@@ -59,9 +59,9 @@ void forward(const TensorView& weight, const TensorView& tokens, float scale, co
   call(PYTRANSFORMER_KERNEL(embedding_fwd), a);
 }
 
-void backward(const TensorView& grad_output, const TensorView& tokens, float scale, const TensorView& position_index,
-              const TensorView& segments, float dropout_p, const TensorView& grad_weight,
-              const TensorView& grad_positions, const TensorView& grad_segment_weight, const Call& call) {
+void backward(const Rows& grad_output, const TensorView& tokens, float scale, const TensorView& position_index,
+              const TensorView& segments, float dropout_p, const TensorView& grad_weight, const Rows& grad_positions,
+              const TensorView& grad_segment_weight, const Call& call) {
   const EmbeddingBackward a{grad_output,
                             {grad_weight, tokens, scale},
                             {grad_positions, position_index, 1},

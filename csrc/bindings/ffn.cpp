@@ -23,10 +23,9 @@ void check_vector(const TensorView& view, int64_t size, const char* name) {
                       " must be contiguous [", size, "]");
 }
 
-void forward(const TensorView& input, const TensorView& weight1, const TensorView& bias1, const TensorView& weight2,
+void forward(const Rows& input, const TensorView& weight1, const TensorView& bias1, const TensorView& weight2,
              const TensorView& bias2, const TensorView& weight_gate, const TensorView& bias_gate,
-             const std::string& activation, float dropout_p, const TensorView& output, const TensorView& hidden,
-             const Call& call) {
+             const std::string& activation, float dropout_p, const Rows& output, const Rows& hidden, const Call& call) {
   const int64_t N = input.shape[0], E = input.shape[1], F = weight1.shape[0], O = weight2.shape[0];
   check_matrix(input, input, N, E, "input");
   check_matrix(weight1, input, F, E, "weight1");
@@ -43,12 +42,11 @@ void forward(const TensorView& input, const TensorView& weight1, const TensorVie
   call(PYTRANSFORMER_KERNEL(ffn_fwd), a);
 }
 
-void backward(const TensorView& grad_output, const TensorView& input, const TensorView& weight1,
-              const TensorView& weight2, const TensorView& weight_gate, const TensorView& bias_gate,
-              const TensorView& hidden, const std::string& activation, float dropout_p, const TensorView& grad_input,
-              const TensorView& grad_weight1, const TensorView& grad_bias1, const TensorView& grad_weight2,
-              const TensorView& grad_bias2, const TensorView& grad_weight_gate, const TensorView& grad_bias_gate,
-              const Call& call) {
+void backward(const Rows& grad_output, const Rows& input, const TensorView& weight1, const TensorView& weight2,
+              const TensorView& weight_gate, const TensorView& bias_gate, const Rows& hidden,
+              const std::string& activation, float dropout_p, const Rows& grad_input, const TensorView& grad_weight1,
+              const TensorView& grad_bias1, const TensorView& grad_weight2, const TensorView& grad_bias2,
+              const TensorView& grad_weight_gate, const TensorView& grad_bias_gate, const Call& call) {
   const int64_t N = input.shape[0], E = input.shape[1], F = weight1.shape[0], O = weight2.shape[0];
   check_matrix(input, input, N, E, "input");
   check_matrix(weight1, input, F, E, "weight1");

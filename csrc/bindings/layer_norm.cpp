@@ -23,9 +23,9 @@ void check_vector(const TensorView& view, int64_t size, DType dtype, const char*
                       " or float32");
 }
 
-void forward(const TensorView& input, const TensorView& weight, const TensorView& bias, const TensorView& residual,
-             const TensorView& input_bias, float dropout_p, float eps, bool rms, const TensorView& output,
-             const TensorView& sum, const TensorView& mean, const TensorView& rstd, const Call& call) {
+void forward(const Rows& input, const TensorView& weight, const TensorView& bias, const Rows& residual,
+             const TensorView& input_bias, float dropout_p, float eps, bool rms, const Rows& output, const Rows& sum,
+             const TensorView& mean, const TensorView& rstd, const Call& call) {
   check_rows(input, input, "input");
   check_rows(output, input, "output");
   if (residual) check_rows(residual, input, "residual");
@@ -40,10 +40,10 @@ void forward(const TensorView& input, const TensorView& weight, const TensorView
   call(PYTRANSFORMER_KERNEL(layer_norm_fwd), problem);
 }
 
-void backward(const TensorView& grad_output, const TensorView& grad_sum, const TensorView& sum,
-              const TensorView& weight, const TensorView& mean, const TensorView& rstd, float dropout_p, bool rms,
-              const TensorView& grad_residual, const TensorView& grad_input, const TensorView& grad_weight,
-              const TensorView& grad_bias, const TensorView& grad_input_bias, const Call& call) {
+void backward(const Rows& grad_output, const Rows& grad_sum, const Rows& sum, const TensorView& weight,
+              const TensorView& mean, const TensorView& rstd, float dropout_p, bool rms, const Rows& grad_residual,
+              const Rows& grad_input, const TensorView& grad_weight, const TensorView& grad_bias,
+              const TensorView& grad_input_bias, const Call& call) {
   check_rows(sum, sum, "sum");
   check_rows(grad_output, sum, "grad_output");
   check_rows(grad_residual, sum, "grad_residual");

@@ -21,7 +21,7 @@ void check_bias(const TensorView& view, int64_t size, const char* name) {
                       " must be contiguous [", size, "]");
 }
 
-void forward(const TensorView& input, const TensorView& weight, const TensorView& bias, const TensorView& output,
+void forward(const Rows& input, const TensorView& weight, const TensorView& bias, const Rows& output,
              const Call& call) {
   const int64_t N = input.shape[0], E = input.shape[1], O = weight.shape[0];
   check_matrix(input, input, N, E, "input");
@@ -31,9 +31,8 @@ void forward(const TensorView& input, const TensorView& weight, const TensorView
   call(PYTRANSFORMER_KERNEL(linear_fwd), LinearForward{input, weight, bias, output});
 }
 
-void backward(const TensorView& grad_output, const TensorView& input, const TensorView& weight,
-              const TensorView& grad_input, const TensorView& grad_weight, const TensorView& grad_bias,
-              const Call& call) {
+void backward(const Rows& grad_output, const Rows& input, const TensorView& weight, const Rows& grad_input,
+              const TensorView& grad_weight, const TensorView& grad_bias, const Call& call) {
   const int64_t N = input.shape[0], E = input.shape[1], O = weight.shape[0];
   check_matrix(input, input, N, E, "input");
   check_matrix(weight, input, O, E, "weight");

@@ -47,9 +47,9 @@ void check_gradients(const LinearCrossEntropyGradients& grad, const TensorView& 
   check_vector(grad.bias, weight.shape[0], DType::float32, "grad_bias");
 }
 
-void forward(const TensorView& input, const TensorView& weight, const TensorView& bias, const TensorView& target,
+void forward(const Rows& input, const TensorView& weight, const TensorView& bias, const TensorView& target,
              int64_t ignore_index, float label_smoothing, float z_loss, float softcap, const TensorView& loss,
-             const TensorView& lse, float grad_loss, const TensorView& grad_input, const TensorView& grad_weight,
+             const TensorView& lse, float grad_loss, const Rows& grad_input, const TensorView& grad_weight,
              const TensorView& grad_bias) {
   const LinearCrossEntropyForward a{input,
                                     weight,
@@ -68,9 +68,9 @@ void forward(const TensorView& input, const TensorView& weight, const TensorView
   kernels().linear_cross_entropy_fwd(a);
 }
 
-void backward(const TensorView& grad_loss, const TensorView& input, const TensorView& weight, const TensorView& bias,
+void backward(const TensorView& grad_loss, const Rows& input, const TensorView& weight, const TensorView& bias,
               const TensorView& target, int64_t ignore_index, float label_smoothing, float z_loss, float softcap,
-              const TensorView& grad_input, const TensorView& grad_weight, const TensorView& grad_bias) {
+              const Rows& grad_input, const TensorView& grad_weight, const TensorView& grad_bias) {
   const LinearCrossEntropyBackward a{grad_loss,
                                      input,
                                      weight,

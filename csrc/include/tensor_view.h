@@ -51,6 +51,18 @@ inline bool stored(DType dtype) {
   return dtype == DType::float32 || dtype == DType::float16 || dtype == DType::bfloat16;
 }
 
+inline bool contiguous(int ndim, const int64_t* shape, const int64_t* stride) {
+  for (int i = 0; i < ndim; ++i) {
+    if (shape[i] == 0) return true;
+  }
+  int64_t expected = 1;
+  for (int i = ndim - 1; i >= 0; --i) {
+    if (shape[i] != 1 && stride[i] != expected) return false;
+    expected *= shape[i];
+  }
+  return true;
+}
+
 struct TensorView {
   static constexpr int max_dims = 6;
 
@@ -74,15 +86,7 @@ struct TensorView {
     return n;
   }
 
-  bool contiguous() const {
-    if (numel() == 0) return true;
-    int64_t expected = 1;
-    for (int i = ndim - 1; i >= 0; --i) {
-      if (shape[i] != 1 && stride[i] != expected) return false;
-      expected *= shape[i];
-    }
-    return true;
-  }
+  bool contiguous() const { return pytransformer::contiguous(ndim, shape, stride); }
 };
 
 }  // namespace pytransformer

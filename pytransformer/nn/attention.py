@@ -134,15 +134,15 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor, cache: Any) -> bool:
         """Shapes as wanted? True if batched."""
-        name, axis = type(self).__name__, 0 if self.batch_first else 1
+        name, axis, dims = type(self).__name__, 0 if self.batch_first else 1, query.dim()
         for what, x, size in (("query", query, self.embed_dim), ("key", key, self.kdim), ("value", value, self.vdim)):
-            if x.dim() != query.dim() or x.dim() not in (2, 3) or x.shape[-1] != size:
+            if x.dim() != dims or dims not in (2, 3) or x.shape[-1] != size:
                 layout = "[B,L,E]" if self.batch_first else "[L,B,E]"
                 raise ValueError(
                     f"{name}: {what} must be {layout} or [L,E] with size {size} last, got {list(x.shape)}"
                     f" (query is {list(query.shape)})"
                 )
-        batched = query.dim() == 3
+        batched = dims == 3
         if cache is not None and not hasattr(cache, "append"):
             return batched  # key and value may have been projected long ago, for fewer rows
         if key.shape[:-1] != value.shape[:-1] or (batched and key.shape[axis] != query.shape[axis]):

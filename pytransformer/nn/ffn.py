@@ -76,15 +76,16 @@ def feed_forward(
 ) -> Tensor:
     """``linear2(dropout(activation(linear1(x)) * gate(x)))``: one op where the modules are plain, else one by one."""
     name = activation_name(activation)
-    linears = (linear1, linear2) if gate is None else (linear1, linear2, gate)
-    if name is None or not is_plain(dropout, DROPOUT) or not all(is_plain(linear, LINEAR) for linear in linears):
+    plain = is_plain(dropout, DROPOUT) and is_plain(linear1, LINEAR) and is_plain(linear2, LINEAR)
+    if name is None or not plain or not (gate is None or is_plain(gate, LINEAR)):
         hidden = activation(linear1(x))
         return linear2(dropout(hidden if gate is None else hidden * gate(x)))  # type: ignore[no-any-return]
-    if x.dtype != linear1.weight.dtype and torch.is_autocast_enabled(x.device.type):
-        x = x.to(linear1.weight.dtype)
+    weight1 = linear1.weight
+    if x.dtype != weight1.dtype and torch.is_autocast_enabled(x.device.type):
+        x = x.to(weight1.dtype)
     return ops.ffn(
         x,
-        linear1.weight,
+        weight1,
         linear1.bias,
         linear2.weight,
         linear2.bias,
@@ -108,12 +109,12 @@ def activation_function(activation: Activation) -> Callable[[Tensor], Tensor]:
 
 def activation_name(activation: Any) -> str | None:
     """What ``ops.ffn`` calls an activation, or None where it does not have it."""
-    if is_plain(activation, (nn.ReLU,)):
-        return "relu"
-    if is_plain(activation, (nn.SiLU,)):
-        return "silu"
-    if is_plain(activation, (nn.GELU,)):
-        return "gelu" if activation.approximate == "none" else "gelu_tanh"
+    if isinstance(activation, nn.Module):
+        if not is_plain(activation, ACTIVATIONS):
+            return None
+        if isinstance(activation, nn.GELU):
+            return "gelu" if activation.approximate == "none" else "gelu_tanh"
+        return "relu" if isinstance(activation, nn.ReLU) else "silu"
     if isinstance(activation, partial) and activation.func is F.gelu and not activation.args:
         return next((name for keywords, name in _GELU_KEYWORDS if activation.keywords == keywords), None)
     return next((name for function, name in _BY_FUNCTION if activation is function), None)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from pytransformer import _cpu
-from pytransformer.backends._arguments import contiguous, flat, position_index, rows, unsupported_dtype
+from pytransformer.backends._arguments import contiguous, flat, position_index, unsupported_dtype
 from pytransformer.backends.cpu._memory import empty
 
 
@@ -36,12 +36,12 @@ def embedding_fwd(
         contiguous(weight),
         flat(tokens),
         scale,
-        rows(positions),
+        contiguous(positions),
         position_index(positions, tokens),
         contiguous(segment_weight),
         flat(segments),
         dropout_p,
-        rows(output),
+        output,
         contiguous(rng),
     )
     return output, weight.new_empty(0)
@@ -64,11 +64,9 @@ def embedding_bwd(
     grads = tuple(
         empty(x.shape if n and x is not None else (0,), weight.dtype) for x, n in zip(tables, needs, strict=True)
     )
-    grad_weight, grad_positions, grad_segment_weight = (
-        rows(g) if n else None for g, n in zip(grads, needs, strict=True)
-    )
+    grad_weight, grad_positions, grad_segment_weight = (g if n else None for g, n in zip(grads, needs, strict=True))
     _cpu.embedding_bwd(
-        rows(grad_output),
+        contiguous(grad_output),
         flat(tokens),
         scale,
         position_index(positions, tokens),

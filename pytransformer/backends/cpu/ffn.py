@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from pytransformer import _cpu
-from pytransformer.backends._arguments import contiguous, rows, unsupported_dtype
+from pytransformer.backends._arguments import contiguous, unsupported_dtype
 from pytransformer.backends.cpu._matrix_units import faster_in_torch
 from pytransformer.backends.cpu._memory import empty
 
@@ -18,7 +20,12 @@ def yields_to(input: Tensor, *rest: object) -> tuple[str, str] | None:
     return faster_in_torch(input)
 
 
-def ffn_fwd(
+def ffn_fwd(input: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    output, hidden = ffn_inference(input, *args)
+    return output, input.new_empty(0) if hidden is None else hidden
+
+
+def ffn_inference(
     input: Tensor,
     weight1: Tensor,
     bias1: Tensor | None,
@@ -30,12 +37,12 @@ def ffn_fwd(
     activation: str,
     dropout_p: float,
     store_hidden: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     lead = input.shape[:-1]
     output = empty((*lead, weight2.shape[0]), input.dtype)
-    hidden = empty((*lead, weight1.shape[0]) if store_hidden else (0,), input.dtype)
+    hidden = empty((*lead, weight1.shape[0]), input.dtype) if store_hidden else None
     _cpu.ffn_fwd(
-        rows(input),
+        contiguous(input),
         contiguous(weight1),
         contiguous(bias1),
         contiguous(weight2),
@@ -44,8 +51,8 @@ def ffn_fwd(
         contiguous(bias_gate),
         activation,
         dropout_p,
-        output.view(-1, weight2.shape[0]),
-        hidden.view(-1, weight1.shape[0]) if store_hidden else None,
+        output,
+        hidden,
         contiguous(rng),
     )
     return output, hidden
@@ -75,16 +82,16 @@ def ffn_bwd(
     grad_gate = empty(weight1.shape if needs_gate else (0,), weight1.dtype)
     grad_bias_gate = empty(weight1.shape[:1] if needs_bias_gate else (0,))
     _cpu.ffn_bwd(
-        rows(grad_output),
-        rows(input),
+        contiguous(grad_output),
+        contiguous(input),
         contiguous(weight1),
         contiguous(weight2),
         contiguous(weight_gate),
         contiguous(bias_gate),
-        rows(hidden),
+        contiguous(hidden),
         activation,
         dropout_p,
-        grad_input.view(-1, input.shape[-1]) if needs_input else None,
+        grad_input if needs_input else None,
         grad_weight1 if needs_weight1 else None,
         grad_bias1 if needs_bias1 else None,
         grad_weight2 if needs_weight2 else None,

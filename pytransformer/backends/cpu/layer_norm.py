@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pytransformer import _cpu
-from pytransformer.backends._arguments import contiguous, rows, unsupported_dtype
+from pytransformer.backends._arguments import contiguous, unsupported_dtype
 from pytransformer.backends.cpu._memory import empty
 
 
@@ -70,16 +70,16 @@ def _forward(
     output = empty(input.shape, input.dtype)
     total = empty(input.shape, input.dtype) if store_sum else None
     _cpu.layer_norm_fwd(
-        rows(input),
+        contiguous(input),
         contiguous(weight),
         contiguous(bias),
-        rows(residual),
+        contiguous(residual),
         contiguous(input_bias),
         dropout_p,
         eps,
         rms,
-        rows(output),
-        rows(total),
+        output,
+        total,
         mean,
         rstd,
         rng,
@@ -108,16 +108,16 @@ def layer_norm_bwd(
     columns = (vector(needs[0]), vector(needs[1]), vector(needs[2]))
     weight_sums, bias_sums, input_bias_sums = (x if needed else None for x, needed in zip(columns, needs, strict=True))
     _cpu.layer_norm_bwd(
-        rows(torch.zeros_like(stream) if grad_output is None else grad_output),
-        rows(grad_sum),
-        rows(stream),
+        contiguous(torch.zeros_like(stream) if grad_output is None else grad_output),
+        contiguous(grad_sum),
+        contiguous(stream),
         contiguous(weight),
         mean,
         rstd,
         dropout_p,
         rms,
-        rows(grad_stream),
-        rows(grad_input) if dropout_p > 0 else None,
+        grad_stream,
+        grad_input if dropout_p > 0 else None,
         weight_sums,
         bias_sums,
         input_bias_sums,

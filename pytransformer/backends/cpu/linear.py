@@ -54,9 +54,14 @@ def _slow_in_torch(dtype: torch.dtype) -> bool:
 
 
 def linear_fwd(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    output = empty((*input.shape[:-1], weight.shape[0]), input.dtype)
-    _cpu.linear_fwd(rows(input), contiguous(weight), contiguous(bias), output.view(-1, weight.shape[0]), None)
+    output, _ = linear_inference(input, weight, bias)
     return output, empty((0,), input.dtype)
+
+
+def linear_inference(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, None]:
+    output = empty((*input.shape[:-1], weight.shape[0]), input.dtype)
+    _cpu.linear_fwd(contiguous(input), contiguous(weight), contiguous(bias), output, None)
+    return output, None
 
 
 def linear_bwd(
@@ -70,10 +75,10 @@ def linear_bwd(
     grad_weight = empty(weight.shape if needs_weight else (0,), weight.dtype)
     grad_bias = empty(weight.shape[:1] if needs_bias else (0,))
     _cpu.linear_bwd(
-        rows(grad_output),
-        rows(input),
+        contiguous(grad_output),
+        contiguous(input),
         contiguous(weight),
-        grad_input.view(-1, input.shape[-1]) if needs_input else None,
+        grad_input if needs_input else None,
         grad_weight if needs_weight else None,
         grad_bias if needs_bias else None,
         None,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pytransformer import _cpu
-from pytransformer.backends._arguments import contiguous, rows, unsupported_dtype
+from pytransformer.backends._arguments import contiguous, unsupported_dtype
 from pytransformer.backends.cpu._memory import empty
 
 
@@ -36,7 +36,7 @@ def linear_cross_entropy_fwd(
     counted = int((target != ignore_index).sum()) if reduction == "mean" else 1
     grads = _Gradients(input, linear_weight, [n and reduction != "none" for n in needs])
     _cpu.linear_cross_entropy_fwd(
-        rows(input),
+        contiguous(input),
         contiguous(linear_weight),
         contiguous(linear_bias),
         target.flatten(),
@@ -76,7 +76,7 @@ def linear_cross_entropy_bwd(
     grads = _Gradients(input, linear_weight, needs)
     _cpu.linear_cross_entropy_bwd(
         grad_loss.expand(target.shape).contiguous().flatten(),
-        rows(input),
+        contiguous(input),
         contiguous(linear_weight),
         contiguous(linear_bias),
         target.flatten(),
@@ -96,8 +96,8 @@ class _Gradients:
         self._input = empty(input.shape if needs[0] else (0,), input.dtype)
         self._weight = empty(weight.shape if needs[1] else (0,), weight.dtype)
         self._bias = empty(weight.shape[:1] if needs[2] else (0,))
-        wide = (rows(self._input) if needs[0] else None, self._weight, self._bias)
-        self.views = tuple(x if n else None for x, n in zip(wide, needs, strict=True))
+        found = (self._input, self._weight, self._bias)
+        self.views = tuple(x if n else None for x, n in zip(found, needs, strict=True))
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         return self._input, self._weight, self._bias.to(self._input.dtype)
