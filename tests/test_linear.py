@@ -138,11 +138,12 @@ def test_products_are_torchs_where_it_has_a_matrix_unit_for_them(pretended, dtyp
         assert ("this processor's AMX unit" in found) == (served == "reference")
 
 
-@pytest.mark.parametrize("rows", [1023, 1024])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_gradients_on_both_sides_of_where_torch_computes_them(pretended, dtype, rows):
-    pretended()
-    check(make((rows,), 40, 24, dtype), "cpu")
+@pytest.mark.parametrize("rows", [1, 2, 40])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_gradients_that_torch_computes_and_that_the_kernel_computes(pretended, dtype, rows):
+    for units in ({}, {"amx_bf16": True, "amx_fp16": True}):
+        pretended(**units)
+        check(make((rows,), 40, 24, dtype), "cpu")
 
 
 def test_many_rows_are_served_where_the_backend_is_asked_for():

@@ -1,8 +1,10 @@
 // The linear layer: one product with a weight, its bias added while a block of it is in cache.
 //
-// The products are those of ffn.cpp (weights.h). Tokens are taken in chunks that, packed, fit in a shared cache; the
-// gradients of weight and bias are summed over chunks in float32, in order:
-//     grad_input  = (W^T grad_output^T)^T        grad_weight = grad_output^T input        grad_bias = column sums
+// The forward is a product of ffn.cpp's (weights.h). Tokens are taken in chunks that, packed, fit in a shared cache;
+// the gradients of weight and bias are summed over chunks in float32, in order:
+//     grad_input = grad_output W        grad_weight = grad_output^T input        grad_bias = column sums
+// The first reads grad_output where it lies and packs W, whose rows are those of a right operand: of few tokens packing
+// it as a left one took longer than the product.
 #include "linear.h"
 
 #include "weights.h"
@@ -36,14 +38,16 @@ void backward(const LinearBackward& a) {
   const int64_t N = a.input.shape[0], E = a.input.shape[1], O = a.weight.shape[0];
   const Chunks chunks(N, E > O ? E : O);
   const WeightGradient<T> grad_weight(a.grad_weight, false, chunks.count);
-  const Packed<Operand> weight(left_transposed<Operand>(a.weight.ptr<const T>(), E), a.grad_input ? E : 0, O);
+  const Packed<Operand> weight(right<Operand>(a.weight.ptr<const T>(), E), a.grad_input ? E : 0, O);
   for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
     const int64_t begin = chunks.begin(chunk), tokens = chunks.size(chunk, N);
     const T* grad_output = a.grad_output.ptr<const T>() + begin * O;
     if (a.grad_input) {
-      gemm<Operand>(
-          E, tokens, weight, ManyTokens<T>::right(grad_output, tokens, O),
-          [&](const Block& block, float* sums) { store_output(block, sums, a.grad_input.ptr<T>() + begin * E, E); });
+      T* out = a.grad_input.ptr<T>() + begin * E;
+      gemm(E, LeftRows<Operand>(grad_output, O, tokens, O), weight,
+           by_rows([&](int64_t row, int64_t column, int64_t count, float* values) {
+             copy_row(values, count, out + row * E + column);
+           }));
     }
     if (a.grad_weight) {
       const T* input = a.input.ptr<const T>() + begin * E;

@@ -5,9 +5,9 @@ processors without AVX512-BF16. The kernel takes a quarter of torch's time in fl
 (AVX2) in bfloat16; the backward a fortieth in float16, and in bfloat16 on AVX2. Only one row and a weight that no cache
 holds torch reads at the memory's full speed. Where torch has the instruction, the forward takes 0.5 to 0.9 times the
 time of torch's of up to 256 rows and 0.8 to 1.02 of more, in float32 and bfloat16; in bfloat16 with few features and
-thousands of rows 1.0 to 1.3, for the input is packed and hardly used. The backward, of 1,024 rows and more, takes 0.75
-to 1.02 in float32 and 0.85 to 1.05 in bfloat16; of fewer, for which the weight is packed and hardly used, up to 1.2.
-Measured on a Zen 4 with one and two threads, torch's and our instructions held to those of the lesser processors.
+thousands of rows 1.0 to 1.3, for the input is packed and hardly used. The backward takes 0.5 to 1.0 of it, and 1.0 to
+1.1 of some ten rows on one thread; of one row in float32, which torch does not pack a weight for, 1.0 to 2. Measured on
+a Zen 4 with one and two threads, torch's and our instructions held to those of the lesser processors.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def linear_bwd(
     grad_output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, needs: list[bool]
 ) -> tuple[Tensor, ...]:
     needs_input, needs_weight, needs_bias = needs
-    few_rows = input.numel() // input.shape[-1] < MANY_ROWS
-    if torch_has_unit(input.dtype) or (few_rows and not _slow_in_torch(input.dtype)):
+    one_row = input.numel() == input.shape[-1]
+    if torch_has_unit(input.dtype) or (one_row and input.dtype == torch.float32):
         return _by_torch(rows(grad_output), input, weight, needs)
     grad_input = empty(input.shape if needs_input else (0,), input.dtype)
     grad_weight = empty(weight.shape if needs_weight else (0,), weight.dtype)
