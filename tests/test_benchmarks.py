@@ -124,7 +124,7 @@ def test_the_project_promises_these_rows():
     row = promised["attention fwd bfloat16 BERT-base 1x2048"]
     assert (row.targets, row.limit_target) == ({"torch": 2.3}, 0.78)
     assert promised["attention fwd bfloat16 BERT-base 8x4096 decode"].rate_target == 30e9
-    assert promised["linear_cross_entropy fwd+bwd bfloat16 32k tokens 2048, V=32768 bytes"].targets == {"torch": 10.0}
+    assert promised["linear_cross_entropy fwd+bwd bfloat16 32k tokens 8192, V=32768 bytes"].targets == {"torch": 10.0}
     assert promised["models fwd float32 BERT-base 8x512 padding"].targets == {"torch": 1.9, "ctranslate2": 1.0}
     assert all(case.targets for case in promised.values())
 

@@ -333,5 +333,6 @@ def _takes_masks(layer: Any) -> bool:
     return (
         is_plain(layer, (TransformerDecoderLayer,))
         and all(is_plain(attention, (MultiheadAttention,)) for attention in (layer.self_attn, layer.multihead_attn))
-        and not {"_sa_block", "_mha_block"} & layer.__dict__.keys()
+        and "_sa_block" not in layer.__dict__
+        and "_mha_block" not in layer.__dict__
     )
