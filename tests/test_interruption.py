@@ -110,3 +110,22 @@ def test_a_handler_may_call_kernels_itself(alarm):
         call()
     assert len(seen) == 2
     assert time.perf_counter() - began < 3
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers of signals here")
+def test_a_call_of_the_handler_is_whole_or_ends(alarm, threads):
+    call, own = attention(65536), attention(8192)
+    wanted, whole = own(), []
+
+    def handle(*_):
+        whole.append(None)
+        if len(whole) == 1:
+            alarm(0.02)
+            whole[0] = torch.equal(own(), wanted)
+        raise EndedError
+
+    signal.signal(signal.SIGALRM, handle)
+    alarm(0.1)
+    with pytest.raises(EndedError):
+        call()
+    assert whole[0] is not False

@@ -115,13 +115,15 @@ bool in_forked_child() {
   return forked;
 }
 
-Interruptible::Interruptible(bool (*wanted)()) : outer_(asked) {
+Interruptible::Interruptible(bool (*wanted)()) : outer_(asked), outer_tasks_(running_tasks) {
   asked = wanted;
+  running_tasks = nullptr;
   next_time = Clock::now() + patience;
 }
 
 Interruptible::~Interruptible() {
   asked = outer_;
+  running_tasks = outer_tasks_;
 }
 
 bool interruption_wanted() {

@@ -134,13 +134,6 @@ class Shares {
   std::unique_ptr<Share[]> shares_;
 };
 
-// The tasks of an outermost region.
-struct Tasks {
-  const bool may_end;
-  std::atomic<bool> ended{false};
-};
-inline thread_local Tasks* running_tasks = nullptr;  // of which this thread runs some
-
 class RunningTasks {
  public:
   explicit RunningTasks(Tasks* tasks) : before_(running_tasks) { running_tasks = tasks; }
