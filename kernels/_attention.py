@@ -117,9 +117,9 @@ def visible(t, s, s0, T, length, lower, upper, bits_ptr, stride_bits_t, BLOCK_S:
     if bits_ptr is not None:
         first = s0 // 32 * 32
         at = bits_ptr + t.to(tl.int64) * stride_bits_t + first // 32
-        word = tl.load(at, mask=(t < T) & (first < length), other=0)
+        word = tl.load(at, mask=t < tl.where(first < length, T, 0), other=0)
         for w in tl.static_range(1, BLOCK_S // 32):  # a load for each query and 32 keys, not for each element
-            next_word = tl.load(at + w, mask=(t < T) & (first + 32 * w < length), other=0)
+            next_word = tl.load(at + w, mask=t < tl.where(first + 32 * w < length, T, 0), other=0)
             word = tl.where(s < first + 32 * w, word, next_word)
         keep = keep & (((word >> (s % 32)) & 1) != 0)
     return keep
