@@ -21,7 +21,7 @@ from pytransformer.backends._tracing import constant_when_traced
 from pytransformer.backends.cpu._matrix_units import faster_in_torch, torch_has_unit
 from pytransformer.backends.cpu._memory import empty
 
-FEW_FEATURES = 255  # of bfloat16 with an instruction for it, which torch takes of many rows
+FEW_FEATURES = 255  # in bfloat16 with an instruction for it: torch takes them of more than MANY_ROWS
 MANY_ROWS = 1024
 CACHED = 2**23  # elements
 _WITHOUT_BFLOAT16 = ("scalar", "avx2", "avx512")
