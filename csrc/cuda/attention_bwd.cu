@@ -29,33 +29,37 @@ __global__ void __launch_bounds__(threads)
   }
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) delta += __shfl_xor_sync(all_lanes, delta, distance);
+  if (lane() != 0) return;
   const int64_t at = a.of_rows(batch, head) + t;
   const float lse = a.lse[at];
-  if (lane() == 0) a.statistics[at] = {lse == -infinity ? 0.0f : lse * log2_e, delta};
+  a.lse_in_log2[at] = lse == -infinity ? 0.0f : lse * log2_e;
+  a.delta[at] = delta;
 }
 
-// They lie as the lse does: of sequences end to end, all queries of a head in one row.
+// Of the lse in units of log2, and of delta. They lie as the lse does: of sequences end to end, all queries of a head
+// in one row.
 int64_t statistics_bytes(const AttentionBackward& p) {
   const int64_t rows = p.cu_seq_q ? p.lse.shape[1] * p.lse.stride[1] : p.lse.numel();
-  return ceil_div(rows * int64_t(sizeof(float2)), 16) * 16;
+  return ceil_div(rows * int64_t(sizeof(float)), 16) * 16;
 }
 
 }  // namespace
 
 int64_t attention_bwd_workspace(const AttentionBackward& p) {
-  return statistics_bytes(p) + packed_mask_bytes(p);
+  return 2 * statistics_bytes(p) + packed_mask_bytes(p);
 }
 
 void attention_bwd(const AttentionBackward& p, const Launch& launch) {
   check_workspace(name, launch, attention_bwd_workspace(p));
   char* workspace = launch.workspace.ptr<char>();
-  BackwardArguments a{attention_arguments(name, p, launch, workspace + statistics_bytes(p))};
+  BackwardArguments a{attention_arguments(name, p, launch, workspace + 2 * statistics_bytes(p))};
   a.out = heads(name, "out", p.out);
   a.grad_out = heads(name, "grad_out", p.grad_out);
   a.lse = p.lse.ptr<const float>();
   a.lse_batch = p.lse.stride[0];
   a.lse_head = p.lse.stride[1];
-  a.statistics = reinterpret_cast<float2*>(workspace);
+  a.lse_in_log2 = reinterpret_cast<float*>(workspace);
+  a.delta = reinterpret_cast<float*>(workspace + statistics_bytes(p));
   a.grad_query = heads(name, "grad_query", p.grad_query);
   a.grad_key = heads(name, "grad_key", p.grad_key);
   a.grad_value = heads(name, "grad_value", p.grad_value);

@@ -12,7 +12,7 @@
 // is written here once, and a `Place` tells where it stands:
 //
 //     place.query(m, i), place.key(...)     its position
-//     place.statistics(m, n, i)             (lse in units of log2, delta) of its query
+//     place.lse(m, n, i), place.delta(...)  of its query; the lse in units of log2
 //
 // As in the forward, an operand that a weight of 0 multiplies may be NaN. The blocks look at their sums, and where
 // these hold a NaN start over with the operand of the last product (keys, or queries) cleaned in partial tiles.
@@ -27,12 +27,12 @@ namespace pytransformer::cuda {
 struct BackwardArguments : AttentionArguments {
   Heads out, grad_out;
   const float* lse;
-  float2* statistics;           // of each query: lse in units of log2 (0 for -inf), delta
-  int64_t lse_batch, lse_head;  // strides of both, [B,H,T]
+  float *lse_in_log2, *delta;   // of each query; the first 0 where the lse is -inf
+  int64_t lse_batch, lse_head;  // strides of all three, [B,H,T]
   Heads grad_query, grad_key, grad_value;
   float* grad_bias;  // [B,H,T,S], zeros where no tile is visited; or null
 
-  // Where a head of a sequence begins in the lse and the statistics.
+  // Where a head of a sequence begins in the lse, and in what is made of it.
   __device__ int64_t of_rows(int batch, int head) const {
     return batch * lse_batch + head * lse_head + before_queries(batch);
   }
@@ -68,6 +68,7 @@ template <int M>
 struct TileBits {
   uint32_t visible[M], kept[M];
 
+  TileBits() = default;
   template <class Place>
   __device__ TileBits(const Place& place, bool partial, const DropoutArgument& dropout) {
 #pragma unroll
@@ -78,49 +79,51 @@ struct TileBits {
   }
 };
 
-// From products and dP to P (after dropout) in `p` and dS in `ds`.
-template <class T, int M, int N, class Place>
-__device__ inline void score_gradients(float (&p)[M][N / 8][4], float (&ds)[M][N / 8][4], const BackwardArguments& a,
-                                       const Place& place, const TileBits<M>& bits, bool partial, int64_t bias_offset,
-                                       float* grad_bias) {
-  if (a.shapes_scores()) shape_scores<T, M, N>(p, a, place, bias_offset);
-  const float factor = score_factor(a);
-  const bool drops = a.dropout.rng != nullptr;
+// Multiplies by `scale` where the bit is set; elsewhere 0, whatever was there.
+template <int M, int N>
+__device__ inline void keep(float (&x)[M][N / 8][4], const uint32_t (&bits)[M], float scale) {
 #pragma unroll
   for (int m = 0; m < M; ++m) {
 #pragma unroll
     for (int n = 0; n < N / 8; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float &weight = p[m][n][i], &gradient = ds[m][n][i];
-        const float2 statistics = place.statistics(m, n, i);
-        weight = ptx::exp2(fmaf(weight, factor, -statistics.x));
-        if (drops) gradient = bits.kept[m] >> (4 * n + i) & 1 ? gradient * a.dropout.scale : 0.0f;
-        gradient = weight * (gradient - statistics.y);
-        if (drops) weight = bits.kept[m] >> (4 * n + i) & 1 ? weight * a.dropout.scale : 0.0f;
-      }
+      for (int i = 0; i < 4; ++i) x[m][n][i] = bits[m] >> (4 * n + i) & 1 ? x[m][n][i] * scale : 0.0f;
     }
-    if (partial) {
+  }
+}
+
+// From products to weights, before dropout.
+template <class T, int M, int N, class Place>
+__device__ inline void score_weights(float (&x)[M][N / 8][4], const AttentionArguments& a, const Place& place,
+                                     const TileBits<M>& bits, bool partial, int64_t bias_offset) {
+  if (a.shapes_scores()) shape_scores<T, M, N>(x, a, place, bias_offset);
+  const float factor = score_factor(a);
 #pragma unroll
-      for (int n = 0; n < N / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const bool seen = bits.visible[m] >> (4 * n + i) & 1;
-          p[m][n][i] = seen ? p[m][n][i] : 0.0f;
-          ds[m][n][i] = seen ? ds[m][n][i] : 0.0f;
-        }
-      }
-    }
-    if (grad_bias == nullptr) continue;
+  for (int m = 0; m < M; ++m) {
 #pragma unroll
     for (int n = 0; n < N / 8; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int t = place.query(m, n, i), s = place.key(m, n, i);
-        if (t < a.T && s < a.S) grad_bias[int64_t(t) * a.S + s] = ds[m][n][i];
-      }
+      for (int i = 0; i < 4; ++i) x[m][n][i] = ptx::exp2(fmaf(x[m][n][i], factor, -place.lse(m, n, i)));
     }
   }
+  if (partial) keep<M, N>(x, bits.visible, 1);
+}
+
+// From dP to dS, by the weights before dropout.
+template <int M, int N, class Place>
+__device__ inline void score_gradients(float (&x)[M][N / 8][4], const float (&weights)[M][N / 8][4],
+                                       const DropoutArgument& dropout, const Place& place, const TileBits<M>& bits,
+                                       bool partial) {
+  if (dropout.rng != nullptr) keep<M, N>(x, bits.kept, dropout.scale);
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+#pragma unroll
+    for (int n = 0; n < N / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[m][n][i] = weights[m][n][i] * (x[m][n][i] - place.delta(m, n, i));
+    }
+  }
+  if (partial) keep<M, N>(x, bits.visible, 1);
 }
 
 // From dS to the gradient of the products, where scores are capped. The products are made again by the caller, once P

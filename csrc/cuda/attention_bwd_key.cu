@@ -1,8 +1,14 @@
-// dK and dV: a block owns 16 M keys for each warp and walks over the queries of all heads that share them, head after
-// head (attention_bwd.cuh). Tiles of scores are transposed.
+// dK and dV: a block owns 16 M keys for each pair of warps and walks over the queries of all heads that share them,
+// head after head (attention_bwd.cuh). Tiles of scores are transposed.
 //
-// The sums of dK and dV take 2 D / 2 registers of each thread for M = 1. Beyond D = 128 they do not fit together, so
-// that there a block makes one of them, and the scores are computed twice.
+// Sums of dK and of dV for the same keys would take all registers of a warp, so a pair shares the work. Each of the two
+// makes one product of two operands and one sum:
+//
+//     the first    S^T = K Q^T      P^T              dV += P^T dOut
+//     the second   dP^T = V dOut^T  dS^T, by P^T     dK += dS^T Q
+//
+// What goes from one to the other, by way of shared memory, is the weights, in float32 and in the order in which lanes
+// hold them. With M = 2 a fragment that comes from shared memory serves two products.
 #include <algorithm>
 
 #include "attention_bwd.cuh"
@@ -10,15 +16,70 @@
 namespace pytransformer::cuda {
 namespace {
 
+constexpr int pairs = warps / 2;
+
+// The weights of a tile of 16 M keys and N queries on their way from one warp to another, and the bits that go with
+// them where some are hidden or dropped.
+template <int M, int N>
+struct Exchange {
+  static constexpr int bytes = (M * N / 8 + 1) * 32 * 16;
+
+  uint32_t base;  // of this lane; steps of 512 bytes
+
+  __device__ void put(const float (&x)[M][N / 8][4]) const {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+      for (int n = 0; n < N / 8; ++n) {
+        const float (&group)[4] = x[m][n];
+        const uint4 words{__float_as_uint(group[0]), __float_as_uint(group[1]), __float_as_uint(group[2]),
+                          __float_as_uint(group[3])};
+        ptx::store_shared_16(base + 512 * (m * N / 8 + n), words);
+      }
+    }
+  }
+
+  __device__ void take(float (&x)[M][N / 8][4]) const {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+      for (int n = 0; n < N / 8; ++n) {
+        const uint4 words = ptx::load_shared_16(base + 512 * (m * N / 8 + n));
+        float (&group)[4] = x[m][n];
+        group[0] = __uint_as_float(words.x);
+        group[1] = __uint_as_float(words.y);
+        group[2] = __uint_as_float(words.z);
+        group[3] = __uint_as_float(words.w);
+      }
+    }
+  }
+
+  __device__ void put(const TileBits<M>& bits) const {
+    const uint4 words{bits.visible[0], bits.kept[0], bits.visible[M - 1], bits.kept[M - 1]};
+    ptx::store_shared_16(base + 512 * M * N / 8, words);
+  }
+
+  __device__ void take(TileBits<M>& bits) const {
+    static_assert(M <= 2);
+    const uint4 words = ptx::load_shared_16(base + 512 * M * N / 8);
+    bits.visible[0] = words.x;
+    bits.kept[0] = words.y;
+    bits.visible[M - 1] = words.z;
+    bits.kept[M - 1] = words.w;
+  }
+};
+
 template <int D>
 struct KeyCut {
-  static constexpr bool apart = D > 128;  // dK and dV by different blocks
-  static constexpr int M = D <= 32 ? 2 : 1;
-  static constexpr int keys = 16 * M * warps;
-  static constexpr int queries = D < 128 ? 32 : 16;
+  static constexpr int M = D <= 128 ? 2 : 1;
+  static constexpr int keys = 16 * M * pairs;
+  static constexpr int queries = D <= 128 ? 32 : 16;
+  static constexpr int blocks = D <= 64 ? 3 : 2;  // of a multiprocessor, which leaves so many registers
   static constexpr int stages = 2;
-  static constexpr int statistics_bytes = stages * queries * int(sizeof(float2));
-  static constexpr int shared_bytes = tile_bytes<D>(2 * keys + 2 * stages * queries) + statistics_bytes;
+  static constexpr int statistics_bytes = 2 * queries * int(sizeof(float));  // of a stage
+  static constexpr int exchange_bytes = Exchange<M, queries>::bytes;         // of a pair
+  static constexpr int block_at =
+      tile_bytes<D>(2 * keys + 2 * stages * queries) + stages * statistics_bytes + pairs * exchange_bytes;
 };
 
 // Rows of a tile of scores are keys, columns queries.
@@ -26,17 +87,34 @@ template <int M, int N>
 struct RowsAreKeys {
   const Visibility& v;
   const BackwardArguments& a;
-  uint32_t of_columns;  // float2 [N] in shared memory
-  int64_t line;         // first row of the head in [B*H*T]
-  int row, t, member;   // the warp's first key; the tile's first query
+  const float2 (&of_columns)[N / 8];  // the lse for the first of a pair, delta for the second
+  int64_t line;                       // first row of the head in [B*H*T]
+  int row, t, member;                 // the warp's first key; the tile's first query
 
   __device__ int query(int, int n, int i) const { return t + 8 * n + lane_column() + i % 2; }
   __device__ int key(int m, int, int i) const { return row + 16 * m + lane_row() + i / 2 * 8; }
-  __device__ float2 statistics(int, int n, int i) const {
-    return ptx::load_shared_8(of_columns + 8 * (8 * n + lane_column() + i % 2));
-  }
+  __device__ float lse(int, int n, int i) const { return i % 2 == 0 ? of_columns[n].x : of_columns[n].y; }
+  __device__ float delta(int m, int n, int i) const { return lse(m, n, i); }
   __device__ uint32_t visible(int m) const { return visible_queries<N>(v, t, row + 16 * m + lane_row(), member); }
   __device__ uint32_t kept(int m) const { return keep_queries<N>(Dropout(a.dropout), line + t, row + 16 * m, v.S); }
+};
+
+// The keys of a block, those of the heads from `head` on. In shared memory.
+struct KeyBlock {
+  Visibility visibility;
+  int64_t of_rows;  // of the lse
+  int batch, key_head, head, first;
+
+  KeyBlock() = default;
+  __device__ KeyBlock(const BackwardArguments& a, int keys, int index) {
+    const int blocks = (a.S + keys - 1) / keys, key_heads = a.H / a.group;
+    first = index % blocks * keys;
+    batch = index / blocks / key_heads;
+    key_head = index / blocks % key_heads;
+    head = key_head * a.group;
+    of_rows = a.of_rows(batch, head);
+    visibility = Visibility(a, batch, head);
+  }
 };
 
 // A tile of queries of one of the heads.
@@ -45,7 +123,8 @@ struct Step {
 };
 
 template <class T, int D>
-__global__ void __launch_bounds__(threads, 2) attention_bwd_key_kernel(const __grid_constant__ BackwardArguments a) {
+__global__ void __launch_bounds__(threads, KeyCut<D>::blocks)
+    attention_bwd_key_kernel(const __grid_constant__ BackwardArguments a) {
   using Cut = KeyCut<D>;
   constexpr int M = Cut::M, N = Cut::queries;
   extern __shared__ __align__(128) unsigned char shared[];
@@ -53,89 +132,111 @@ __global__ void __launch_bounds__(threads, 2) attention_bwd_key_kernel(const __g
   const auto tile_at = [&](int row) { return Tile<D>{memory + tile_bytes<D>(row)}; };
   const Tile<D> keys = tile_at(0), values = tile_at(Cut::keys);
   const auto buffer = [&](int i) { return tile_at(2 * Cut::keys + i * N); };
-  const auto statistics = [&](int stage) {
-    return memory + tile_bytes<D>(2 * Cut::keys + 2 * Cut::stages * N) + stage * N * int(sizeof(float2));
-  };
+  const uint32_t of_statistics = memory + tile_bytes<D>(2 * Cut::keys + 2 * Cut::stages * N);
+  const int pair = warp() / 2;
+  const bool is_first = warp() % 2 == 0;
+  const Exchange<M, N> exchange{of_statistics + Cut::stages * Cut::statistics_bytes + pair * Cut::exchange_bytes +
+                                16 * lane()};
 
-  const int blocks = (a.S + Cut::keys - 1) / Cut::keys, index = int(blockIdx.x) / (Cut::apart ? 2 : 1);
-  const bool makes_key = !Cut::apart || blockIdx.x % 2 == 0, makes_value = !Cut::apart || blockIdx.x % 2 == 1;
-  const int s = index % blocks * Cut::keys, key_heads = a.H / a.group;
-  const int batch = index / blocks / key_heads, key_head = index / blocks % key_heads, head = key_head * a.group;
-  const Visibility v(a, batch, head);
-  if (a.cu_seq_k != nullptr && s >= v.length) return;  // of a sequence that is shorter than the longest
-  const Range range = query_tiles<N, Cut::keys>(v, s);
+  auto& block = *reinterpret_cast<KeyBlock*>(shared + Cut::block_at);
+  const Visibility& v = block.visibility;
+  if (threadIdx.x == 0) block = KeyBlock(a, Cut::keys, int(blockIdx.x));
+  __syncthreads();
+  if (a.cu_seq_k != nullptr && block.first >= v.length) return;  // of a sequence that is shorter than the longest
+  const Range range = query_tiles<N, Cut::keys>(v, block.first);
   TileKind kind = TileKind::empty;  // of the step found last
   const auto find = [&](Step step) {
     for (; step.member < a.group; step = {step.member + 1, range.tile}) {
       for (; step.tile < range.end; ++step.tile) {
-        kind = v.kind<N, Cut::keys>(step.tile * N, s, step.member);
+        const bool inside = range.inside(step.tile);
+        kind = inside ? TileKind::full : TileKind::partial;
+        if (a.mask.bits != nullptr) kind = v.kind<N, Cut::keys>(step.tile * N, block.first, inside, step.member);
         if (kind != TileKind::empty) return step;
       }
     }
     return step;
   };
+  const HeadRows<N, D> of_queries(a.query, a.of_queries(a.query, block.batch, block.head));
+  const HeadRows<N, D> of_grad_outs(a.grad_out, a.of_queries(a.grad_out, block.batch, block.head));
+  // Queries of a step and what goes with them, or zeros where there is none.
   const auto load = [&](Step step, int stage) {
-    const int h = head + step.member, before = a.before_queries(batch);
-    const int t = before + step.tile * N, end = before + v.T;
-    load_rows<N>(buffer(2 * stage), a.query, batch * a.query.batch + h * a.query.head, t, end);
-    load_rows<N>(buffer(2 * stage + 1), a.grad_out, batch * a.grad_out.batch + h * a.grad_out.head, t, end);
-    const int i = threadIdx.x;
-    const float2* of_head = a.statistics + batch * a.lse_batch + h * a.lse_head;
-    const bool inside = t + i < end;
-    if (i < N) ptx::copy_8_async(statistics(stage) + 8 * i, of_head + (inside ? t + i : 0), inside);
+    const TileCopy<D> copy;
+    const int t = step.tile * N, end = step.member < a.group ? v.T : 0;
+    of_queries.load(copy, buffer(2 * stage), t, end, step.member * a.query.head);
+    of_grad_outs.load(copy, buffer(2 * stage + 1), t, end, step.member * a.grad_out.head);
+    static_assert(2 * N <= threads);
+    const int i = ptx::thread_now(), row = t + i % N;
+    const float* from = (i < N ? a.lse_in_log2 : a.delta) + block.of_rows + step.member * a.lse_head + row;
+    if (i < 2 * N) ptx::copy_4_async(of_statistics + stage * Cut::statistics_bytes + 4 * i, from, row < end);
+    ptx::commit_copies();
   };
-  load_rows<Cut::keys>(keys, a.key, a.of_keys(a.key, batch, key_head), s, v.length);
-  load_rows<Cut::keys>(values, a.value, a.of_keys(a.value, batch, key_head), s, v.length);
+  const auto of_keys = [&](const Heads& x) { return a.of_keys(x, block.batch, block.key_head); };
+  HeadRows<Cut::keys, D>(a.key, of_keys(a.key)).load({}, keys, block.first, v.length);
+  HeadRows<Cut::keys, D>(a.value, of_keys(a.value)).load({}, values, block.first, v.length);
 
-  const int of_warp = 16 * M * warp();
-  float sums[Cut::apart ? 1 : 2][M][D / 8][4];
-  auto &grad_key = sums[0], &grad_value = sums[Cut::apart ? 0 : 1];
+  const int of_pair = 16 * M * pair;
+  const bool drops = a.dropout.rng != nullptr;
+  float sum[M][D / 8][4];  // of dV or dK
 #pragma unroll 1
   for (bool careful = false;; careful = true) {
-    set_zero<M, D>(grad_key);
-    if (!Cut::apart) set_zero<M, D>(grad_value);
+    set_zero<M, D>(sum);
     Step step = find({0, range.tile});
-    if (step.member < a.group) load(step, 0);
-    ptx::commit_copies();
+    load(step, 0);
     for (int stage = 0; step.member < a.group; stage ^= 1) {
       const bool partial = kind == TileKind::partial;
       const Step next = find({step.member, step.tile + 1});
       ptx::wait_for_copies<0>();
       __syncthreads();  // this tile is here, and nobody reads the other buffer any more
-      if (next.member < a.group) load(next, stage ^ 1);
-      ptx::commit_copies();
       const Tile<D> queries = buffer(2 * stage), grad_outs = buffer(2 * stage + 1);
       if (careful && partial) {
         clean_tile<T, N>(queries, nullptr);
         __syncthreads();
       }
-      const int h = head + step.member;
-      const RowsAreKeys<M, N> place{
-          v, a, statistics(stage), (int64_t(batch) * a.H + h) * a.T, s + of_warp, step.tile * N, step.member};
-      const TileBits<M> bits(place, partial, a.dropout);
-      float p[M][N / 8][4] = {}, ds[M][N / 8][4] = {};
-      multiply_rows<T, M, N>(p, keys, of_warp, queries);
-      if (makes_key) multiply_rows<T, M, N>(ds, values, of_warp, grad_outs);
-      score_gradients<T, M, N>(p, ds, a, place, bits, partial, batch * a.bias.batch + h * a.bias.head, nullptr);
-      if (makes_value) multiply_weights<T, M, N>(grad_value, p, grad_outs);
-      if (a.softcap > 0) {
-        float products[M][N / 8][4] = {};
-        multiply_rows<T, M, N>(products, keys, of_warp, queries);
-        cap_gradients<M, N>(ds, products, a);
+      const int h = block.head + step.member;
+      float2 of_columns[N / 8];
+      const int64_t line = (int64_t(block.batch) * a.H + h) * a.T;
+      const RowsAreKeys<M, N> place{v, a, of_columns, line, block.first + of_pair, step.tile * N, step.member};
+      TileBits<M> bits;
+      if (is_first) bits = TileBits<M>(place, partial, a.dropout);
+      float x[M][N / 8][4] = {};
+      const RowsInTile<M, D> rows(is_first ? keys : values, of_pair);
+      multiply_rows<T, M, N>(x, rows, is_first ? queries : grad_outs);
+      load(next, stage ^ 1);  // while tensor cores are busy
+#pragma unroll
+      for (int n = 0; n < N / 8; ++n) {
+        const uint32_t of_stage = of_statistics + stage * Cut::statistics_bytes + (is_first ? 0 : 4 * N);
+        of_columns[n] = ptx::load_shared_8(of_stage + 4 * (8 * n + lane_column()));
       }
-      if (makes_key) multiply_weights<T, M, N>(grad_key, ds, queries);
+      if (is_first) {
+        score_weights<T, M, N>(x, a, place, bits, partial, block.batch * a.bias.batch + h * a.bias.head);
+        exchange.put(x);  // of the last tile nobody takes any more: all have met since
+        if (partial || drops) exchange.put(bits);
+        ptx::arrive(1 + pair, 64);
+        if (drops) keep<M, N>(x, bits.kept, a.dropout.scale);
+      } else {
+        ptx::barrier(1 + pair, 64);
+        float weights[M][N / 8][4];
+        exchange.take(weights);
+        if (partial || drops) exchange.take(bits);
+        score_gradients<M, N>(x, weights, a.dropout, place, bits, partial);
+        if (a.softcap > 0) {
+          float products[M][N / 8][4] = {};
+          multiply_rows<T, M, N>(products, RowsInTile<M, D>(keys, of_pair), queries);
+          cap_gradients<M, N>(x, products, a);
+        }
+      }
+      multiply_weights<T, M, N>(sum, x, is_first ? grad_outs : queries);
       step = next;
     }
     ptx::wait_for_copies<0>();  // of the operands that stay, where no tile was visited
-    if (!__syncthreads_or(has_nan<M, D>(grad_key)) || careful) break;
+    if (!__syncthreads_or(!is_first && has_nan<M, D>(sum)) || careful) break;
   }
-  const int first = s + of_warp, end = a.keys_in(batch);
-  if (makes_value) {
-    store_rows<T, M>(grad_value, values, of_warp, a.grad_value, a.of_keys(a.grad_value, batch, key_head), first, end);
-  }
-  if (makes_key) {
-    multiply_all<M, D>(grad_key, a.scale);
-    store_rows<T, M>(grad_key, keys, of_warp, a.grad_key, a.of_keys(a.grad_key, batch, key_head), first, end);
+  const int first = block.first + of_pair, end = a.keys_in(block.batch);
+  if (is_first) {
+    store_rows<T, M>(sum, values, of_pair, a.grad_value, of_keys(a.grad_value), first, end);
+  } else {
+    multiply_all<M, D>(sum, a.scale);
+    store_rows<T, M>(sum, keys, of_pair, a.grad_key, of_keys(a.grad_key), first, end);
   }
 }
 
@@ -145,9 +246,9 @@ template <class T>
 void attention_bwd_key(const BackwardArguments& a, const TensorView& key, const Launch& launch) {
   by_head_width("attention_bwd", std::max(a.query.width, a.value.width), [&](auto width) {
     using Cut = KeyCut<width()>;
-    const int64_t blocks = ceil_div(a.S, Cut::keys) * a.B * (a.H / a.group) * (Cut::apart ? 2 : 1);
+    const int64_t blocks = ceil_div(a.S, Cut::keys) * a.B * (a.H / a.group);
     start("attention_bwd: key", key, attention_bwd_key_kernel<T, width()>,
-          Shape{dim3(unsigned(blocks)), dim3(threads), size_t(Cut::shared_bytes)}, launch, a);
+          Shape{dim3(unsigned(blocks)), dim3(threads), Cut::block_at + sizeof(KeyBlock)}, launch, a);
   });
 }
 

@@ -13,7 +13,8 @@ struct QueryCut {
   static constexpr int queries = 16 * M * warps;
   static constexpr int keys = D <= 128 ? 32 : 16;
   static constexpr int stages = 2;
-  static constexpr int shared_bytes = tile_bytes<D>(2 * queries + 2 * stages * keys);
+  static constexpr bool held = D > 64 && D <= 128;  // queries and grad_outs, in registers
+  static constexpr int tiles_bytes = tile_bytes<D>(2 * queries + 2 * stages * keys);  // a QueryBlock lies behind them
 };
 
 // Rows of a tile of scores are queries, columns keys.
@@ -21,16 +22,48 @@ template <int M, int N>
 struct RowsAreQueries {
   const Visibility& v;
   const BackwardArguments& a;
-  const float2 (&of_rows)[M][2];
-  int64_t line;  // first row of the head in [B*H*T]
-  int row, s;    // this lane's first query; the tile's first key
+  const float2 (&of_rows)[M][2];  // lse and delta
+  int64_t line;                   // first row of the head in [B*H*T]
+  int row, s;                     // this lane's first query; the tile's first key
 
   __device__ int query(int m, int, int i) const { return row + 16 * m + i / 2 * 8; }
   __device__ int key(int, int n, int i) const { return s + 8 * n + lane_column() + i % 2; }
-  __device__ float2 statistics(int m, int, int i) const { return of_rows[m][i / 2]; }
+  __device__ float lse(int m, int, int i) const { return of_rows[m][i / 2].x; }
+  __device__ float delta(int m, int, int i) const { return of_rows[m][i / 2].y; }
   __device__ uint32_t visible(int m) const { return visible_keys<N>(v, row + 16 * m, row + 16 * m + 8, s); }
   __device__ uint32_t kept(int m) const { return keep_keys<N>(Dropout(a.dropout), line + row + 16 * m, s, v.S); }
 };
+
+// The queries of a block. In shared memory.
+struct QueryBlock {
+  Visibility visibility;
+  int line, batch, head, first;
+
+  QueryBlock() = default;
+  __device__ QueryBlock(const BackwardArguments& a, int queries, int index) {
+    const int blocks = (a.T + queries - 1) / queries;
+    first = (blocks - 1 - index % blocks) * queries;  // of causal the long rows first
+    line = index / blocks;
+    batch = line / a.H;
+    head = line % a.H;
+    visibility = Visibility(a, batch, head);
+  }
+};
+
+template <int M, int N>
+__device__ inline void store_grad_bias(const float (&ds)[M][N / 8][4], const RowsAreQueries<M, N>& place, float* to) {
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+#pragma unroll
+    for (int n = 0; n < N / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int t = place.query(m, n, i), s = place.key(m, n, i);
+        if (t < place.a.T && s < place.a.S) to[int64_t(t) * place.a.S + s] = ds[m][n][i];
+      }
+    }
+  }
+}
 
 template <class T, int D>
 __global__ void __launch_bounds__(threads, 2) attention_bwd_query_kernel(const __grid_constant__ BackwardArguments a) {
@@ -41,66 +74,84 @@ __global__ void __launch_bounds__(threads, 2) attention_bwd_query_kernel(const _
   const Tile<D> queries = tile_at(0), grad_outs = tile_at(Cut::queries);
   const auto buffer = [&](int i) { return tile_at(2 * Cut::queries + i * N); };
 
-  const int blocks = (a.T + Cut::queries - 1) / Cut::queries;
-  const int t = (blocks - 1 - int(blockIdx.x) % blocks) * Cut::queries, line = int(blockIdx.x) / blocks;
-  const int batch = line / a.H, head = line % a.H, key_head = head / a.group;
-  const Visibility v(a, batch, head);
-  if (t >= v.T) return;  // of a sequence that is shorter than the longest
-  const Range range = key_tiles<Cut::queries, N>(v, t);
+  auto& block = *reinterpret_cast<QueryBlock*>(shared + Cut::tiles_bytes);
+  const Visibility& v = block.visibility;
+  if (threadIdx.x == 0) block = QueryBlock(a, Cut::queries, int(blockIdx.x));
+  __syncthreads();
+  if (block.first >= v.T) return;  // of a sequence that is shorter than the longest
+  const Range range = key_tiles<Cut::queries, N>(v, block.first);
   TileKind kind = TileKind::empty;  // of the tile found last
   const auto find = [&](int tile) {
-    while (tile < range.end && (kind = v.kind<Cut::queries, N>(t, tile * N)) == TileKind::empty) ++tile;
+    for (; tile < range.end; ++tile) {
+      kind = range.inside(tile) ? TileKind::full : TileKind::partial;
+      if (a.mask.bits != nullptr) kind = v.kind<Cut::queries, N>(block.first, tile * N, range.inside(tile));
+      if (kind != TileKind::empty) break;
+    }
     return tile;
   };
-  const int before = a.before_keys(batch);
+  const HeadRows<N, D> of_keys(a.key, a.of_keys(a.key, block.batch, block.head / a.group));
+  const HeadRows<N, D> of_values(a.value, a.of_keys(a.value, block.batch, block.head / a.group));
+  const int length = v.length;
+  // Keys and values of a tile, or zeros where there is none.
   const auto load = [&](int tile, int stage) {
-    const int s = before + tile * N, end = before + v.length;
-    load_rows<N>(buffer(2 * stage), a.key, batch * a.key.batch + key_head * a.key.head, s, end);
-    load_rows<N>(buffer(2 * stage + 1), a.value, batch * a.value.batch + key_head * a.value.head, s, end);
+    const TileCopy<D> copy;
+    const int end = tile < range.end ? length : 0;
+    of_keys.load(copy, buffer(2 * stage), tile * N, end);
+    of_values.load(copy, buffer(2 * stage + 1), tile * N, end);
+    ptx::commit_copies();
   };
-  load_rows<Cut::queries>(queries, a.query, a.of_queries(a.query, batch, head), t, v.T);
-  load_rows<Cut::queries>(grad_outs, a.grad_out, a.of_queries(a.grad_out, batch, head), t, v.T);
+  const auto of_queries = [&](const Heads& x) { return a.of_queries(x, block.batch, block.head); };
+  HeadRows<Cut::queries, D>(a.query, of_queries(a.query)).load({}, queries, block.first, v.T);
+  HeadRows<Cut::queries, D>(a.grad_out, of_queries(a.grad_out)).load({}, grad_outs, block.first, v.T);
+  ptx::commit_copies();
+  if constexpr (Cut::held) {
+    ptx::wait_for_copies<0>();
+    __syncthreads();
+  }
 
   const int of_warp = 16 * M * warp();
-  const auto row_of = [&](int thread) { return t + thread / 32 * 16 * M + thread % 32 / 4; };  // the first, of a thread
-  const float2* statistics = a.statistics + a.of_rows(batch, head);
+  const auto row_of = [&](int thread) {
+    return block.first + thread / 32 * 16 * M + thread % 32 / 4;
+  };  // the first, of a thread
   float2 of_rows[M][2];
 #pragma unroll
   for (int i = 0; i < 2 * M; ++i) {
-    const int row = row_of(threadIdx.x);
-    of_rows[i / 2][i % 2] = row + 8 * i < v.T ? statistics[row + 8 * i] : float2{0, 0};
+    const int row = row_of(threadIdx.x) + 8 * i;
+    const int64_t at = a.of_rows(block.batch, block.head) + row;
+    of_rows[i / 2][i % 2] = row < v.T ? float2{a.lse_in_log2[at], a.delta[at]} : float2{0, 0};
   }
 
+  using Rows = std::conditional_t<Cut::held, RowsInRegisters<M, D>, RowsInTile<M, D>>;
+  const Rows query_rows(queries, of_warp), grad_out_rows(grad_outs, of_warp);
   float sum[M][D / 8][4];
 #pragma unroll 1
   for (bool careful = false;; careful = true) {
     set_zero<M, D>(sum);
     int tile = find(range.tile);
-    if (tile < range.end) load(tile, 0);
-    ptx::commit_copies();
+    load(tile, 0);
     for (int stage = 0; tile < range.end; stage ^= 1) {
       const bool partial = kind == TileKind::partial;
       const int next = find(tile + 1);
       ptx::wait_for_copies<0>();
       __syncthreads();  // this tile is here, and nobody reads the other buffer any more
-      if (next < range.end) load(next, stage ^ 1);
-      ptx::commit_copies();
       const Tile<D> keys = buffer(2 * stage), values = buffer(2 * stage + 1);
       if (careful && partial) {
         clean_tile<T, N>(keys, nullptr);
         __syncthreads();
       }
-      const int64_t first = int64_t(line) * a.T;
+      const int64_t first = int64_t(block.line) * a.T;
       const RowsAreQueries<M, N> place{v, a, of_rows, first, row_of(ptx::thread_now()), tile * N};
       const TileBits<M> bits(place, partial, a.dropout);
       float p[M][N / 8][4] = {}, ds[M][N / 8][4] = {};
-      multiply_rows<T, M, N>(p, queries, of_warp, keys);
-      multiply_rows<T, M, N>(ds, grad_outs, of_warp, values);
-      score_gradients<T, M, N>(p, ds, a, place, bits, partial, batch * a.bias.batch + head * a.bias.head,
-                               a.grad_bias == nullptr ? nullptr : a.grad_bias + first * a.S);
+      multiply_rows<T, M, N>(p, query_rows, keys);
+      load(next, stage ^ 1);  // while tensor cores are busy
+      multiply_rows<T, M, N>(ds, grad_out_rows, values);
+      score_weights<T, M, N>(p, a, place, bits, partial, block.batch * a.bias.batch + block.head * a.bias.head);
+      score_gradients<M, N>(ds, p, a.dropout, place, bits, partial);
+      if (a.grad_bias != nullptr) store_grad_bias<M, N>(ds, place, a.grad_bias + first * a.S);
       if (a.softcap > 0) {
         float products[M][N / 8][4] = {};
-        multiply_rows<T, M, N>(products, queries, of_warp, keys);
+        multiply_rows<T, M, N>(products, query_rows, keys);
         cap_gradients<M, N>(ds, products, a);
       }
       multiply_weights<T, M, N>(sum, ds, keys);
@@ -110,7 +161,8 @@ __global__ void __launch_bounds__(threads, 2) attention_bwd_query_kernel(const _
     if (!__syncthreads_or(has_nan<M, D>(sum)) || careful) break;
   }
   multiply_all<M, D>(sum, a.scale);
-  store_rows<T, M>(sum, queries, of_warp, a.grad_query, a.of_queries(a.grad_query, batch, head), t + of_warp, v.T);
+  const int64_t offset = of_queries(a.grad_query);
+  store_rows<T, M>(sum, queries, of_warp, a.grad_query, offset, block.first + of_warp, v.T);
 }
 
 }  // namespace
@@ -121,7 +173,7 @@ void attention_bwd_query(const BackwardArguments& a, const TensorView& query, co
     using Cut = QueryCut<width()>;
     const int64_t blocks = ceil_div(a.T, Cut::queries) * a.B * a.H;
     start("attention_bwd: query", query, attention_bwd_query_kernel<T, width()>,
-          Shape{dim3(unsigned(blocks)), dim3(threads), size_t(Cut::shared_bytes)}, launch, a);
+          Shape{dim3(unsigned(blocks)), dim3(threads), Cut::tiles_bytes + sizeof(QueryBlock)}, launch, a);
   });
 }
 

@@ -20,7 +20,7 @@ constexpr const char* name = "attention_decode";
 constexpr int64_t largest_tile = 64;  // rows; beyond, the forward kernel has work enough
 static_assert(most_paged_rows <= largest_tile);
 constexpr int64_t shortest_share = 256;  // keys; each costs a row of float32 output
-constexpr int64_t enough_blocks = 264;   // two for each multiprocessor of the largest GPUs
+constexpr int64_t enough_blocks = 4096;  // ten times what fits on the largest GPUs at once: few idle in the last round
 constexpr int64_t most_splits = 128;
 
 struct CombineArguments {
@@ -56,9 +56,10 @@ template <class T, int D>
 void decode(const ForwardArguments& a, const CombineArguments& combine, const AttentionForward& p,
             const Launch& launch) {
   using Cut = ForwardCut<D, true>;
+  constexpr size_t shared_bytes = Cut::tiles_bytes + sizeof(ForwardBlock<true>);
   const int64_t blocks = int64_t(a.splits) * a.B * (a.H / a.group);
-  start(name, p.query, attention_fwd_kernel<T, D, true>,
-        Shape{dim3(unsigned(blocks)), dim3(threads), size_t(Cut::shared_bytes)}, launch, a);
+  start(name, p.query, attention_fwd_kernel<T, D, true>, Shape{dim3(unsigned(blocks)), dim3(threads), shared_bytes},
+        launch, a);
   start("attention_decode: combine", p.query, attention_combine_kernel<T>,
         Shape{dim3(unsigned(combine.rows)), dim3(threads)}, launch, combine);
 }

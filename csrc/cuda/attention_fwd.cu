@@ -10,9 +10,10 @@ constexpr const char* name = "attention_fwd";
 template <class T, int D>
 void forward(const ForwardArguments& a, const AttentionForward& p, const Launch& launch) {
   using Cut = ForwardCut<D, false>;
+  constexpr size_t shared_bytes = Cut::tiles_bytes + sizeof(ForwardBlock<false>);
   const int64_t blocks = ceil_div(a.T, Cut::queries) * a.B * a.H;
-  start(name, p.query, attention_fwd_kernel<T, D, false>,
-        Shape{dim3(unsigned(blocks)), dim3(threads), size_t(Cut::shared_bytes)}, launch, a);
+  start(name, p.query, attention_fwd_kernel<T, D, false>, Shape{dim3(unsigned(blocks)), dim3(threads), shared_bytes},
+        launch, a);
 }
 
 }  // namespace

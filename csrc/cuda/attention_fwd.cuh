@@ -33,10 +33,10 @@ template <int D, bool Grouped>
 struct ForwardCut {
   static constexpr int M = Grouped || D > 128 ? 1 : 2;  // fragments of 16 queries a warp
   static constexpr int queries = 16 * M * warps;
-  static constexpr int keys = D <= 64 ? 64 : 32;
+  static constexpr int keys = 32;
+  static constexpr int blocks = D <= 64 ? 3 : 2;  // of a multiprocessor, which leaves so many registers
   static constexpr int stages = 2;
-  static constexpr int tiles_bytes = tile_bytes<D>(queries + 2 * stages * keys);
-  static constexpr int shared_bytes = tiles_bytes + 2 * int(sizeof(uint32_t));  // and a bit for each key
+  static constexpr int tiles_bytes = tile_bytes<D>(queries + 2 * stages * keys);  // a ForwardBlock lies behind them
 };
 
 // Where keys and values lie in pages of a pool: key s in row s % size of page table[batch * stride + s / size].
@@ -65,13 +65,35 @@ struct ForwardArguments : AttentionArguments {
   Pages pages;                // Grouped: Heads::batch of keys and values is the distance of pages
 };
 
-// The queries of a block: of one head, or of all heads that share a key head.
+// The rows of block `index`: queries of one head, or of all heads that share a key head.
 template <bool Grouped>
 struct BlockRows {
-  int batch, head, first, end;  // the head is the first of several where Grouped
+  int block, blocks;                  // of those of the head, or the split
+  int line, batch, head, first, end;  // the head is the first of several where Grouped
+
+  BlockRows() = default;
+  __device__ BlockRows(const ForwardArguments& a, int rows, int index) {
+    const int group = Grouped ? a.group : 1;
+    blocks = Grouped ? a.splits : (a.T + rows - 1) / rows;
+    block = Grouped ? index % blocks : blocks - 1 - index % blocks;  // of causal the long rows first
+    line = index / blocks * group;
+    batch = line / a.H;
+    head = line % a.H;
+    first = Grouped ? 0 : block * rows;
+    end = group * a.queries_in(batch);
+  }
 
   __device__ int member(int row, int T) const { return Grouped ? row / T : 0; }
   __device__ int query(int row, int T) const { return Grouped ? row % T : row; }
+};
+
+// What a block knows of itself, in shared memory.
+template <bool Grouped>
+struct ForwardBlock {
+  BlockRows<Grouped> rows;
+  Visibility visibility;
+  bool careful;     // in a second pass, with values cleaned
+  uint32_t spoilt;  // a bit for each key of a tile whose values had to be
 };
 
 template <int M, int D>
@@ -79,7 +101,6 @@ struct RunningSoftmax {
   float total[M][D / 8][4];  // weighted values
   float largest[M][2];       // score, in units of log2
   float sum[M][2];           // of exponentials; of this lane's columns alone
-  uint32_t spoilt;           // bit 2 m + half: this row sees an unclean key
 
   __device__ void reset() {
 #pragma unroll
@@ -89,7 +110,12 @@ struct RunningSoftmax {
       largest[m][0] = largest[m][1] = -infinity;
       sum[m][0] = sum[m][1] = 0;
     }
-    spoilt = 0;
+  }
+
+  // Of a row that sees an unclean key.
+  __device__ void spoil(int m, int half) {
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) total[m][n][2 * half] = total[m][n][2 * half + 1] = __builtin_nanf("");
   }
 
   // Turns scores into weights relative to the largest so far.
@@ -128,8 +154,7 @@ struct RunningSoftmax {
     all += __shfl_xor_sync(all_lanes, all, 1);
     all += __shfl_xor_sync(all_lanes, all, 2);
     const bool unseen = all == 0;
-    float inverse = unseen ? 0.0f : keep_scale / all;
-    if (spoilt >> (2 * m + half) & 1) inverse = __builtin_nanf("");
+    const float inverse = unseen ? 0.0f : keep_scale / all;
 #pragma unroll
     for (int n = 0; n < D / 8; ++n) {
       total[m][n][2 * half] *= inverse;
@@ -193,6 +218,7 @@ __device__ inline void shape_scores(float (&x)[M][N / 8][4], const ForwardArgume
 template <int M, int N, int D, bool Grouped>
 __device__ inline void hide_scores(float (&x)[M][N / 8][4], RunningSoftmax<M, D>& softmax, const Visibility& v,
                                    const BlockRows<Grouped>& rows, int row, int s, const uint32_t* spoilt) {
+  static_assert(N <= 32);
 #pragma unroll
   for (int m = 0; m < M; ++m) {
     int query[2], member[2];
@@ -201,9 +227,7 @@ __device__ inline void hide_scores(float (&x)[M][N / 8][4], RunningSoftmax<M, D>
       const int r = row + 16 * m + 8 * half;
       query[half] = r < rows.end ? rows.query(r, v.T) : v.T;
       member[half] = r < rows.end ? rows.member(r, v.T) : 0;
-      for (int w = 0; spoilt != nullptr && w < N / 32; ++w) {
-        if (v.word(query[half], s + 32 * w, member[half]) & spoilt[w]) softmax.spoilt |= 1u << (2 * m + half);
-      }
+      if (spoilt != nullptr && v.word(query[half], s, member[half]) & *spoilt) softmax.spoil(m, half);
     }
     const uint32_t visible = visible_keys<N>(v, query[0], query[1], s, member[0], member[1]);
 #pragma unroll
@@ -244,61 +268,69 @@ __device__ inline void load_keys(Tile<D> tile, const Heads& x, int64_t head_offs
 // One pass of a block over its keys.
 template <class T, int D, bool Grouped>
 __device__ inline void attend(RunningSoftmax<ForwardCut<D, Grouped>::M, D>& softmax, const ForwardArguments& a,
-                              const BlockRows<Grouped>& rows, const Visibility& v, Range range, unsigned char* shared,
-                              bool careful) {
+                              ForwardBlock<Grouped>& block, uint32_t memory, Range range) {
   using Cut = ForwardCut<D, Grouped>;
   constexpr int M = Cut::M, N = Cut::keys;
-  const uint32_t memory = ptx::shared_address(shared);
-  uint32_t* spoilt = reinterpret_cast<uint32_t*>(shared + Cut::tiles_bytes);
+  const BlockRows<Grouped>& rows = block.rows;
+  const Visibility& v = block.visibility;
   const Tile<D> queries{memory};
   const auto buffer = [&](int i) { return Tile<D>{memory + tile_bytes<D>(Cut::queries + i * N)}; };
-  const int key_head = rows.head / a.group, t = rows.query(rows.first, a.T);
-  const int before = Grouped ? 0 : a.before_keys(rows.batch);
-  const int place = Grouped && a.pages.table != nullptr ? 0 : rows.batch;  // a pool belongs to all sequences
-  const int64_t key_offset = place * a.key.batch + key_head * a.key.head;
-  const int64_t value_offset = place * a.value.batch + key_head * a.value.head;
+  const int batch = Grouped && a.pages.table != nullptr ? 0 : rows.batch;  // a pool belongs to all sequences
+  const int64_t key_offset = a.of_keys(a.key, batch, rows.head / a.group);
+  const int64_t value_offset = a.of_keys(a.value, batch, rows.head / a.group);
   TileKind kind = TileKind::empty;  // of the tile found last
   const auto find = [&](int tile) {
-    while (tile < range.end && (kind = v.kind<Cut::queries, N>(t, tile * N)) == TileKind::empty) ++tile;
+    for (; tile < range.end; ++tile) {
+      kind = range.inside(tile) ? TileKind::full : TileKind::partial;
+      if (a.mask.bits != nullptr) kind = v.kind<Cut::queries, N>(rows.first, tile * N, range.inside(tile));
+      if (kind != TileKind::empty) break;
+    }
     return tile;
   };
+  const HeadRows<N, D> of_keys(a.key, key_offset), of_values(a.value, value_offset);
+  const int length = v.length;
+  // Keys and values of a tile, or zeros where there is none.
   const auto load = [&](int tile, int stage) {
-    if constexpr (Grouped) {
+    const bool there = tile < range.end;
+    if constexpr (!Grouped) {
+      const TileCopy<D> copy;
+      of_keys.load(copy, buffer(2 * stage), tile * N, there ? length : 0);
+      of_values.load(copy, buffer(2 * stage + 1), tile * N, there ? length : 0);
+    } else if (there) {
       load_keys<N>(buffer(2 * stage), a.key, key_offset, a.pages, rows.batch, tile * N, v.lower, v.length);
       load_keys<N>(buffer(2 * stage + 1), a.value, value_offset, a.pages, rows.batch, tile * N, v.lower, v.length);
-      return;
     }
-    load_rows<N>(buffer(2 * stage), a.key, key_offset, before + tile * N, before + v.length);
-    load_rows<N>(buffer(2 * stage + 1), a.value, value_offset, before + tile * N, before + v.length);
+    ptx::commit_copies();
   };
-  const int row = rows.first + 16 * M * warp() + lane_row();
-  const bool idle = rows.first + 16 * M * warp() >= rows.end;  // of few queries most warps only copy
-  softmax.reset();
+  const auto row = [&] { return rows.first + 16 * M * warp() + lane_row(); };
+  const bool idle = Grouped && rows.first + 16 * M * warp() >= rows.end;  // of few queries most warps only copy
   int tile = find(range.tile);
-  if (tile < range.end) load(tile, 0);
-  ptx::commit_copies();
+  load(tile, 0);
+  softmax.reset();
   for (int stage = 0; tile < range.end; stage ^= 1) {
     const bool partial = kind == TileKind::partial;
     const int next = find(tile + 1), s = tile * N;
     ptx::wait_for_copies<0>();
     __syncthreads();  // this tile is here, and nobody reads the other buffer any more
-    if (next < range.end) load(next, stage ^ 1);
-    ptx::commit_copies();
+    if (Grouped) load(next, stage ^ 1);
     const Tile<D> keys = buffer(2 * stage), values = buffer(2 * stage + 1);
-    if (careful && partial) {
-      if (threadIdx.x < 2) spoilt[threadIdx.x] = 0;
+    if (partial && block.careful) {
+      if (threadIdx.x == 0) block.spoilt = 0;
       __syncthreads();
-      clean_tile<T, N>(values, spoilt);
+      clean_tile<T, N>(values, &block.spoilt);
       __syncthreads();
     }
     if (!idle) {
       float x[M][N / 8][4] = {};
-      multiply_rows<T, M, N>(x, queries, 16 * M * warp(), keys);
-      if (a.shapes_scores()) shape_scores<T, M, N>(x, a, rows, row, s);
-      if (partial) hide_scores<M, N, D>(x, softmax, v, rows, row, s, careful ? spoilt : nullptr);
+      multiply_rows<T, M, N>(x, RowsInTile<M, D>(queries, 16 * M * warp()), keys);
+      if (!Grouped) load(next, stage ^ 1);  // while tensor cores are busy
+      if (a.shapes_scores()) shape_scores<T, M, N>(x, a, rows, row(), s);
+      if (partial) hide_scores<M, N, D>(x, softmax, v, rows, row(), s, block.careful ? &block.spoilt : nullptr);
       softmax.template take_in<N>(x, score_factor(a));
-      if (a.dropout.rng != nullptr)
-        drop_weights<M, N>(x, Dropout(a.dropout), (int64_t(rows.batch) * a.H + rows.head) * a.T + row, s, a.S);
+      if (a.dropout.rng != nullptr) {
+        const int64_t first = (int64_t(rows.batch) * a.H + rows.head) * a.T;
+        drop_weights<M, N>(x, Dropout(a.dropout), first + row(), s, a.S);
+      }
       multiply_weights<T, M, N>(softmax.total, x, values);
     }
     tile = next;
@@ -319,47 +351,17 @@ __device__ inline void store_parts(const float (&x)[D / 8][4], float* to, int wi
   }
 }
 
+// Writes what a block has found.
 template <class T, int D, bool Grouped>
-__global__ void __launch_bounds__(threads, 2) attention_fwd_kernel(const __grid_constant__ ForwardArguments a) {
+__device__ inline void store_results(RunningSoftmax<ForwardCut<D, Grouped>::M, D>& softmax, const ForwardArguments& a,
+                                     const BlockRows<Grouped>& rows, Tile<D> free) {
   using Cut = ForwardCut<D, Grouped>;
-  constexpr int M = Cut::M;
-  extern __shared__ __align__(128) unsigned char shared[];
-  const uint32_t memory = ptx::shared_address(shared);
-  const int blocks = Grouped ? a.splits : (a.T + Cut::queries - 1) / Cut::queries;
-  const int block = Grouped ? blockIdx.x % blocks : blocks - 1 - blockIdx.x % blocks;  // of causal the long rows first
-  const int group = Grouped ? a.group : 1, line = blockIdx.x / blocks * group;
-  const int batch = line / a.H, head = line % a.H;
-  const Visibility v(a, batch, head);
-  const BlockRows<Grouped> rows{batch, head, Grouped ? 0 : block * Cut::queries, group * v.T};
-  if (rows.first >= rows.end) return;  // of a sequence that is shorter than the longest
-  Range range = key_tiles<Cut::queries, Cut::keys>(v, rows.query(rows.first, a.T));
-  if (Grouped) {
-    // A table of pages is often far wider than the sequence is long: shares are then cut from what is there.
-    const bool paged = a.pages.table != nullptr;
-    const int from = paged ? range.tile : 0, count = max(range.end - range.tile, 0);
-    const int share = paged ? (count + blocks - 1) / blocks : a.share / Cut::keys;
-    range.tile = max(range.tile, from + block * share);
-    range.end = min(range.end, from + (block + 1) * share);
-  }
-  const uint16_t* query = static_cast<const uint16_t*>(a.query.data) + a.of_queries(a.query, batch, head);
-  load_tile<Cut::queries>(Tile<D>{memory}, a.query.width, [&](int i) -> const uint16_t* {
-    const int row = rows.first + i;
-    if (row >= rows.end) return nullptr;
-    return query + rows.member(row, a.T) * a.query.head + rows.query(row, a.T) * a.query.row;
-  });
-  RunningSoftmax<M, D> softmax;
-#pragma unroll 1
-  for (bool careful = false;; careful = true) {
-    attend<T, D, Grouped>(softmax, a, rows, v, range, shared, careful);
-    if (!__syncthreads_or(softmax.has_nan()) || careful) break;
-  }
-
-  const int of_warp = 16 * M * warp();
-  const int64_t of_split = (int64_t(block * a.B) * a.H + line) * a.T;
-  const int64_t first =
-      Grouped ? of_split : batch * a.lse_batch + head * a.lse_head + a.before_queries(batch);  // of the rows of lse
+  const int of_warp = 16 * Cut::M * warp();
+  const int64_t of_split = (int64_t(rows.block * a.B) * a.H + rows.line) * a.T;
+  const int64_t of_head = rows.batch * a.lse_batch + rows.head * a.lse_head + a.before_queries(rows.batch);
+  const int64_t first = Grouped ? of_split : of_head;  // of the rows of lse
 #pragma unroll
-  for (int i = 0; i < 2 * M; ++i) {
+  for (int i = 0; i < 2 * Cut::M; ++i) {
     const int row = rows.first + of_warp + lane_row() + 8 * i;
     const float lse = softmax.finish(i / 2, i % 2, a.dropout.scale);
     if (row < rows.end && lane() % 4 == 0) a.lse[first + row] = lse;
@@ -367,9 +369,57 @@ __global__ void __launch_bounds__(threads, 2) attention_fwd_kernel(const __grid_
   if constexpr (Grouped) {
     store_parts<D>(softmax.total[0], a.parts + (first + of_warp) * a.value.width, a.value.width, rows.end - of_warp);
   } else {
-    const int64_t offset = a.of_queries(a.out, batch, head);
-    store_rows<T, M>(softmax.total, Tile<D>{memory}, of_warp, a.out, offset, rows.first + of_warp, rows.end);
+    const int64_t offset = a.of_queries(a.out, rows.batch, rows.head);
+    store_rows<T, Cut::M>(softmax.total, free, of_warp, a.out, offset, rows.first + of_warp, rows.end);
   }
+}
+
+template <class T, int D, bool Grouped>
+__global__ void __launch_bounds__(threads, ForwardCut<D, Grouped>::blocks)
+    attention_fwd_kernel(const __grid_constant__ ForwardArguments a) {
+  using Cut = ForwardCut<D, Grouped>;
+  constexpr int M = Cut::M;
+  extern __shared__ __align__(128) unsigned char shared[];
+  const uint32_t memory = ptx::shared_address(shared);
+  auto& block = *reinterpret_cast<ForwardBlock<Grouped>*>(shared + Cut::tiles_bytes);
+  const BlockRows<Grouped>& rows = block.rows;
+  const Visibility& v = block.visibility;
+  if (threadIdx.x == 0) {
+    block.rows = BlockRows<Grouped>(a, Cut::queries, int(blockIdx.x));
+    block.visibility = Visibility(a, rows.batch, rows.head);
+    block.careful = false;
+  }
+  __syncthreads();
+  if (rows.first >= rows.end) return;  // of a sequence that is shorter than the longest
+  Range range = key_tiles<Cut::queries, Cut::keys>(v, rows.query(rows.first, a.T));
+  if (Grouped) {
+    // A table of pages is often far wider than the sequence is long: shares are then cut from what is there.
+    const bool paged = a.pages.table != nullptr;
+    const int from = paged ? range.tile : 0, count = max(range.end - range.tile, 0);
+    const int share = paged ? (count + rows.blocks - 1) / rows.blocks : a.share / Cut::keys;
+    range.tile = max(range.tile, from + rows.block * share);
+    range.end = min(range.end, from + (rows.block + 1) * share);
+  }
+  const int64_t of_query = a.of_queries(a.query, rows.batch, rows.head);
+  if constexpr (Grouped) {
+    load_tile<Cut::queries>(Tile<D>{memory}, a.query.width, [&](int row) -> const uint16_t* {
+      if (row >= rows.end) return nullptr;
+      const uint16_t* query = static_cast<const uint16_t*>(a.query.data) + of_query;
+      return query + rows.member(row, a.T) * a.query.head + rows.query(row, a.T) * a.query.row;
+    });
+  } else {
+    const HeadRows<Cut::queries, D> queries(a.query, of_query);
+    queries.load({}, Tile<D>{memory}, rows.first, rows.end);
+  }
+  RunningSoftmax<M, D> softmax;
+#pragma unroll 1
+  for (;;) {
+    attend<T, D, Grouped>(softmax, a, block, memory, range);
+    const bool last = block.careful;
+    if (!__syncthreads_or(softmax.has_nan()) || last) break;
+    if (threadIdx.x == 0) block.careful = true;  // seen by all from the barrier of the first tile on
+  }
+  store_results<T, D, Grouped>(softmax, a, rows, Tile<D>{memory});
 }
 
 }  // namespace pytransformer::cuda

@@ -20,15 +20,19 @@ constexpr float infinity = __builtin_huge_valf();
 
 enum class TileKind { empty, partial, full };
 
-// What hides the scores of a head, or of several that share a key head: `member` is the head's number among them.
+// What hides the scores of a head, or of several that share a key head: `member` is the head's number among them. Lies
+// in shared memory, since only partial tiles look at it: registers are for the others.
 struct Visibility {
-  const uint32_t* bits = nullptr;
-  const uint8_t* states = nullptr;
+  const uint32_t* bits;
+  const uint8_t* states;
   int64_t bits_head, bits_row, states_head, states_row;
   int T, S, length, lower, upper;
 
+  Visibility() = default;
   __device__ Visibility(const AttentionArguments& a, int batch, int head)
-      : bits_head(a.mask.head),
+      : bits(nullptr),
+        states(nullptr),
+        bits_head(a.mask.head),
         bits_row(a.mask.row),
         states_head(a.mask.states_head),
         states_row(a.mask.states_row),
@@ -62,14 +66,12 @@ struct Visibility {
     return bits == nullptr ? run : run & bits[member * bits_head + t * bits_row + s / 32];
   }
 
-  // Of scores [t, t + TS) x [s, s + SS). Queries beyond T make a tile partial, so that they weigh nothing.
+  // Of scores [t, t + TS) x [s, s + SS), as far as the packed mask tells; `inside`: all else leaves them visible.
   template <int TS, int SS>
-  __device__ TileKind kind(int t, int s, int member = 0) const {
+  __device__ TileKind kind(int t, int s, bool inside, int member = 0) const {
+    if (states == nullptr) return TileKind::partial;
     const int t_last = min(t + TS, T) - 1, s_last = min(s + SS, S) - 1;
-    if (s >= length || s_last - t < lower || s - t_last > upper) return TileKind::empty;
-    bool full = t + TS <= T && s + SS <= length && s - t_last >= lower && s_last - t <= upper;
-    if (states == nullptr) return full && bits == nullptr ? TileKind::full : TileKind::partial;
-    bool empty = true;
+    bool full = inside, empty = true;
     for (int row = t / mask_rows; row <= t_last / mask_rows; ++row) {
       for (int column = s / 32; column <= s_last / 32; ++column) {
         const uint8_t state = states[member * states_head + row * states_row + column];
@@ -81,16 +83,21 @@ struct Visibility {
   }
 };
 
-// Tiles [tile, end) of SS keys that queries [t, t + TS) see some of.
+// Tiles [tile, end), of which those of [whole, whole_end) lie inside of the band, the lengths and the tensors.
 struct Range {
-  int tile, end;
+  int tile, end, whole, whole_end;
+
+  __device__ bool inside(int i) const { return i >= whole && i < whole_end; }
 };
 
+// Tiles of SS keys that queries [t, t + TS) see some of.
 template <int TS, int SS>
 __device__ inline Range key_tiles(const Visibility& v, int t) {
   const int t_last = min(t + TS, v.T) - 1;
   const int keys = max(min(v.length, t_last + v.upper + 1), 0);
-  return {max(t + v.lower, 0) / SS, (keys + SS - 1) / SS};
+  const int whole_keys = t + TS > v.T ? 0 : max(min(v.length, t + v.upper + 1), 0);
+  const int before_whole = max(t_last + v.lower, 0);
+  return {max(t + v.lower, 0) / SS, (keys + SS - 1) / SS, (before_whole + SS - 1) / SS, whole_keys / SS};
 }
 
 // Tiles of TS queries that see some of keys [s, s + SS).
@@ -98,7 +105,9 @@ template <int TS, int SS>
 __device__ inline Range query_tiles(const Visibility& v, int s) {
   const int s_last = min(s + SS, v.S) - 1;
   const int queries = s >= v.length ? 0 : max(min(v.T, s_last - v.lower + 1), 0);
-  return {max(s - v.upper, 0) / TS, (queries + TS - 1) / TS};
+  const int whole_queries = s + SS > v.length ? 0 : max(min(v.T, s - v.lower + 1), 0);
+  const int before_whole = max(s_last - v.upper, 0);
+  return {max(s - v.upper, 0) / TS, (queries + TS - 1) / TS, (before_whole + TS - 1) / TS, whole_queries / TS};
 }
 
 // A lane holds rows `t` and `other` of the tile, which are queries (of the heads `member` and `other_member`).

@@ -54,29 +54,29 @@ __host__ __device__ constexpr int tile_bytes(int rows) {
 }
 
 // A thread's part of copying a tile: of every row that is its own, a chunk from each window. Then all that it adds to
-// its first address in shared memory is constants.
+// its first address in shared memory is constants. Made where it is used: it costs less than the registers to keep it.
 template <int D>
 struct TileCopy {
   static constexpr int window = Tile<D>::window, step = threads / window;  // rows of a thread are `step` apart
 
   int row, chunk;
-  uint32_t to;
-  int width;
+  uint32_t to;  // in a tile at address 0
 
-  __device__ TileCopy(Tile<D> tile, int width) : width(width) {
+  __device__ TileCopy() {
     const int thread = ptx::thread_now();
     row = thread / window;
     chunk = thread % window;
-    to = tile.chunk(row, chunk);
+    to = Tile<D>{0}.chunk(row, chunk);
   }
 
   // Row `row + i * step`, of which this thread's first chunk is at `source`; zeros where it is not `there`, and from
   // column `width` on.
-  __device__ void begin(int i, const uint16_t* source, bool there) const {
+  __device__ void begin(Tile<D> tile, int i, const uint16_t* source, int width, bool there) const {
 #pragma unroll
     for (int j = 0; j < D / 8 / window; ++j) {
       const bool valid = there && 8 * (chunk + j * window) < width;
-      ptx::copy_16_async(to + tile_bytes<D>(i * step) + j * window * 16, source + 8 * j * window, valid);
+      const uint32_t address = tile.base + to + tile_bytes<D>(i * step) + j * window * 16;
+      ptx::copy_16_async(address, source + 8 * j * window, valid);
     }
   }
 };
@@ -84,28 +84,38 @@ struct TileCopy {
 // Begins to copy ROWS rows: `row_at(r)` is where row r starts, or null for a row of zeros.
 template <int ROWS, int D, class RowAt>
 __device__ inline void load_tile(Tile<D> tile, int width, const RowAt& row_at) {
-  const TileCopy<D> copy(tile, width);
+  const TileCopy<D> copy;
   static_assert(ROWS % copy.step == 0);
 #pragma unroll
   for (int i = 0; i < ROWS / copy.step; ++i) {
     const uint16_t* source = row_at(copy.row + i * copy.step);
-    copy.begin(i, source + 8 * copy.chunk, source != nullptr);
+    copy.begin(tile, i, source + 8 * copy.chunk, width, source != nullptr);
   }
 }
 
-// Rows [first, first + ROWS) of one head; those from `end` on are zeros.
+// The rows of one head, of which tiles of ROWS are copied.
 template <int ROWS, int D>
-__device__ inline void load_rows(Tile<D> tile, const Heads& from, int64_t head_offset, int first, int end) {
-  const TileCopy<D> copy(tile, from.width);
-  static_assert(ROWS % copy.step == 0);
-  const uint16_t* source = static_cast<const uint16_t*>(from.data) + head_offset + 8 * copy.chunk;
-  source += from.row * (first + copy.row);
-#pragma unroll
-  for (int i = 0; i < ROWS / copy.step; ++i) {
-    copy.begin(i, source, first + copy.row + i * copy.step < end);
-    source += from.row * copy.step;
+struct HeadRows {
+  const uint16_t* source;  // what this thread copies first of row 0
+  int64_t stride;          // of rows
+  int width;
+
+  __device__ HeadRows(const Heads& from, int64_t head_offset) : stride(from.row), width(from.width) {
+    const TileCopy<D> copy;
+    source = static_cast<const uint16_t*>(from.data) + head_offset + stride * copy.row + 8 * copy.chunk;
   }
-}
+
+  // Begins to copy rows [first, first + ROWS), or those `offset` elements on; those from `end` on are zeros.
+  __device__ void load(const TileCopy<D>& copy, Tile<D> tile, int first, int end, int64_t offset = 0) const {
+    static_assert(ROWS % copy.step == 0);
+    const uint16_t* from = source + stride * first + offset;
+#pragma unroll
+    for (int i = 0; i < ROWS / copy.step; ++i) {
+      copy.begin(tile, i, from, width, first + copy.row + i * copy.step < end);
+      from += stride * copy.step;
+    }
+  }
+};
 
 // Sets what is not finite to 0. Where `spoilt` is given (shared memory, zero before), a row r that held such a thing
 // sets bit r % 32 of word r / 32.
@@ -156,16 +166,47 @@ __device__ inline void store_rows(const float (&x)[M][D / 8][4], Tile<D> tile, i
   }
 }
 
-// sum += a b^T: 16 M rows of `a` from `row` on, all N rows of `b`.
-template <class T, int M, int N, int D>
-__device__ inline void multiply_rows(float (&sum)[M][N / 8][4], Tile<D> a, int row, Tile<D> b) {
-  const uint32_t of_left = a.chunk(row + lane() % 16, lane() / 16);
-  const uint32_t of_right = b.chunk(lane() % 8 + lane() / 16 * 8, lane() / 8 % 2);
+// 16 M rows of a tile, from `row` on, as the left operand of products. They are read at each use, or once.
+template <int M, int D>
+struct RowsInTile {
+  uint32_t first;
+
+  __device__ RowsInTile(Tile<D> tile, int row) : first(tile.chunk(row + lane() % 16, lane() / 16)) {}
+
+  // Fragment m of columns 16 k and on.
+  __device__ void get(uint32_t (&x)[4], int m, int k) const {
+    ptx::load_matrices(x, Tile<D>::pair_at(first, k) + tile_bytes<D>(16 * m));
+  }
+};
+
+template <int M, int D>
+struct RowsInRegisters {
+  uint32_t held[M][D / 16][4];
+
+  __device__ RowsInRegisters(Tile<D> tile, int row) {
+    const RowsInTile<M, D> rows(tile, row);
 #pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+      for (int k = 0; k < D / 16; ++k) rows.get(held[m][k], m, k);
+    }
+  }
+
+  __device__ void get(uint32_t (&x)[4], int m, int k) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] = held[m][k][i];
+  }
+};
+
+// sum += a b^T: all N rows of `b`.
+template <class T, int M, int N, int D, template <int, int> class Rows>
+__device__ inline void multiply_rows(float (&sum)[M][N / 8][4], const Rows<M, D>& a, Tile<D> b) {
+  const uint32_t of_right = b.chunk(lane() % 8 + lane() / 16 * 8, lane() / 8 % 2);
+#pragma unroll(D > 128 ? 4 : D / 16)  // operands that are read ahead take registers, and beyond 128 sums have them all
   for (int k = 0; k < D / 16; ++k) {
     uint32_t left[M][4];
 #pragma unroll
-    for (int m = 0; m < M; ++m) ptx::load_matrices(left[m], a.pair_at(of_left, k) + tile_bytes<D>(16 * m));
+    for (int m = 0; m < M; ++m) a.get(left[m], m, k);
 #pragma unroll
     for (int n = 0; n < N / 16; ++n) {
       uint32_t right[4];

@@ -84,16 +84,21 @@ __device__ inline void barrier(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
+// Counts this warp in at such a barrier, without waiting there.
+__device__ inline void arrive(int number, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
 // 16 bytes from global to shared memory, past the registers, or zeros where not `valid`.
 __device__ inline void copy_16_async(uint32_t shared, const void* global, bool valid) {
   const int bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
 
-// 8 bytes, or zeros where not `valid`.
-__device__ inline void copy_8_async(uint32_t shared, const void* global, bool valid) {
-  const int bytes = valid ? 8 : 0;
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+// 4 bytes, or zeros where not `valid`.
+__device__ inline void copy_4_async(uint32_t shared, const void* global, bool valid) {
+  const int bytes = valid ? 4 : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
 
 // Closes the group of copies that this thread has begun since the last one.

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
+import test_attention as attention_cases
 import test_attention_varlen as varlen_cases
 import test_embedding as embedding_cases
 import test_ffn as ffn_cases
@@ -62,6 +63,9 @@ CALLS: dict[str, Callable[[str], None]] = {
     "attention": attention("window_left"),
     "attention, masked": attention("bool_full"),
     "attention, dropout": attention("none", dropout_p=0.3, seed=7),
+    "attention, poison": lambda backend: attention_cases.test_what_is_behind_the_mask_never_leaks(
+        backend, "dense", FP16, torch.nan
+    ),
     "attention, end to end": end_to_end((5, 40), (7, 70)),  # of which the last ends where the tensors do
     "decode": attention("none", T=3, S=520),
     "layer_norm": layer_norm((100, 520)),
@@ -86,6 +90,8 @@ FAULTS = [
     Fault("attention", FWD, FWD_H, "the copies are not waited for",
           ARRIVED.format(" " * 4), f"ptx::wait_for_copies<1>();\n{FULL}", "race"),
     Fault("attention", FWD, FWD_H, "no barrier when the tile is here", FULL, "", "race"),
+    Fault("attention, poison", FWD, FWD_H, "the second pass begun before all know that it is the second",
+          "|| last) break;", "|| block.careful) break;", "race"),
     Fault("attention", FWD, TILE, "a row too many", "i * copy.step < end", "i * copy.step <= end", "out-of-bounds"),
     Fault("attention", FWD, TILE, "fragments of the right operand swapped",
           "left[m], right[0], right[1])", "left[m], right[1], right[0])", "result"),
@@ -100,17 +106,21 @@ FAULTS = [
     Fault("attention, masked", MASKS, MASKS, "a word kept by the wrong lane", "lane == i)", "lane == i + 1)", "result"),
     Fault("attention, masked", MASKS, MASKS, "a key too many", "key < a.S &&", "key <= a.S &&", "out-of-bounds"),
     Fault("attention", KEY, KEY, "no barrier when the tile is here", FULL, "", "race"),
-    Fault("attention", KEY, KEY, "half of the statistics", "if (i < N) ptx", "if (i < N / 2) ptx", "uninitialised"),
+    Fault("attention", KEY, KEY, "half of the statistics", "if (i < 2 * N) ptx", "if (i < N) ptx", "uninitialised"),
+    Fault("attention", KEY, KEY, "weights that are not waited for", "ptx::barrier(1 + pair, 64);", "", "race"),
+    Fault("attention", KEY, KEY, "one barrier for both pairs", "ptx::barrier(1 + pair, 64);",
+          "ptx::barrier(1, 64);", "(race|deadlock)"),
+    Fault("attention", KEY, KEY, "weights of both pairs in one place", "+ pair * Cut::exchange_bytes", "", "race"),
     Fault("attention", QUERY, TILE, "results stored before the warp has met",
           "__syncwarp();\n  uint16_t* head", "uint16_t* head", "race"),
-    Fault("attention", QUERY, QUERY, "statistics of a query too many", "row + 8 * i < v.T ?",
-          "row + 8 * i <= v.T ?", "out-of-bounds"),
+    Fault("attention", QUERY, QUERY, "statistics of a query too many", "row < v.T ?", "row <= v.T ?",
+          "out-of-bounds"),
     Fault("attention, end to end", FWD, ARGUMENTS, "keys beyond the end of their sequence",
           "S : cu_seq_k[batch + 1] - cu_seq_k[batch]", "S : S", "result"),
     Fault("attention, end to end", KEY, ARGUMENTS, "queries beyond the end of their sequence",
           "T : cu_seq_q[batch + 1] - cu_seq_q[batch]", "T : T", "result"),
-    Fault("decode", DECODE, FWD_H, "a share of one tile", "from + (block + 1) * share);",
-          "from + block * share + 1);", "result"),
+    Fault("decode", DECODE, FWD_H, "a share of one tile", "from + (rows.block + 1) * share);",
+          "from + rows.block * share + 1);", "result"),
     Fault("layer_norm, wide", NORM, REDUCE, "no barrier before the sums are read",
           "ptx::barrier(1 + threadIdx.y, blockDim.x);", "", "race"),
     Fault("layer_norm, wide rows", NORM_BWD, REDUCE, "a barrier that all rows of the block share",
