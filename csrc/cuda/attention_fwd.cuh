@@ -34,7 +34,8 @@ struct ForwardCut {
   static constexpr int M = Grouped || D > 128 ? 1 : 2;  // fragments of 16 queries a warp
   static constexpr int queries = 16 * M * warps;
   static constexpr int keys = 32;
-  static constexpr int blocks = D <= 64 ? 3 : 2;  // of a multiprocessor, which leaves so many registers
+  // Of a multiprocessor: more leave fewer registers, and what waits for memory wants many.
+  static constexpr int blocks = D <= 64 ? 3 + Grouped : D <= 128 ? 2 + Grouped : 2;
   static constexpr int stages = 2;
   static constexpr int tiles_bytes = tile_bytes<D>(queries + 2 * stages * keys);  // a ForwardBlock lies behind them
 };
@@ -118,20 +119,25 @@ struct RunningSoftmax {
     for (int n = 0; n < D / 8; ++n) total[m][n][2 * half] = total[m][n][2 * half + 1] = __builtin_nanf("");
   }
 
-  // Turns scores into weights relative to the largest so far.
+  // Turns scores into weights relative to the largest so far. Rows are looked at together: what one waits for, the
+  // others hide.
   template <int N>
   __device__ void take_in(float (&x)[M][N / 8][4], float factor) {
+    float rescale[M][2];
+    bool same = true;
 #pragma unroll
     for (int m = 0; m < M; ++m) {
-      float rescale[2];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) rescale[half] = exponentials<N>(x[m], factor, m, half);
-      if (!__any_sync(all_lanes, rescale[0] != 1 || rescale[1] != 1)) continue;
-#pragma unroll
-      for (int n = 0; n < D / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) total[m][n][i] *= rescale[i / 2];
+      for (int half = 0; half < 2; ++half) {
+        rescale[m][half] = raise<N>(x[m], factor, m, half);
+        same = same && rescale[m][half] == 1;
       }
+    }
+    if (__any_sync(all_lanes, !same)) multiply(rescale);
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) exponentials<N>(x[m], factor, m, half);
     }
   }
 
@@ -164,28 +170,47 @@ struct RunningSoftmax {
   }
 
  private:
+  // Takes the largest score of a row up into `largest`; returns what the sums so far are to be multiplied by.
   template <int N>
-  __device__ float exponentials(float (&x)[N / 8][4], float factor, int m, int half) {
+  __device__ float raise(const float (&x)[N / 8][4], float factor, int m, int half) {
     float top = -infinity;
 #pragma unroll
     for (int n = 0; n < N / 8; ++n) top = fmaxf(top, fmaxf(x[n][2 * half], x[n][2 * half + 1]));
     top = fmaxf(top, __shfl_xor_sync(all_lanes, top, 1));
     top = fmaxf(top, __shfl_xor_sync(all_lanes, top, 2));
-    const float larger = fmaxf(largest[m][half], top * factor);
-    const float pivot = larger == -infinity ? 0.0f : larger;  // of a row that has seen nothing: weights of 0, not NaN
-    const float rescale = ptx::exp2(largest[m][half] - pivot);
+    const float before = largest[m][half];
+    largest[m][half] = fmaxf(before, top * factor);
+    return ptx::exp2(before - pivot(m, half));
+  }
+
+  // Of a row that has seen nothing 0: its weights are 0, not NaN.
+  __device__ float pivot(int m, int half) const { return largest[m][half] == -infinity ? 0.0f : largest[m][half]; }
+
+  __device__ void multiply(const float (&rescale)[M][2]) {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      sum[m][0] *= rescale[m][0];
+      sum[m][1] *= rescale[m][1];
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) total[m][n][i] *= rescale[m][i / 2];
+      }
+    }
+  }
+
+  template <int N>
+  __device__ void exponentials(float (&x)[N / 8][4], float factor, int m, int half) {
     float added = 0;
 #pragma unroll
     for (int n = 0; n < N / 8; ++n) {
 #pragma unroll
       for (int i = 2 * half; i < 2 * half + 2; ++i) {
-        x[n][i] = ptx::exp2(fmaf(x[n][i], factor, -pivot));
+        x[n][i] = ptx::exp2(fmaf(x[n][i], factor, -pivot(m, half)));
         added += x[n][i];
       }
     }
-    sum[m][half] = sum[m][half] * rescale + added;
-    largest[m][half] = larger;
-    return rescale;
+    sum[m][half] += added;
   }
 };
 
