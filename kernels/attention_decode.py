@@ -186,7 +186,9 @@ def splits_of(query: Tensor, key: Tensor, softmax: Softmax, block_table: Tensor 
     G, S = key.shape[1], key_count(key, block_table)
     if softmax.rng is not None or H // G * T > LARGEST_TILE or S < SHORTEST:
         return 1
-    wanted = triton.cdiv(2 * processors(query.device), B * G)
+    one_round, many_rounds = (triton.cdiv(n * processors(query.device), B * G) for n in (2, 16))
+    # Programs that all run at once, or so many that it matters little how full the last round of them is.
+    wanted = many_rounds if S >= many_rounds * SHORTEST else one_round
     return max(1, min(wanted, triton.cdiv(S, SHORTEST // 4), MOST_SPLITS))
 
 

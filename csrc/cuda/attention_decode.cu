@@ -20,7 +20,9 @@ constexpr const char* name = "attention_decode";
 constexpr int64_t largest_tile = 64;  // rows; beyond, the forward kernel has work enough
 static_assert(most_paged_rows <= largest_tile);
 constexpr int64_t shortest_share = 256;  // keys; each costs a row of float32 output
-constexpr int64_t enough_blocks = 4096;  // ten times what fits on the largest GPUs at once: few idle in the last round
+constexpr int64_t one_round = 264;       // blocks: two for each multiprocessor of the largest GPUs, all at once
+constexpr int64_t many_rounds = 2112;    // or so many that it matters little how full the last round is,
+constexpr int64_t long_share = 512;      // if so many keys are left to each; between the two much of a GPU would idle
 constexpr int64_t most_splits = 128;
 
 struct CombineArguments {
@@ -74,8 +76,9 @@ DecodeSplit decode_split(const AttentionProblem& p) {
   const int64_t B = p.query.shape[0], T = p.query.shape[2], G = p.key.shape[1], S = p.key_count();
   const int64_t group = p.query.shape[1] / G;
   if (p.cu_seq_q || p.dropout_p > 0 || group * T > largest_tile || S < 2 * shortest_share) return {1, S};
+  const int64_t many = ceil_div(many_rounds, B * G), few = ceil_div(one_round, B * G);
   const int64_t most = std::min(most_splits, ceil_div(S, shortest_share));
-  const int64_t splits = std::max<int64_t>(1, std::min(most, ceil_div(enough_blocks, B * G)));
+  const int64_t splits = std::max<int64_t>(1, std::min(most, S >= many * long_share ? many : few));
   const int64_t share = ceil_div(ceil_div(S, splits), 64) * 64;  // a multiple of every tile
   return {ceil_div(S, share), share};
 }
