@@ -79,8 +79,9 @@ struct TableArguments {
   DropoutArgument dropout;
 };
 
+// Of four blocks at least: else the compiler spills to fit in more.
 template <class T, class Out, int N>
-__global__ void __launch_bounds__(block_threads) embedding_table_bwd_kernel(const TableArguments<T, Out> a) {
+__global__ void __launch_bounds__(block_threads, 4) embedding_table_bwd_kernel(const TableArguments<T, Out> a) {
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= a.rows) return;
   int64_t begin = 0, end = (a.tokens - row + a.rows - 1) / a.rows;  // how often row, row + rows, ... fit below tokens

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "launch.h"
+#include "ptx.cuh"
 
 namespace pytransformer::cuda {
 
@@ -32,10 +33,12 @@ __device__ float rounded(float x) {
   return to_float(from_float<T>(x));
 }
 
-// N neighbours, moved by one instruction where they are 16 bytes.
+// N neighbours, moved by one instruction where they are 16 bytes. Two of 16 bits are held as a word, which the compiler
+// otherwise takes apart and puts together whenever a pack is copied.
 template <class T, int N>
 struct alignas(sizeof(T) * N) Pack {
-  T data[N];
+  using Unit = std::conditional_t<sizeof(T) == 2 && N % 2 == 0, uint32_t, T>;
+  Unit data[sizeof(T) * N / sizeof(Unit)];
 };
 
 // How many of T make the widest load.
@@ -47,20 +50,27 @@ __device__ Pack<T, N> load_pack(const T* p) {
   return *reinterpret_cast<const Pack<T, N>*>(p);
 }
 
-// bfloat16 is the upper half of a float: two of a word take one instruction each.
+// Elements 2 i and 2 i + 1 of a pack, in a word. bfloat16 is the upper half of a float: one instruction each.
+template <class T>
+__device__ void widen_word(uint32_t word, float& low, float& high) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    low = __uint_as_float(word << 16);
+    high = __uint_as_float(word & 0xffff0000u);
+  } else {
+    low = to_float(__ushort_as_half(uint16_t(word)));
+    high = to_float(__ushort_as_half(uint16_t(word >> 16)));
+  }
+}
+
 template <class T, int N>
 __device__ void widen(const Pack<T, N>& pack, float (&x)[N]) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16> && N % 2 == 0) {
-    uint32_t words[N / 2];
-    memcpy(words, pack.data, sizeof words);
 #pragma unroll
-    for (int i = 0; i < N / 2; ++i) {
-      x[2 * i] = __uint_as_float(words[i] << 16);
-      x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+  for (int i = 0; i < N; ++i) {
+    if constexpr (std::is_same_v<typename Pack<T, N>::Unit, T>) {
+      x[i] = to_float(pack.data[i]);
+    } else if (i % 2 == 0) {
+      widen_word<T>(pack.data[i / 2], x[i], x[i + 1]);
     }
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; ++i) x[i] = to_float(pack.data[i]);
   }
 }
 
@@ -86,7 +96,13 @@ template <class T, int N>
 __device__ Pack<T, N> narrow(const float (&x)[N]) {
   Pack<T, N> pack;
 #pragma unroll
-  for (int i = 0; i < N; ++i) pack.data[i] = from_float<T>(x[i]);
+  for (int i = 0; i < N; ++i) {
+    if constexpr (std::is_same_v<typename Pack<T, N>::Unit, T>) {
+      pack.data[i] = from_float<T>(x[i]);
+    } else if (i % 2 == 0) {
+      pack.data[i / 2] = ptx::pack<T>(x[i], x[i + 1]);
+    }
+  }
   return pack;
 }
 

@@ -65,8 +65,6 @@ class Dropout {
     return kept;
   }
 
-  __device__ float scale() const { return scale_; }
-
  private:
   // The random words of blocks first + i * step.
   template <int COUNT>
