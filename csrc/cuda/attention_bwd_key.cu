@@ -148,9 +148,8 @@ __global__ void __launch_bounds__(threads, KeyCut<D>::blocks)
   const auto find = [&](Step step) {
     for (; step.member < a.group; step = {step.member + 1, range.tile}) {
       for (; step.tile < range.end; ++step.tile) {
-        const bool inside = range.inside(step.tile);
-        kind = inside ? TileKind::full : TileKind::partial;
-        if (a.mask.bits != nullptr) kind = v.kind<N, Cut::keys>(step.tile * N, block.first, inside, step.member);
+        const int t = step.tile * N;
+        kind = tile_kind<N, Cut::keys>(a, v, range.inside(step.tile), t, block.first, step.member);
         if (kind != TileKind::empty) return step;
       }
     }

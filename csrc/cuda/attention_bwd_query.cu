@@ -1,5 +1,6 @@
 // dQ, and the gradient of the bias: a block owns 16 M queries for each warp and walks over the keys
-// (attention_bwd.cuh).
+// (attention_bwd.cuh). With M = 1 all reading from shared memory would go into left operands that stay the same; up to
+// 128 columns they fit into registers.
 #include <algorithm>
 
 #include "attention_bwd.cuh"
@@ -83,8 +84,7 @@ __global__ void __launch_bounds__(threads, 2) attention_bwd_query_kernel(const _
   TileKind kind = TileKind::empty;  // of the tile found last
   const auto find = [&](int tile) {
     for (; tile < range.end; ++tile) {
-      kind = range.inside(tile) ? TileKind::full : TileKind::partial;
-      if (a.mask.bits != nullptr) kind = v.kind<Cut::queries, N>(block.first, tile * N, range.inside(tile));
+      kind = tile_kind<Cut::queries, N>(a, v, range.inside(tile), block.first, tile * N);
       if (kind != TileKind::empty) break;
     }
     return tile;

@@ -8,9 +8,11 @@
 //
 // Both products run on tensor cores (mma.sync, m16n8k16, float32 sums). Queries stay in shared memory, from where
 // ldmatrix makes left operands of them; keys and values come by cp.async into one of two buffers while the tile before
-// is worked on, with one barrier a tile. The weights that the first product leaves in registers are, rounded and
-// packed in pairs, the left operand of the second. With M = 2 a fragment of keys serves two products: shared memory
-// delivers 128 bytes a clock, and with M = 1 all of that would go into feeding the tensor cores.
+// is worked on, with one barrier a tile. Their copies are begun between the two products: what it takes to find their
+// addresses is done while tensor cores are busy, and not between a barrier and what all warps wait for. The weights
+// that the first product leaves in registers are, rounded and packed in pairs, the left operand of the second. With M =
+// 2 a fragment of keys serves two products: shared memory delivers 128 bytes a clock, and with M = 1 all of that would
+// go into feeding the tensor cores.
 //
 // Tiles that nobody sees are skipped; tiles that all queries see whole look at no mask (attention_scores.cuh). A
 // weight of 0 does not hide a value of NaN or Inf. Looking for such values would cost every partial tile, so the block
@@ -28,7 +30,7 @@
 
 namespace pytransformer::cuda {
 
-// How a head width is cut. All fit twice into 99 KB (D <= 64) or once, and into registers without spilling.
+// How a head width is cut. All fit into 99 KB, D <= 64 thrice, and into registers without spilling.
 template <int D, bool Grouped>
 struct ForwardCut {
   static constexpr int M = Grouped || D > 128 ? 1 : 2;  // fragments of 16 queries a warp
@@ -306,8 +308,7 @@ __device__ inline void attend(RunningSoftmax<ForwardCut<D, Grouped>::M, D>& soft
   TileKind kind = TileKind::empty;  // of the tile found last
   const auto find = [&](int tile) {
     for (; tile < range.end; ++tile) {
-      kind = range.inside(tile) ? TileKind::full : TileKind::partial;
-      if (a.mask.bits != nullptr) kind = v.kind<Cut::queries, N>(rows.first, tile * N, range.inside(tile));
+      kind = tile_kind<Cut::queries, N>(a, v, range.inside(tile), rows.first, tile * N);
       if (kind != TileKind::empty) break;
     }
     return tile;

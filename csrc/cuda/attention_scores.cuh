@@ -66,9 +66,9 @@ struct Visibility {
     return bits == nullptr ? run : run & bits[member * bits_head + t * bits_row + s / 32];
   }
 
-  // Of scores [t, t + TS) x [s, s + SS), as far as the packed mask tells; `inside`: all else leaves them visible.
+  // Of scores [t, t + TS) x [s, s + SS) under a packed mask; `inside`: all else leaves them visible.
   template <int TS, int SS>
-  __device__ TileKind kind(int t, int s, bool inside, int member = 0) const {
+  __device__ TileKind kind(bool inside, int t, int s, int member) const {
     if (states == nullptr) return TileKind::partial;
     const int t_last = min(t + TS, T) - 1, s_last = min(s + SS, S) - 1;
     bool full = inside, empty = true;
@@ -82,6 +82,14 @@ struct Visibility {
     return empty ? TileKind::empty : full ? TileKind::full : TileKind::partial;
   }
 };
+
+// Without a packed mask nothing is read to tell.
+template <int TS, int SS>
+__device__ inline TileKind tile_kind(const AttentionArguments& a, const Visibility& v, bool inside, int t, int s,
+                                     int member = 0) {
+  if (a.mask.bits == nullptr) return inside ? TileKind::full : TileKind::partial;
+  return v.kind<TS, SS>(inside, t, s, member);
+}
 
 // Tiles [tile, end), of which those of [whole, whole_end) lie inside of the band, the lengths and the tensors.
 struct Range {
