@@ -27,13 +27,18 @@ namespace pytransformer {
 
 inline thread_local int current_thread = -1;  // in the innermost region; -1: in none of this header's
 
-class OnThread {
+// Gives a variable another value for as long as this lives.
+template <class T>
+class Set {
  public:
-  explicit OnThread(int thread) : outer_(current_thread) { current_thread = thread; }
-  ~OnThread() { current_thread = outer_; }
+  Set(T& place, T value) : place_(place), before_(place) { place = value; }
+  ~Set() { place_ = before_; }
+  Set(const Set&) = delete;
+  Set& operator=(const Set&) = delete;
 
  private:
-  int outer_;
+  T& place_;
+  T before_;
 };
 
 // Runs body(thread) on each of `count` threads. With a count of 1 it is called from here, as thread 0 of those that
@@ -41,14 +46,14 @@ class OnThread {
 template <class Body>
 void on_threads(int count, const Body& body) {
   if (count == 1) {
-    const OnThread here(current_thread < 0 ? -1 : 0);
+    const Set here(current_thread, current_thread < 0 ? -1 : 0);
     return body(0);
   }
 #ifdef PYTRANSFORMER_STD_THREADS
   std::vector<std::thread> threads;
   for (int i = 0; i < count; ++i) {
     threads.emplace_back([&body, i] {
-      const OnThread here(i);
+      const Set here(current_thread, i);
       body(i);
     });
   }
@@ -56,7 +61,7 @@ void on_threads(int count, const Body& body) {
 #elif defined(_OPENMP)
 #pragma omp parallel
   if (const int thread = omp_get_thread_num(); thread < count) {
-    const OnThread here(thread);
+    const Set here(current_thread, thread);
     body(thread);
   }
 #endif
@@ -134,15 +139,6 @@ class Shares {
   std::unique_ptr<Share[]> shares_;
 };
 
-class RunningTasks {
- public:
-  explicit RunningTasks(Tasks* tasks) : before_(running_tasks) { running_tasks = tasks; }
-  ~RunningTasks() { running_tasks = before_; }
-
- private:
-  Tasks* before_;
-};
-
 // Whether what this thread does is wanted no more. Tasks that take long look at it now and then, and return.
 inline bool given_up() {
   if (running_tasks == nullptr) return false;
@@ -166,7 +162,7 @@ void parallel_tasks(int64_t tasks, const Body& body) {
   Tasks* const outermost = running_tasks != nullptr ? running_tasks : &own;
   Shares shares(tasks, threads);
   on_threads(threads, [&](int thread) {
-    const RunningTasks running(outermost);
+    const Set running(running_tasks, outermost);
     shares.take(thread, [&](int64_t task) {
       if (!given_up()) body(task);
     });
