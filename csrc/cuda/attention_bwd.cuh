@@ -48,19 +48,12 @@ void attention_bwd_key(const BackwardArguments& a, const TensorView& key, const 
 template <class T, int M, int N, class Place>
 __device__ inline void shape_scores(float (&x)[M][N / 8][4], const AttentionArguments& a, const Place& place,
                                     int64_t bias_offset) {
-#pragma unroll
-  for (int m = 0; m < M; ++m) {
-#pragma unroll
-    for (int n = 0; n < N / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int t = place.query(m, n, i), s = place.key(m, n, i);
-        const bool inside = a.bias.data != nullptr && t < a.T && s < a.S;
-        const float bias = inside ? bias_at<T>(a.bias, bias_offset + t * a.bias.query + s * a.bias.key) : 0.0f;
-        x[m][n][i] = shaped_score(x[m][n][i], bias, a);
-      }
-    }
-  }
+  each_element<M, N>([&](int m, int n, int i) {
+    const int t = place.query(m, n, i), s = place.key(m, n, i);
+    const bool inside = a.bias.data != nullptr && t < a.T && s < a.S;
+    const float bias = inside ? bias_at<T>(a.bias, bias_offset + t * a.bias.query + s * a.bias.key) : 0.0f;
+    x[m][n][i] = shaped_score(x[m][n][i], bias, a);
+  });
 }
 
 // Which scores of a tile are visible, and which dropout keeps. Made before the products: later registers are scarce.
@@ -82,14 +75,7 @@ struct TileBits {
 // Multiplies by `scale` where the bit is set; elsewhere 0, whatever was there.
 template <int M, int N>
 __device__ inline void keep(float (&x)[M][N / 8][4], const uint32_t (&bits)[M], float scale) {
-#pragma unroll
-  for (int m = 0; m < M; ++m) {
-#pragma unroll
-    for (int n = 0; n < N / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) x[m][n][i] = bits[m] >> (4 * n + i) & 1 ? x[m][n][i] * scale : 0.0f;
-    }
-  }
+  each_element<M, N>([&](int m, int n, int i) { x[m][n][i] = bits[m] >> (4 * n + i) & 1 ? x[m][n][i] * scale : 0.0f; });
 }
 
 // From products to weights, before dropout.
@@ -98,14 +84,8 @@ __device__ inline void score_weights(float (&x)[M][N / 8][4], const AttentionArg
                                      const TileBits<M>& bits, bool partial, int64_t bias_offset) {
   if (a.shapes_scores()) shape_scores<T, M, N>(x, a, place, bias_offset);
   const float factor = score_factor(a);
-#pragma unroll
-  for (int m = 0; m < M; ++m) {
-#pragma unroll
-    for (int n = 0; n < N / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) x[m][n][i] = ptx::exp2(fmaf(x[m][n][i], factor, -place.lse(m, n, i)));
-    }
-  }
+  each_element<M, N>(
+      [&](int m, int n, int i) { x[m][n][i] = ptx::exp2(fmaf(x[m][n][i], factor, -place.lse(m, n, i))); });
   if (partial) keep<M, N>(x, bits.visible, 1);
 }
 
@@ -115,14 +95,7 @@ __device__ inline void score_gradients(float (&x)[M][N / 8][4], const float (&we
                                        const DropoutArgument& dropout, const Place& place, const TileBits<M>& bits,
                                        bool partial) {
   if (dropout.rng != nullptr) keep<M, N>(x, bits.kept, dropout.scale);
-#pragma unroll
-  for (int m = 0; m < M; ++m) {
-#pragma unroll
-    for (int n = 0; n < N / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) x[m][n][i] = weights[m][n][i] * (x[m][n][i] - place.delta(m, n, i));
-    }
-  }
+  each_element<M, N>([&](int m, int n, int i) { x[m][n][i] = weights[m][n][i] * (x[m][n][i] - place.delta(m, n, i)); });
   if (partial) keep<M, N>(x, bits.visible, 1);
 }
 
@@ -132,51 +105,9 @@ __device__ inline void score_gradients(float (&x)[M][N / 8][4], const float (&we
 template <int M, int N>
 __device__ inline void cap_gradients(float (&ds)[M][N / 8][4], const float (&products)[M][N / 8][4],
                                      const AttentionArguments& a) {
-#pragma unroll
-  for (int m = 0; m < M; ++m) {
-#pragma unroll
-    for (int n = 0; n < N / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        ds[m][n][i] = ds[m][n][i] == 0 ? 0.0f : ds[m][n][i] * softcap_slope(products[m][n][i], a);
-      }
-    }
-  }
-}
-
-template <int M, int D>
-__device__ inline bool has_nan(const float (&sum)[M][D / 8][4]) {
-  bool found = false;
-#pragma unroll
-  for (int m = 0; m < M; ++m) {
-#pragma unroll
-    for (int n = 0; n < D / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) found = found || sum[m][n][i] != sum[m][n][i];
-    }
-  }
-  return found;
-}
-
-template <int M, int D>
-__device__ inline void set_zero(float (&sum)[M][D / 8][4]) {
-#pragma unroll
-  for (int m = 0; m < M; ++m) {
-#pragma unroll
-    for (int n = 0; n < D / 8; ++n) sum[m][n][0] = sum[m][n][1] = sum[m][n][2] = sum[m][n][3] = 0;
-  }
-}
-
-template <int M, int D>
-__device__ inline void multiply_all(float (&sum)[M][D / 8][4], float factor) {
-#pragma unroll
-  for (int m = 0; m < M; ++m) {
-#pragma unroll
-    for (int n = 0; n < D / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sum[m][n][i] *= factor;
-    }
-  }
+  each_element<M, N>([&](int m, int n, int i) {
+    ds[m][n][i] = ds[m][n][i] == 0 ? 0.0f : ds[m][n][i] * softcap_slope(products[m][n][i], a);
+  });
 }
 
 }  // namespace pytransformer::cuda

@@ -53,17 +53,10 @@ struct QueryBlock {
 
 template <int M, int N>
 __device__ inline void store_grad_bias(const float (&ds)[M][N / 8][4], const RowsAreQueries<M, N>& place, float* to) {
-#pragma unroll
-  for (int m = 0; m < M; ++m) {
-#pragma unroll
-    for (int n = 0; n < N / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int t = place.query(m, n, i), s = place.key(m, n, i);
-        if (t < place.a.T && s < place.a.S) to[int64_t(t) * place.a.S + s] = ds[m][n][i];
-      }
-    }
-  }
+  each_element<M, N>([&](int m, int n, int i) {
+    const int t = place.query(m, n, i), s = place.key(m, n, i);
+    if (t < place.a.T && s < place.a.S) to[int64_t(t) * place.a.S + s] = ds[m][n][i];
+  });
 }
 
 template <class T, int D>

@@ -106,10 +106,9 @@ struct RunningSoftmax {
   float sum[M][2];           // of exponentials; of this lane's columns alone
 
   __device__ void reset() {
+    set_zero<M, D>(total);
 #pragma unroll
     for (int m = 0; m < M; ++m) {
-#pragma unroll
-      for (int n = 0; n < D / 8; ++n) total[m][n][0] = total[m][n][1] = total[m][n][2] = total[m][n][3] = 0;
       largest[m][0] = largest[m][1] = -infinity;
       sum[m][0] = sum[m][1] = 0;
     }
@@ -141,19 +140,6 @@ struct RunningSoftmax {
 #pragma unroll
       for (int half = 0; half < 2; ++half) exponentials<N>(x[m], factor, m, half);
     }
-  }
-
-  __device__ bool has_nan() const {
-    bool found = false;
-#pragma unroll
-    for (int m = 0; m < M; ++m) {
-#pragma unroll
-      for (int n = 0; n < D / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) found = found || total[m][n][i] != total[m][n][i];
-      }
-    }
-    return found;
   }
 
   // Divides by the sums and returns the lse of one row; a row that has seen nothing is 0, its lse -inf.
@@ -189,15 +175,11 @@ struct RunningSoftmax {
   __device__ float pivot(int m, int half) const { return largest[m][half] == -infinity ? 0.0f : largest[m][half]; }
 
   __device__ void multiply(const float (&rescale)[M][2]) {
+    each_element<M, D>([&](int m, int n, int i) { total[m][n][i] *= rescale[m][i / 2]; });
 #pragma unroll
     for (int m = 0; m < M; ++m) {
       sum[m][0] *= rescale[m][0];
       sum[m][1] *= rescale[m][1];
-#pragma unroll
-      for (int n = 0; n < D / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) total[m][n][i] *= rescale[m][i / 2];
-      }
     }
   }
 
@@ -442,7 +424,7 @@ __global__ void __launch_bounds__(threads, ForwardCut<D, Grouped>::blocks)
   for (;;) {
     attend<T, D, Grouped>(softmax, a, block, memory, range);
     const bool last = block.careful;
-    if (!__syncthreads_or(softmax.has_nan()) || last) break;
+    if (!__syncthreads_or(has_nan<M, D>(softmax.total)) || last) break;
     if (threadIdx.x == 0) block.careful = true;  // seen by all from the barrier of the first tile on
   }
   store_results<T, D, Grouped>(softmax, a, rows, Tile<D>{memory});

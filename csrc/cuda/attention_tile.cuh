@@ -166,6 +166,36 @@ __device__ inline void store_rows(const float (&x)[M][D / 8][4], Tile<D> tile, i
   }
 }
 
+// f(m, n, i) for every element that a lane holds of M x N / 8 fragments of results.
+template <int M, int N, class F>
+__device__ inline void each_element(const F& f) {
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+#pragma unroll
+    for (int n = 0; n < N / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) f(m, n, i);
+    }
+  }
+}
+
+template <int M, int D>
+__device__ inline bool has_nan(const float (&sum)[M][D / 8][4]) {
+  bool found = false;
+  each_element<M, D>([&](int m, int n, int i) { found = found || sum[m][n][i] != sum[m][n][i]; });
+  return found;
+}
+
+template <int M, int D>
+__device__ inline void set_zero(float (&sum)[M][D / 8][4]) {
+  each_element<M, D>([&](int m, int n, int i) { sum[m][n][i] = 0; });
+}
+
+template <int M, int D>
+__device__ inline void multiply_all(float (&sum)[M][D / 8][4], float factor) {
+  each_element<M, D>([&](int m, int n, int i) { sum[m][n][i] *= factor; });
+}
+
 // 16 M rows of a tile, from `row` on, as the left operand of products. They are read at each use, or once.
 template <int M, int D>
 struct RowsInTile {
