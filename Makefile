@@ -10,7 +10,7 @@ SOURCES := $(wildcard csrc/*/*) setup.py pyproject.toml constraints.txt
 export PYTHONSAFEPATH := 1
 
 .PHONY: setup build lint format type test test-library test-gpu-kernels test-ptx triton-table test-triton-table \
-    cuda-table bench bench-table bench-regress sanitize neon clean
+    cuda-table sass-model bench bench-table bench-regress sanitize neon clean
 
 setup: $(STAMP)
 
@@ -64,6 +64,10 @@ test-triton-table: setup
 # The figures of every CUDA kernel in the module as built.
 cuda-table: setup
 	$(BIN)/python tests/cuda_table.py
+
+# What a model of a multiprocessor says of the loops of CUDA attention.
+sass-model: setup
+	$(BIN)/python tests/sass_model.py
 
 bench: setup
 	$(BIN)/pytransformer bench

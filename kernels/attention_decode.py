@@ -188,7 +188,7 @@ def splits_of(query: Tensor, key: Tensor, softmax: Softmax, block_table: Tensor 
         return 1
     one_round, many_rounds = (triton.cdiv(n * processors(query.device), B * G) for n in (2, 16))
     # Programs that all run at once, or so many that it matters little how full the last round of them is.
-    wanted = many_rounds if S >= many_rounds * SHORTEST else one_round
+    wanted = many_rounds if many_rounds * SHORTEST <= S else one_round
     return max(1, min(wanted, triton.cdiv(S, SHORTEST // 4), MOST_SPLITS))
 
 

@@ -70,7 +70,7 @@ def instructions(arch: str, kernels: tuple[str, ...]) -> dict[str, set[str]]:
     names = readable({kernel for _, kernel, *_ in _usage()})
     asked = [mangled for mangled, name in names.items() if name in kernels]
     found: dict[str, set[str]] = {}
-    for line in _dump("-sass", "-arch", arch, "-fun", ",".join(asked)).splitlines():
+    for line in dump("-sass", "-arch", arch, "-fun", ",".join(asked)).splitlines():
         if match := re.search(r"^\s*Function : (\S+)", line):
             inside = found.setdefault(names[match[1]], set())
         elif match := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
@@ -78,12 +78,17 @@ def instructions(arch: str, kernels: tuple[str, ...]) -> dict[str, set[str]]:
     return found
 
 
+def names_of(arch: str) -> dict[str, str]:
+    """Readable names of the kernels, by the mangled ones."""
+    return readable({kernel for found, kernel, *_ in _usage() if found == arch})
+
+
 @cache
 def _usage() -> set[tuple[str, str, int, int, int]]:
     """Of each kernel: architecture, mangled name, registers, bytes of stack and of static shared memory."""
     found = set()
     arch = ""
-    for line in _dump("--dump-resource-usage").splitlines():
+    for line in dump("--dump-resource-usage").splitlines():
         if match := re.search(r"^\s*arch = (\S+)", line):
             arch = match[1]
         elif match := re.search(r"^\s*Function (\S+):", line):
@@ -115,7 +120,8 @@ def _short(name: str) -> str:
     return name
 
 
-def _dump(*options: str) -> str:
+def dump(*options: str) -> str:
+    """What cuobjdump says of the module."""
     program, path = tool("cuobjdump"), module()
     assert program is not None
     assert path is not None

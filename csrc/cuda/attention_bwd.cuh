@@ -63,11 +63,11 @@ struct TileBits {
 
   TileBits() = default;
   template <class Place>
-  __device__ TileBits(const Place& place, bool partial, const DropoutArgument& dropout) {
+  __device__ TileBits(const Place& place, const Asked& asked) {
 #pragma unroll
     for (int m = 0; m < M; ++m) {
-      visible[m] = partial ? place.visible(m) : 0xffffffffu;
-      kept[m] = dropout.rng != nullptr ? place.kept(m) : 0xffffffffu;
+      visible[m] = asked.hides ? place.visible(m) : 0xffffffffu;
+      kept[m] = asked.drops ? place.kept(m) : 0xffffffffu;
     }
   }
 };
@@ -81,22 +81,22 @@ __device__ inline void keep(float (&x)[M][N / 8][4], const uint32_t (&bits)[M], 
 // From products to weights, before dropout.
 template <class T, int M, int N, class Place>
 __device__ inline void score_weights(float (&x)[M][N / 8][4], const AttentionArguments& a, const Place& place,
-                                     const TileBits<M>& bits, bool partial, int64_t bias_offset) {
-  if (a.shapes_scores()) shape_scores<T, M, N>(x, a, place, bias_offset);
-  const float factor = score_factor(a);
+                                     const TileBits<M>& bits, const Asked& asked, int64_t bias_offset) {
+  if (asked.shapes) shape_scores<T, M, N>(x, a, place, bias_offset);
+  const float factor = score_factor(a, asked);
   each_element<M, N>(
       [&](int m, int n, int i) { x[m][n][i] = ptx::exp2(fmaf(x[m][n][i], factor, -place.lse(m, n, i))); });
-  if (partial) keep<M, N>(x, bits.visible, 1);
+  if (asked.hides) keep<M, N>(x, bits.visible, 1);
 }
 
 // From dP to dS, by the weights before dropout.
 template <int M, int N, class Place>
 __device__ inline void score_gradients(float (&x)[M][N / 8][4], const float (&weights)[M][N / 8][4],
                                        const DropoutArgument& dropout, const Place& place, const TileBits<M>& bits,
-                                       bool partial) {
-  if (dropout.rng != nullptr) keep<M, N>(x, bits.kept, dropout.scale);
+                                       const Asked& asked) {
+  if (asked.drops) keep<M, N>(x, bits.kept, dropout.scale);
   each_element<M, N>([&](int m, int n, int i) { x[m][n][i] = weights[m][n][i] * (x[m][n][i] - place.delta(m, n, i)); });
-  if (partial) keep<M, N>(x, bits.visible, 1);
+  if (asked.hides) keep<M, N>(x, bits.visible, 1);
 }
 
 // From dS to the gradient of the products, where scores are capped. The products are made again by the caller, once P

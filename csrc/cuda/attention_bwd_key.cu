@@ -174,7 +174,6 @@ __global__ void __launch_bounds__(threads, KeyCut<D>::blocks)
   HeadRows<Cut::keys, D>(a.value, of_keys(a.value)).load({}, values, block.first, v.length);
 
   const int of_pair = 16 * M * pair;
-  const bool drops = a.dropout.rng != nullptr;
   float sum[M][D / 8][4];  // of dV or dK
 #pragma unroll 1
   for (bool careful = false;; careful = true) {
@@ -195,8 +194,9 @@ __global__ void __launch_bounds__(threads, KeyCut<D>::blocks)
       float2 of_columns[N / 8];
       const int64_t line = (int64_t(block.batch) * a.H + h) * a.T;
       const RowsAreKeys<M, N> place{v, a, of_columns, line, block.first + of_pair, step.tile * N, step.member};
+      const Asked asked(a, partial);
       TileBits<M> bits;
-      if (is_first) bits = TileBits<M>(place, partial, a.dropout);
+      if (is_first && asked.anything()) bits = TileBits<M>(place, asked);
       float x[M][N / 8][4] = {};
       const RowsInTile<M, D> rows(is_first ? keys : values, of_pair);
       multiply_rows<T, M, N>(x, rows, is_first ? queries : grad_outs);
@@ -206,24 +206,27 @@ __global__ void __launch_bounds__(threads, KeyCut<D>::blocks)
         const uint32_t of_stage = of_statistics + stage * Cut::statistics_bytes + (is_first ? 0 : 4 * N);
         of_columns[n] = ptx::load_shared_8(of_stage + 4 * (8 * n + lane_column()));
       }
-      if (is_first) {
-        score_weights<T, M, N>(x, a, place, bits, partial, block.batch * a.bias.batch + h * a.bias.head);
+      const auto to_weights = [&](const Asked& asked) {
+        score_weights<T, M, N>(x, a, place, bits, asked, block.batch * a.bias.batch + h * a.bias.head);
         exchange.put(x);  // of the last tile nobody takes any more: all have met since
-        if (partial || drops) exchange.put(bits);
+        if (asked.hides || asked.drops) exchange.put(bits);
         ptx::arrive(1 + pair, 64);
-        if (drops) keep<M, N>(x, bits.kept, a.dropout.scale);
-      } else {
+        if (asked.drops) keep<M, N>(x, bits.kept, a.dropout.scale);
+      };
+      const auto to_gradients = [&](const Asked& asked) {
         ptx::barrier(1 + pair, 64);
         float weights[M][N / 8][4];
         exchange.take(weights);
-        if (partial || drops) exchange.take(bits);
-        score_gradients<M, N>(x, weights, a.dropout, place, bits, partial);
-        if (a.softcap > 0) {
+        if (asked.hides || asked.drops) exchange.take(bits);
+        score_gradients<M, N>(x, weights, a.dropout, place, bits, asked);
+        if (asked.shapes && a.softcap > 0) {
           float products[M][N / 8][4] = {};
           multiply_rows<T, M, N>(products, RowsInTile<M, D>(keys, of_pair), queries);
           cap_gradients<M, N>(x, products, a);
         }
-      }
+      };
+      const auto to_operand = [&](const Asked& asked) { is_first ? to_weights(asked) : to_gradients(asked); };
+      asked.anything() ? to_operand(asked) : to_operand({});
       multiply_weights<T, M, N>(sum, x, is_first ? grad_outs : queries);
       step = next;
     }

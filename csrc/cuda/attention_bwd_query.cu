@@ -134,19 +134,24 @@ __global__ void __launch_bounds__(threads, 2) attention_bwd_query_kernel(const _
       }
       const int64_t first = int64_t(block.line) * a.T;
       const RowsAreQueries<M, N> place{v, a, of_rows, first, row_of(ptx::thread_now()), tile * N};
-      const TileBits<M> bits(place, partial, a.dropout);
+      const Asked asked(a, partial);
+      TileBits<M> bits;
+      if (asked.anything()) bits = TileBits<M>(place, asked);
       float p[M][N / 8][4] = {}, ds[M][N / 8][4] = {};
       multiply_rows<T, M, N>(p, query_rows, keys);
       load(next, stage ^ 1);  // while tensor cores are busy
       multiply_rows<T, M, N>(ds, grad_out_rows, values);
-      score_weights<T, M, N>(p, a, place, bits, partial, block.batch * a.bias.batch + block.head * a.bias.head);
-      score_gradients<M, N>(ds, p, a.dropout, place, bits, partial);
-      if (a.grad_bias != nullptr) store_grad_bias<M, N>(ds, place, a.grad_bias + first * a.S);
-      if (a.softcap > 0) {
-        float products[M][N / 8][4] = {};
-        multiply_rows<T, M, N>(products, query_rows, keys);
-        cap_gradients<M, N>(ds, products, a);
-      }
+      const auto to_gradients = [&](const Asked& asked) {
+        score_weights<T, M, N>(p, a, place, bits, asked, block.batch * a.bias.batch + block.head * a.bias.head);
+        score_gradients<M, N>(ds, p, a.dropout, place, bits, asked);
+        if (asked.shapes && a.grad_bias != nullptr) store_grad_bias<M, N>(ds, place, a.grad_bias + first * a.S);
+        if (asked.shapes && a.softcap > 0) {
+          float products[M][N / 8][4] = {};
+          multiply_rows<T, M, N>(products, query_rows, keys);
+          cap_gradients<M, N>(ds, products, a);
+        }
+      };
+      asked.anything() ? to_gradients(asked) : to_gradients({});
       multiply_weights<T, M, N>(sum, ds, keys);
       tile = next;
     }

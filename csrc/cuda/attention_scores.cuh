@@ -201,10 +201,24 @@ __device__ inline uint32_t keep_queries(const Dropout& dropout, int64_t row, int
   return bits;
 }
 
+// What a tile asks for beyond products and softmax. Each of these is a branch, across which the compiler mixes no
+// instructions: where nothing is asked for, the backward passes a constant, and one branch is left.
+struct Asked {
+  bool hides = false;   // scores, by the band, a length or a mask
+  bool shapes = false;  // scores, by a bias or a soft cap
+  bool drops = false;   // weights
+
+  Asked() = default;
+  __device__ Asked(const AttentionArguments& a, bool partial)
+      : hides(partial), shapes(a.shapes_scores()), drops(a.dropout.rng != nullptr) {}
+
+  __device__ bool anything() const { return hides || shapes || drops; }
+};
+
 // Scores are kept in units in which exp is exp2 of score * factor. Plain ones are the product itself; others are
 // scaled, capped and biased beforehand.
-__device__ inline float score_factor(const AttentionArguments& a) {
-  return a.shapes_scores() ? 1.0f : a.scale * log2_e;
+__device__ inline float score_factor(const AttentionArguments& a, const Asked& asked) {
+  return asked.shapes ? 1.0f : a.scale * log2_e;
 }
 
 // The bias of one head.

@@ -1,0 +1,48 @@
+"""The model of a multiprocessor: what it must say of loops that bound themselves, and which loops it finds."""
+
+from __future__ import annotations
+
+import cuda_table
+import pytest
+import sass
+import sass_model
+from sass import NO_SCOREBOARD, Instruction
+
+
+def loop(*texts: str, stall: int = 1) -> list[Instruction]:
+    return [Instruction(16 * i, text, stall, NO_SCOREBOARD, NO_SCOREBOARD, ()) for i, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize(
+    ("text", "stall", "clocks"),
+    [
+        ("HMMA.16816.F32.BF16 R0, R4, R6, R0", 1, 2 * 6.2),  # two warps share a scheduler's tensor core
+        ("LDSM.16.M88.4 R0, [R4]", 1, 8 * 4),  # and eight the shared memory
+        ("FFMA R0, R1, R2, R3", 1, 2),  # two warps share a scheduler
+        ("FFMA R0, R1, R2, R3", 4, 4),  # which then waits for either
+    ],
+)
+def test_a_loop_takes_what_its_scarcest_unit_takes(text, stall, clocks):
+    path = loop("BAR.SYNC 0x0", *[text] * 400, stall=stall)
+    assert sass_model.Multiprocessor([path], blocks=2).run() / 400 == pytest.approx(clocks, rel=0.1)
+
+
+def test_the_shortest_way_around_skips_what_a_branch_skips():
+    code = loop("BAR.SYNC 0x0", "@P0 BRA 0x30", "FADD R0, R0, R1", "HMMA R0, R4, R6, R0", "@P1 BRA 0x0", "EXIT")
+    assert [x.unit for x in sass.shortest_loop(code, code[0])] == ["BAR", "BRA", "HMMA", "BRA"]
+    assert sass.shortest_loop(code, code[-1]) == []
+
+
+@pytest.mark.skipif(cuda_table.missing() is not None, reason=str(cuda_table.missing()))
+@pytest.mark.parametrize(
+    ("name", "warps", "products"),
+    [
+        ("attention_fwd_kernel<bf16, 128, false>", 1, 2 * 2 * 4 * 8),  # two, of 2 x 4 fragments and 8 steps
+        ("attention_bwd_key_kernel<bf16, 128>", 2, 2 * 2 * 4 * 8),
+        ("attention_bwd_query_kernel<bf16, 128>", 1, 3 * 1 * 4 * 8),
+    ],
+)
+def test_main_loops_are_found(name, warps, products):
+    loops = sass_model.loops(name)
+    assert [sum(x.unit == "HMMA" for x in loop) for loop in loops] == [products] * warps
+    assert all(any(x.unit == "LDGSTS" for x in loop) for loop in loops), "the copies are part of it"
