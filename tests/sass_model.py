@@ -26,8 +26,8 @@ PRODUCT = 16 * 8 * 16  # multiply-adds of an HMMA
 COPY, BARRIER, QUEUE = 700, 16, 24  # clocks; the last: how much shared memory takes on before a warp has to wait
 STEPS, FIRST = 30, 6  # of the simulation, and which is looked at first
 # Clocks that an instruction takes its unit for, and until its result is there where a scoreboard tells. Rates by the
-# CUDA C++ Programming Guide ("Arithmetic Instructions"); of products two thirds of the peak, about what mma.sync reaches
-# on Hopper (Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture", 2024); copies are a guess.
+# CUDA C++ Programming Guide ("Arithmetic Instructions"); of products two thirds of the peak, as mma.sync has on Hopper
+# (Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture", 2024); copies are a guess.
 UNITS: dict[str, tuple[str, float, int]] = {
     "HMMA": ("tensor core", 6.2, 33),
     "MUFU": ("special", 8, 22),
