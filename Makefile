@@ -67,7 +67,7 @@ cuda-table: setup
 
 # What a model of a multiprocessor says of the loops of CUDA attention.
 sass-model: setup
-	$(BIN)/python tests/sass_model.py
+	PYTHONPATH=tests $(BIN)/python tests/sass_model.py
 
 bench: setup
 	$(BIN)/pytransformer bench
