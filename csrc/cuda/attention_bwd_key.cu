@@ -200,12 +200,12 @@ __global__ void __launch_bounds__(threads, KeyCut<D>::blocks)
       float x[M][N / 8][4] = {};
       const RowsInTile<M, D> rows(is_first ? keys : values, of_pair);
       multiply_rows<T, M, N>(x, rows, is_first ? queries : grad_outs);
-      load(next, stage ^ 1);  // while tensor cores are busy
 #pragma unroll
       for (int n = 0; n < N / 8; ++n) {
         const uint32_t of_stage = of_statistics + stage * Cut::statistics_bytes + (is_first ? 0 : 4 * N);
         of_columns[n] = ptx::load_shared_8(of_stage + 4 * (8 * n + lane_column()));
       }
+      load(next, stage ^ 1);  // while tensor cores are busy
       const auto to_weights = [&](const Asked& asked) {
         score_weights<T, M, N>(x, a, place, bits, asked, block.batch * a.bias.batch + h * a.bias.head);
         exchange.put(x);  // of the last tile nobody takes any more: all have met since

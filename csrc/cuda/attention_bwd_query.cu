@@ -139,9 +139,9 @@ __global__ void __launch_bounds__(threads, 2) attention_bwd_query_kernel(const _
       if (asked.anything()) bits = TileBits<M>(place, asked);
       float p[M][N / 8][4] = {}, ds[M][N / 8][4] = {};
       multiply_rows<T, M, N>(p, query_rows, keys);
-      load(next, stage ^ 1);  // while tensor cores are busy
       multiply_rows<T, M, N>(ds, grad_out_rows, values);
       const auto to_gradients = [&](const Asked& asked) {
+        load(next, stage ^ 1);  // while tensor cores are busy
         score_weights<T, M, N>(p, a, place, bits, asked, block.batch * a.bias.batch + block.head * a.bias.head);
         score_gradients<M, N>(ds, p, a.dropout, place, bits, asked);
         if (asked.shapes && a.grad_bias != nullptr) store_grad_bias<M, N>(ds, place, a.grad_bias + first * a.S);

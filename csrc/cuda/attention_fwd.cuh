@@ -331,10 +331,10 @@ __device__ inline void attend(RunningSoftmax<ForwardCut<D, Grouped>::M, D>& soft
     if (!idle) {
       float x[M][N / 8][4] = {};
       multiply_rows<T, M, N>(x, RowsInTile<M, D>(queries, 16 * M * warp()), keys);
-      if (!Grouped) load(next, stage ^ 1);  // while tensor cores are busy
       const Asked asked(a, partial);
       if (asked.shapes) shape_scores<T, M, N>(x, a, rows, row(), s);
       if (asked.hides) hide_scores<M, N, D>(x, softmax, v, rows, row(), s, block.careful ? &block.spoilt : nullptr);
+      if (!Grouped) load(next, stage ^ 1);  // while tensor cores are busy
       softmax.template take_in<N>(x, score_factor(a, asked));
       if (asked.drops) {
         const int64_t first = (int64_t(rows.batch) * a.H + rows.head) * a.T;
