@@ -103,9 +103,8 @@ __global__ void __launch_bounds__(threads, 2) attention_bwd_query_kernel(const _
   }
 
   const int of_warp = 16 * M * warp();
-  const auto row_of = [&](int thread) {
-    return block.first + thread / 32 * 16 * M + thread % 32 / 4;
-  };  // the first, of a thread
+  // The first row of a thread.
+  const auto row_of = [&](int thread) { return block.first + thread / 32 * 16 * M + thread % 32 / 4; };
   float2 of_rows[M][2];
 #pragma unroll
   for (int i = 0; i < 2 * M; ++i) {

@@ -10,9 +10,9 @@
 // ldmatrix makes left operands of them; keys and values come by cp.async into one of two buffers while the tile before
 // is worked on, with one barrier a tile. Their copies are begun between the two products: what it takes to find their
 // addresses is done while tensor cores are busy, and not between a barrier and what all warps wait for. The weights
-// that the first product leaves in registers are, rounded and packed in pairs, the left operand of the second. With M =
-// 2 a fragment of keys serves two products: shared memory delivers 128 bytes a clock, and with M = 1 all of that would
-// go into feeding the tensor cores.
+// that the first product leaves in registers are, rounded and packed in pairs, the left operand of the second. Where
+// M is 2, a fragment of keys serves two products: shared memory delivers 128 bytes a clock, and with M = 1 all of that
+// would go into feeding the tensor cores.
 //
 // Tiles that nobody sees are skipped; tiles that all queries see whole look at no mask (attention_scores.cuh). A
 // weight of 0 does not hide a value of NaN or Inf. Looking for such values would cost every partial tile, so the block
