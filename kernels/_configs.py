@@ -307,11 +307,11 @@ _MATMUL: dict[str, dict[tuple[int, int], Config]] = {
     },
 }
 # Of one kernel alone; timed on an H200, E = 1,024, as is Hopper's (16, 1) above. Gated was timed with 128 columns,
-# which spill by now.
+# which spill by now, accumulate before it copied vectors.
 _MATMUL_OF = {
     ("sm90", "gated", 16): Config((128, 64, 64), 8, 3),
     ("sm90", "backward", 16): Config((128, 64, 64), 8, 3),
-    ("sm90", "accumulate", 16): Config((128, 64, 64), 8, 3),
+    ("sm90", "accumulate", 16): Config((128, 128, 64), 8, 3),
 }
 # Up to this width of the input the activation is fused with the product before it; `pytransformer tune` decides it
 # for each width. Hopper's was timed on an H200: at 512 and 1,024 the fused kernel takes 1.3 times the time of torch's
@@ -364,14 +364,6 @@ def cross_entropy(classes: int, arch: str) -> Config:
         return Config((64, 64), 4)
     columns = min(power_of_2(classes), 4096)
     return chosen(arch, f"cross_entropy V={columns}", Config((1, columns), 8))
-
-
-def logits_rows(rows: int, row_bytes: int, arch: str) -> int:
-    """Rows of logits that are stored at a time: 128 MiB, enough to fill a GPU with a product's tiles."""
-    if arch == INTERPRETER:
-        return 32
-    chunks = max(-(-rows * row_bytes // 2**27), 1)
-    return -(-rows // (16 * chunks)) * 16  # so that every chunk's pointers are aligned alike
 
 
 def power_of_2(n: int, least: int = 16) -> int:

@@ -42,24 +42,28 @@ def product_tile(
     return total
 
 
-@triton.jit(do_not_specialize=["M", "N", "K"])
+@triton.jit(do_not_specialize=["K"])
 def accumulate_kernel(
     a_ptr, b_ptr, c_ptr, M, N, K, stride_am, stride_ak, stride_bk, stride_bn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``C += A B``, C float32 [M,N]."""
+    """``C += A B``, C float32 [M,N]. Columns of A are read up to a multiple of 16 rows: whole vectors for any M."""
     row, column = tile_of_program(M, N, BLOCK_M, BLOCK_N)
     m, n = row * BLOCK_M + tl.arange(0, BLOCK_M), column * BLOCK_N + tl.arange(0, BLOCK_N)
     total = product_tile(
-        a_ptr, b_ptr, m, n, M, N, K, stride_am, stride_ak, stride_bk, stride_bn, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
-    )
+        a_ptr, b_ptr, m, n, tl.cdiv(M, 16) * 16, N, K, stride_am, stride_ak, stride_bk, stride_bn,
+        BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+    )  # fmt: skip
     mask = (m < M)[:, None] & (n < N)[None, :]
     at = c_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
     store(at, load(at, mask) + total, mask)
 
 
 def accumulate(c: Tensor, a: Tensor, b: Tensor) -> None:
-    """``c += a @ b`` in float32, of operands in 16 bits or float32; c is contiguous."""
+    """``c += a @ b`` in float32, of operands in 16 bits or float32; c is contiguous.
+
+    ``a`` is the transpose of rows that lie apart by a multiple of 16, with memory between them that can be read.
+    """
     M, N = c.shape
     config = _configs.matmul("accumulate", a.dtype, _configs.architecture(a.device))
     block_m, block_n, block_k = config.tile

@@ -280,11 +280,12 @@ def _accumulate_call(dtype: torch.dtype, device: str) -> Callable[[], object]:
 
 
 def _loss_call(device: str) -> Callable[[], object]:
-    x, weight = (_randn(n, 256, dtype=HALF, device=device) for n in (1024, 50304))
+    """The losses of 1,024 rows of logits, and their gradient."""
+    logits = _randn(1024, 50304, dtype=HALF, device=device)
     target = torch.randint(50304, (1024,), device=device)
-    loss = linear_cross_entropy.Loss(-100, 0.0, 0.0, 0.0)
-    one = torch.ones(1, device=device)
-    return partial(linear_cross_entropy.losses, x, weight, None, target, loss, one, [True, False, False])
+    loss, lse = (torch.empty(1024, device=device) for _ in range(2))
+    scale = torch.ones(1, device=device)
+    return partial(linear_cross_entropy.cross_entropy_rows, logits, target, -100, 0.0, 0.0, 0.0, scale, loss, lse)
 
 
 def _of_embedding(arch: str, device: str) -> Iterator[Problem]:

@@ -1,27 +1,22 @@
-"""The loss of a linear classifier, some rows at a time: the logits [N,V] are never stored whole.
+"""The losses of rows whose logits stand in memory, and the gradient of the logits in their place.
 
-    logits = softcap * tanh((x W^T + b) / softcap)
-    loss_n = (1 - e) * (lse - logits[target]) + e * (lse - mean(logits)) + z * lse^2
+    x = softcap * tanh(logits / softcap), or logits
+    loss = (1 - e) * (lse - x[target]) + e * (lse - mean(x)) + z * lse^2
+    dloss/dx = (1 + 2 z lse) * exp(x - largest) / sum - (1 - e) [v = target] - e / V
 
-For each chunk of rows torch's product writes the logits, one kernel reads them once for the largest, the sum of
-exponentials, the target's and the mean, and, where gradients are wanted, once more to put their gradient in their
-place: 10 bytes a logit in 16 bits with the product that reads them for dx, and the memory of one chunk. Products
-with the gradient give dx, and add to dW in float32, so that a chunk costs no rounding.
+A program has a row: it reads it once for the largest value and the sum of exponentials and, where the gradient is
+wanted, once more to replace it. Both are running numbers of a lane, whose loads are of 16 bytes: eight values share
+one rescaling in 16 bits. Rows lie apart by a multiple of 16 elements, so that a bound on the columns leaves whole
+vectors; what lies between the last class and the next row may be anything.
 
 p - 1 cancels for a target that is nearly certain: p is exp(x - largest) / sum from the row at hand and not from a
 rounded lse.
 
-Source: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024; the chunks: Hsu et al., "Liger
-Kernel", 2024.
+Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -29,136 +24,103 @@ from torch import Tensor
 from pytransformer.kernels import _configs
 from pytransformer.kernels._attention import tanh
 from pytransformer.kernels._common import store
-from pytransformer.kernels._matmul import accumulate
 
 
 @triton.jit
-def _logits(logits_ptr, rows, v, N, V, softcap, SOFTCAP: tl.constexpr):
-    """``(logits, tanh)`` of a tile, -inf beyond the last class."""
-    mask = (rows < N) & (v < V)
-    x = tl.load(logits_ptr + rows.to(tl.int64) * V + v, mask=mask, other=float("-inf")).to(tl.float32)
+def _capped(x, softcap, SOFTCAP: tl.constexpr):
+    """``(capped, tanh)``; of a soft cap of 0, x itself."""
     th = x
     if SOFTCAP:
         th = tanh(x / softcap)
-        x = tl.where(v < V, th * softcap, float("-inf"))
+        x = th * softcap
     return x, th
+
+
+@triton.jit
+def _logits(row_ptr, v, rows, N, V, stride, softcap, SOFTCAP: tl.constexpr):
+    """``(logits, tanh)`` of a tile [rows,lanes,values], -inf beyond the last class."""
+    x = tl.load(row_ptr + v, mask=(rows < N) & (v < stride), other=float("-inf")).to(tl.float32)
+    x, th = _capped(x, softcap, SOFTCAP)
+    return tl.where(v < V, x, float("-inf")), th
 
 
 @triton.jit(do_not_specialize=["N", "ignore_index"])
 def row_kernel(
-    logits_ptr, target_ptr, loss_ptr, lse_ptr, row_scale_ptr, stride_scale,
+    logits_ptr, target_ptr, loss_ptr, lse_ptr, row_scale_ptr, stride, stride_scale,
     N, V, ignore_index, smoothing, z_loss, softcap,
-    SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
+    SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, ROWS: tl.constexpr, BLOCK_V: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Loss and lse of each row of logits [N,V]; with ``GRADIENT`` the logits become row_scale * dloss / dlogits."""
-    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
-    column = tl.arange(0, BLOCK_V)[None, :]
-    target = tl.load(target_ptr + rows, mask=rows < N, other=ignore_index)
-    counted = (target != ignore_index) & (rows < N)
-    largest = tl.full((ROWS, BLOCK_V), float("-inf"), tl.float32)
-    sums = tl.zeros((ROWS, BLOCK_V), tl.float32)
-    at_target = tl.zeros((ROWS, BLOCK_V), tl.float32)
-    total = tl.zeros((ROWS, BLOCK_V), tl.float32)
+    """Loss and lse of each row of logits [N,V]; with ``row_scale`` the logits become row_scale * dloss / dlogits.
+
+    A target that is no class is not followed: its loss is NaN.
+    """
+    LANES: tl.constexpr = BLOCK_V // VECTOR
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    target = tl.load(target_ptr + row, mask=row < N, other=ignore_index)
+    counted = (target != ignore_index) & (row < N)
+    known = counted & (target >= 0) & (target < V)
+    row_ptr = logits_ptr + row.to(tl.int64) * stride
+    logit = tl.load(row_ptr + target, mask=known, other=0.0).to(tl.float32)
+    at_target = tl.where(known, _capped(logit, softcap, SOFTCAP)[0], float("nan"))
+    rows, row_ptr = row[:, None, None], row_ptr[:, None, None]
+    classes = tl.where(known, target, -1).to(tl.int32)[:, None, None]
+    column = tl.arange(0, LANES)[None, :, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
+    largest = tl.full((ROWS, LANES), float("-inf"), tl.float32)
+    sums = tl.zeros((ROWS, LANES), tl.float32)
+    total = tl.zeros((ROWS, LANES), tl.float32)
     for start in range(0, V, BLOCK_V):
         v = start + column
-        x, _ = _logits(logits_ptr, rows, v, N, V, softcap, SOFTCAP)
-        larger = tl.maximum(largest, x)
+        x = _logits(row_ptr, v, rows, N, V, stride, softcap, SOFTCAP)[0]
+        larger = tl.maximum(largest, tl.max(x, 2))
         pivot = tl.where(larger == float("-inf"), 0.0, larger)
-        sums = sums * tl.exp(largest - pivot) + tl.exp(x - pivot)
+        sums = sums * tl.exp(largest - pivot) + tl.sum(tl.exp(x - pivot[:, :, None]), 2)
         largest = larger
-        at_target += tl.where(v == target, x, 0.0)
         if SMOOTHING:
-            total += tl.where(v < V, x, 0.0)
-    peak = tl.max(largest, 1)[:, None]
+            total += tl.sum(tl.where(v < V, x, 0.0), 2)
+    peak = tl.max(largest, 1)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
-    normaliser = tl.sum(sums * tl.exp(tl.where(sums == 0, 0.0, largest - peak)), 1)[:, None]
+    normaliser = tl.sum(sums * tl.exp(tl.where(sums == 0, 0.0, largest - peak[:, None])), 1)
     lse = peak + tl.log(normaliser)
-    loss = (1.0 - smoothing) * (lse - tl.sum(at_target, 1)[:, None]) + z_loss * lse * lse
+    loss = (1.0 - smoothing) * (lse - at_target) + z_loss * lse * lse
     if SMOOTHING:
-        loss += smoothing * (lse - tl.sum(total, 1)[:, None] / V)
-    tl.store(loss_ptr + rows, tl.where(counted, loss, 0.0), mask=rows < N)
-    tl.store(lse_ptr + rows, tl.where(counted, lse, 0.0), mask=rows < N)
-    if GRADIENT:
-        row_scale = tl.load(row_scale_ptr + rows * stride_scale, mask=rows < N, other=0.0)
-        weight = (1.0 + 2.0 * z_loss * lse) / normaliser
+        loss += smoothing * (lse - tl.sum(total, 1) / V)
+    tl.store(loss_ptr + row, tl.where(counted, loss, 0.0), mask=row < N)
+    tl.store(lse_ptr + row, tl.where(counted, lse, 0.0), mask=row < N)
+    if row_scale_ptr is not None:
+        row_scale = tl.load(row_scale_ptr + row * stride_scale, mask=row < N, other=0.0)[:, None, None]
+        weight = ((1.0 + 2.0 * z_loss * lse) / normaliser)[:, None, None]
+        peak, counted = peak[:, None, None], counted[:, None, None]
         for start in range(0, V, BLOCK_V):
             v = start + column
-            x, th = _logits(logits_ptr, rows, v, N, V, softcap, SOFTCAP)
-            gradient = tl.exp(x - peak) * weight - tl.where(v == target, 1.0 - smoothing, 0.0) - smoothing / V
+            x, th = _logits(row_ptr, v, rows, N, V, stride, softcap, SOFTCAP)
+            gradient = tl.exp(x - peak) * weight - tl.where(v == classes, 1.0 - smoothing, 0.0) - smoothing / V
             if SOFTCAP:
                 gradient *= 1.0 - th * th
-            gradient = tl.where(counted, gradient * row_scale, 0.0)
-            store(logits_ptr + rows.to(tl.int64) * V + v, gradient, (rows < N) & (v < V))
+            store(row_ptr + v, tl.where(counted, gradient * row_scale, 0.0), (rows < N) & (v < stride))
 
 
-@dataclass(frozen=True)
-class Loss:
-    """The options of the loss; a softcap of 0 is none."""
-
-    ignore_index: int
-    label_smoothing: float
-    z_loss: float
-    softcap: float
-
-
-def losses(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+def cross_entropy_rows(
+    logits: Tensor,
     target: Tensor,
-    options: Loss,
-    row_scale: Tensor,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """``(loss, lse, gradients)``: float32 [N] each, and the gradients of x, weight and bias that ``needs`` asks for.
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    row_scale: Tensor | None,
+    loss: Tensor,
+    lse: Tensor,
+) -> None:
+    """Writes ``loss`` and ``lse``, float32 [n], of logits [n,V] and target int64 [n]; a softcap of 0 is none.
 
-    x is contiguous [N,E], weight [V,E], target int64 [N]. The gradients are of the losses' sum, each loss times its
-    ``row_scale``, float32 [N] or [1].
+    The rows of the logits lie apart by a multiple of 16. With ``row_scale``, float32 [n] or [1], the logits become
+    ``row_scale * dloss / dlogits``.
     """
-    N, V = x.shape[0], weight.shape[0]
-    loss, lse = (torch.empty(N, dtype=torch.float32, device=x.device) for _ in range(2))
-    config = _configs.cross_entropy(V, _configs.architecture(x.device))
-    chunk = _configs.logits_rows(N, V * x.element_size(), _configs.architecture(x.device))
-    sums = _Gradients(x, weight, needs, whole=chunk >= N)
-    for start in range(0, N, chunk):
-        part = slice(start, min(start + chunk, N))
-        logits = F.linear(x[part], weight, bias)
-        rows, columns = config.tile
-        row_kernel[(triton.cdiv(logits.shape[0], rows),)](
-            logits, target[part], loss[part], lse[part],
-            row_scale if row_scale.numel() == 1 else row_scale[part], 0 if row_scale.numel() == 1 else 1,
-            logits.shape[0], V, options.ignore_index, options.label_smoothing, options.z_loss, options.softcap,
-            SMOOTHING=options.label_smoothing > 0, SOFTCAP=options.softcap > 0, GRADIENT=any(needs),
-            ROWS=rows, BLOCK_V=columns, **config.options,
-        )  # fmt: skip
-        if any(needs):
-            sums.add(part, logits)
-    return loss, lse, sums.found()
-
-
-class _Gradients:
-    """Adds up what the gradient of each chunk's logits gives."""
-
-    def __init__(self, x: Tensor, weight: Tensor, needs: Sequence[bool], whole: bool) -> None:
-        self.x, self.weight, self.whole = x, weight, whole
-        needs_x, needs_weight, needs_bias = needs
-        wide = {"dtype": torch.float32, "device": x.device}
-        self.dx = torch.empty_like(x) if needs_x else None
-        self.dweight = torch.zeros(weight.shape, **wide) if needs_weight and not whole else None
-        self.dbias = torch.zeros(weight.shape[0], **wide) if needs_bias else None
-        self.needs_weight = needs_weight
-
-    def add(self, part: slice, dlogits: Tensor) -> None:
-        if self.dx is not None:
-            torch.mm(dlogits, self.weight, out=self.dx[part])
-        if self.needs_weight and self.whole:
-            self.dweight = dlogits.mT @ self.x
-        elif self.dweight is not None:
-            accumulate(self.dweight, dlogits.mT, self.x[part])
-        if self.dbias is not None:
-            self.dbias += dlogits.sum(0, dtype=torch.float32)
-
-    def found(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Of x, weight and bias, in the dtype of x."""
-        dweight, dbias = (None if g is None else g.to(self.x.dtype) for g in (self.dweight, self.dbias))
-        return self.dx, dweight, dbias
+    N, V = logits.shape
+    config = _configs.cross_entropy(V, _configs.architecture(logits.device))
+    rows, columns = config.tile
+    row_kernel[(triton.cdiv(N, rows),)](
+        logits, target, loss, lse, row_scale, logits.stride(0), int(row_scale is not None and row_scale.numel() > 1),
+        N, V, ignore_index, label_smoothing, z_loss, softcap,
+        SMOOTHING=label_smoothing > 0, SOFTCAP=softcap > 0,
+        ROWS=rows, BLOCK_V=columns, VECTOR=16 // logits.element_size(), **config.options,
+    )  # fmt: skip

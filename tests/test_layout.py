@@ -13,13 +13,17 @@ from pytransformer import backends
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(pytransformer.__file__).parent
 
+# What the GPU backends share: arguments, and what they leave to torch's products.
+BESIDE_TORCH = ("backends._arguments", "backends._products", "backends._loss_by_chunks")
+
 # Each layer and what it may import of pytransformer; the first entry that matches a module's name is its layer.
 LAYERS = {
     "kernels": {"kernels"},
     "reference": {"reference"},
     "backends.cpu": {"backends.cpu", "backends._arguments", "backends._tracing", "_cpu"},
-    "backends.cuda": {"backends.cuda", "backends._arguments", "backends._products", "_cuda"},
-    "backends.triton": {"backends.triton", "backends._arguments", "backends._products", "kernels"},
+    "backends.cuda": {"backends.cuda", *BESIDE_TORCH, "_cuda"},
+    "backends.triton": {"backends.triton", *BESIDE_TORCH, "kernels"},
+    "backends._loss_by_chunks": {"backends._arguments"},
     "backends": {"backends._tracing"},
     "masks": set(),
     "ops": {"ops", "backends", "masks", "reference"},

@@ -19,6 +19,7 @@ from helpers import (
 
 import pytransformer
 from pytransformer import ops
+from pytransformer.backends import _loss_by_chunks
 
 OPTIONS = {
     "plain": {},
@@ -93,6 +94,22 @@ def test_classes_behind_a_bias_of_minus_infinity(backend):
     tensors["target"] = torch.randint(0, 300, (4, 17))
     found = check("linear_cross_entropy", tensors, {}, backend)
     assert not found["dlinear_weight"][300:650].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_rows_of_logits_start_at_vectors_and_what_lies_between_is_not_used(backend, dtype, monkeypatch):
+    if backend not in ("triton", "cuda"):
+        pytest.skip("this backend stores no rows of logits")
+    room = _loss_by_chunks._room_for_logits
+
+    def poisoned(x, classes):
+        logits = room(x, classes)
+        assert logits.stride(0) % 16 == 0
+        logits.as_strided((logits.shape[0], logits.stride(0)), logits.stride()).fill_(torch.nan)
+        return logits
+
+    monkeypatch.setattr(_loss_by_chunks, "_room_for_logits", poisoned)
+    check("linear_cross_entropy", make((70,), V=131, dtype=dtype), {"label_smoothing": 0.1}, backend)
 
 
 def test_logits_of_any_size(backend):

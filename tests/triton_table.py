@@ -123,16 +123,15 @@ def ffn(dtype: torch.dtype, activation: str, gated: bool) -> None:
 
 
 def linear_cross_entropy(dtype: torch.dtype) -> None:
-    """In chunks, with a soft cap and label smoothing."""
-    from pytransformer.kernels import linear_cross_entropy
+    """Of an odd number of classes, in chunks, with a soft cap and label smoothing."""
+    from pytransformer.backends.triton import linear_cross_entropy
 
-    linear_cross_entropy.losses(
+    linear_cross_entropy.linear_cross_entropy_fwd(
         empty(4096, 768, dtype=dtype),
-        empty(50304, 768, dtype=dtype),
+        empty(50257, 768, dtype=dtype),
         None,
         empty(4096, dtype=torch.int64),
-        linear_cross_entropy.Loss(-100, 0.1, 1e-4, 30.0),
-        empty(1, dtype=torch.float32),
+        *("mean", -100, 0.1, 1e-4, 30.0),
         [True, True, False],
     )
 

@@ -16,7 +16,7 @@ void check_vector(const TensorView& view, int64_t size, DType dtype, const char*
 
 void rows(const TensorView& logits, const TensorView& target, int64_t ignore_index, float label_smoothing, float z_loss,
           float softcap, const TensorView& row_scale, const TensorView& loss, const TensorView& lse, const Call& call) {
-  PYTRANSFORMER_CHECK(logits.ndim == 2 && logits.contiguous(), "linear_cross_entropy: logits must be contiguous [n,V]");
+  PYTRANSFORMER_CHECK(logits.ndim == 2 && logits.stride[1] == 1, "linear_cross_entropy: logits must be rows [n,V]");
   const int64_t n = logits.shape[0];
   check_vector(target, n, DType::int64, "target");
   check_vector(loss, n, DType::float32, "loss");

@@ -11,8 +11,8 @@
 // the product before and the one behind.
 //
 // p - 1 cancels for a target that is nearly certain: p is exp(x - largest) / sum of the row at hand and not from a
-// rounded lse. Rows need not start at 16 bytes (a vocabulary may be odd): the first and last few elements of a row are
-// taken one by one.
+// rounded lse. The vocabulary may be odd, but rows start at 16 bytes: the last few elements of a row are taken one by
+// one.
 #include "linear_cross_entropy.h"
 
 #include "numeric.cuh"
@@ -30,33 +30,41 @@ struct Arguments {
   float *loss, *lse;
   const float* row_scale;  // null: no gradient
   int row_scale_stride;    // 0: one for all rows
+  int64_t row_stride;
   int classes;
   CrossEntropyOptions options;
 };
 
-// body(first class, values) for all classes of a row, each by one thread: 16 bytes at a time, single ones at the ends.
-template <class T, class Body>
+// body(first class, values) for all classes of a row, each by one thread: 16 bytes at a time, single ones at the end.
+template <int loads_together, class T, class Body>
 __device__ void for_row(T* row, int classes, const Body& body) {
   constexpr int wide = widest<T>;
-  const int before = int((16 - reinterpret_cast<uintptr_t>(row) % 16) % 16 / sizeof(T));
-  const int head = min(before, classes), end = head + (classes - head) / wide * wide;
+  const int end = classes / wide * wide;
   float one[1], several[wide];
-  const auto single = [&](int v) {
-    load(row + v, one);
-    body(v, one);
-  };
-  if (threadIdx.x < head) single(threadIdx.x);
-#pragma unroll 2
-  for (int v = head + threadIdx.x * wide; v < end; v += row_threads * wide) {
+#pragma unroll loads_together
+  for (int v = threadIdx.x * wide; v < end; v += row_threads * wide) {
     load(row + v, several);
     body(v, several);
   }
-  if (threadIdx.x < classes - end) single(end + threadIdx.x);
+  if (threadIdx.x < classes - end) {
+    const int v = end + threadIdx.x;
+    load(row + v, one);
+    body(v, one);
+  }
 }
 
-__device__ float capped(float x, float softcap) {
-  return softcap > 0 ? softcap * tanhf(x / softcap) : x;
-}
+// softcap * tanh(x / softcap), or x where there is none.
+template <bool exists>
+struct SoftCap {
+  float cap, inverse;
+
+  explicit __device__ SoftCap(float cap) : cap(cap), inverse(1.0f / cap) {}
+
+  // tanh(x / softcap), 0 where there is none.
+  __device__ float tanh(float x) const { return exists ? tanhf(x * inverse) : 0.0f; }
+  __device__ float operator()(float x, float tanh_of_x) const { return exists ? cap * tanh_of_x : x; }
+  __device__ float operator()(float x) const { return (*this)(x, tanh(x)); }
+};
 
 // The sum of exp(x - largest) over what was seen so far, and the plain sum.
 struct Seen {
@@ -98,26 +106,19 @@ __device__ Seen combined(Seen seen) {
   return seen;
 }
 
-template <class T>
-__global__ void __launch_bounds__(row_threads) cross_entropy_rows_kernel(const Arguments<T> a) {
-  const int64_t n = blockIdx.x, target = a.target[n];
+// Whether there is a soft cap is asked once a row, not of every logit.
+template <class T, bool soft>
+__device__ void row_losses(const Arguments<T>& a, int64_t n, int64_t target, T* row) {
   const CrossEntropyOptions& o = a.options;
-  T* row = a.logits + n * a.classes;
-  if (target == o.ignore_index) {
-    if (a.row_scale != nullptr) {
-      for (int v = threadIdx.x; v < a.classes; v += row_threads) row[v] = from_float<T>(0.0f);
-    }
-    if (threadIdx.x == 0) a.loss[n] = a.lse[n] = 0.0f;
-    return;
-  }
+  const SoftCap<soft> cap(o.softcap);
+  constexpr int loads_together = soft ? 1 : 2;  // a soft cap is arithmetic enough, and takes registers
   // A target outside the classes is not followed: its loss is NaN.
-  const bool inside = target >= 0 && target < a.classes;
-  const float at_target = inside ? capped(to_float(row[target]), o.softcap) : nanf("");
+  const int known = target >= 0 && target < a.classes ? int(target) : -1;
+  const float at_target = known >= 0 ? cap(to_float(row[known])) : nanf("");
   Seen seen;
-  for_row(row, a.classes, [&](int, auto& x) {
-    if (o.softcap > 0) {
-      for (float& value : x) value = capped(value, o.softcap);
-    }
+  for_row<loads_together>(row, a.classes, [&](int, auto& x) {
+#pragma unroll
+    for (float& value : x) value = cap(value);
     seen.add(x);
   });
   seen = combined(seen);  // behind its barriers the logits may be replaced: at_target has been read
@@ -129,16 +130,16 @@ __global__ void __launch_bounds__(row_threads) cross_entropy_rows_kernel(const A
     a.lse[n] = lse;
   }
   if (a.row_scale == nullptr) return;
-  const float scale = a.row_scale[n * a.row_scale_stride];
-  const float towards_zero = 2.0f * o.z_loss * lse;
-  for_row(row, a.classes, [&](int first, auto& x) {
-    int v = first;
+  const float scale = a.row_scale[n * a.row_scale_stride], normaliser = 1.0f / seen.exponentials;
+  const float towards_zero = 2.0f * o.z_loss * lse, each = o.label_smoothing / classes;
+  for_row<loads_together>(row, a.classes, [&](int first, auto& x) {
+    int from_target = first - known;
+#pragma unroll
     for (float& value : x) {
-      const float th = o.softcap > 0 ? tanhf(value / o.softcap) : 0.0f;
-      const float capped_value = o.softcap > 0 ? o.softcap * th : value;
-      const float p = expf(capped_value - seen.largest) / seen.exponentials;
-      float gradient = p - o.label_smoothing / classes;  // first what may cancel
-      if (v++ == target) gradient -= 1.0f - o.label_smoothing;
+      const float th = cap.tanh(value);
+      const float p = expf(cap(value, th) - seen.largest) * normaliser;
+      float gradient = p - each;  // first what may cancel
+      if (from_target++ == 0) gradient -= 1.0f - o.label_smoothing;
       gradient += towards_zero * p;
       value = gradient * (1.0f - th * th) * scale;
     }
@@ -146,17 +147,34 @@ __global__ void __launch_bounds__(row_threads) cross_entropy_rows_kernel(const A
   });
 }
 
+template <class T>
+__global__ void __launch_bounds__(row_threads, 2) cross_entropy_rows_kernel(const Arguments<T> a) {
+  const int64_t n = blockIdx.x, target = a.target[n];
+  T* row = a.logits + n * a.row_stride;
+  if (target != a.options.ignore_index) {
+    return a.options.softcap > 0 ? row_losses<T, true>(a, n, target, row) : row_losses<T, false>(a, n, target, row);
+  }
+  if (a.row_scale != nullptr) {
+    for (int v = threadIdx.x; v < a.classes; v += row_threads) row[v] = from_float<T>(0.0f);
+  }
+  if (threadIdx.x == 0) a.loss[n] = a.lse[n] = 0.0f;
+}
+
 }  // namespace
 
 void cross_entropy_rows(const CrossEntropyRows& p, const Launch& launch) {
   by_dtype<float, __half, __nv_bfloat16>("linear_cross_entropy", p.logits.dtype, [&](auto zero) {
     using T = decltype(zero);
+    if (!aligned(p.logits, 16) || p.logits.stride[0] % widest<T> != 0) {
+      fail("linear_cross_entropy: rows of logits must start at multiples of 16 bytes");
+    }
     const Arguments<T> a{p.logits.ptr<T>(),
                          p.target.ptr<const int64_t>(),
                          p.loss.ptr<float>(),
                          p.lse.ptr<float>(),
                          p.row_scale.ptr<const float>(),
                          p.row_scale.numel() == 1 ? 0 : 1,
+                         p.logits.stride[0],
                          int(p.logits.shape[1]),
                          p.options};
     start("cross_entropy_rows", p.logits, cross_entropy_rows_kernel<T>,

@@ -38,8 +38,8 @@ struct LinearCrossEntropyBackward {
   CrossEntropyOptions options;
 };
 
-// The losses of some rows whose logits [n,V] stand in memory, bias added and not yet capped. With `row_scale` the
-// logits become row_scale[n] * dloss[n] / dlogits in place.
+// The losses of some rows whose logits [n,V] stand in memory, bias added and not yet capped, each row at a multiple of
+// 16 bytes. With `row_scale` the logits become row_scale[n] * dloss[n] / dlogits in place.
 struct CrossEntropyRows {
   TensorView logits, target;  // target int64 [n]
   TensorView loss, lse;       // float32 [n], written

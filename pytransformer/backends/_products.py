@@ -1,4 +1,4 @@
-"""What the GPU backends leave to torch: the matrix products around ffn's kernels, the sums around the loss's."""
+"""What the GPU backends leave to torch: the matrix products around ffn's kernels."""
 
 from __future__ import annotations
 
@@ -47,19 +47,3 @@ def ffn_gradients(
 def column_sums(x: Tensor) -> Tensor:
     """In float32, rounded to the dtype of ``x``."""
     return x.sum(0, dtype=torch.float32).to(x.dtype)
-
-
-def reduced(loss: Tensor, target: Tensor, reduction: str, ignore_index: int) -> Tensor:
-    """The losses [N] of the rows by ``reduction``: in the shape of ``target``, or one number."""
-    if reduction == "none":
-        return loss.view(target.shape)
-    return loss.sum() / (target != ignore_index).sum() if reduction == "mean" else loss.sum()
-
-
-def row_scale(target: Tensor, reduction: str, ignore_index: int, grad_loss: Tensor | None = None) -> Tensor:
-    """What the gradient of each row's loss is to be multiplied by, float32: [1] in the forward, where the gradient of
-    the result is 1, and [N] for ``grad_loss``, of the result."""
-    scale = torch.ones(1, dtype=torch.float32, device=target.device) if grad_loss is None else grad_loss
-    if reduction == "mean":
-        scale = scale / (target != ignore_index).sum().clamp(min=1)
-    return scale if grad_loss is None else scale.expand(target.shape).flatten().float().contiguous()
