@@ -111,17 +111,30 @@ def listed_block(i, n_full, n_inner, list_ptr, start, full_start, full_end):
 
 
 @triton.jit
-def visible(t, s, s0, T, length, lower, upper, bits_ptr, stride_bits_t, BLOCK_S: tl.constexpr):
-    """May query t see key s, of the ``BLOCK_S`` keys from ``s0`` on?"""
-    keep = (s < length) & (s - t >= lower) & (s - t <= upper)
+def visible(
+    t, s, first, T, S, length, lower, upper, bits_ptr, stride_bits, stride_word,
+    BOUNDED: tl.constexpr, BY_KEYS: tl.constexpr,
+):  # fmt: skip
+    """May query t see key s? Unless ``BOUNDED``, the bits say all.
+
+    Bits lie by queries, a word for 32 keys, or ``BY_KEYS`` by keys, a word for 32 queries: a row of the tile
+    begins with number ``first``.
+    """
+    keep = (s >= t + lower) & (s < tl.minimum(length, t + upper + 1))
     if bits_ptr is not None:
-        first = s0 // 32 * 32
-        at = bits_ptr + t.to(tl.int64) * stride_bits_t + first // 32
-        word = tl.load(at, mask=t < tl.where(first < length, T, 0), other=0)
-        for w in tl.static_range(1, BLOCK_S // 32):  # a load for each query and 32 keys, not for each element
-            next_word = tl.load(at + w, mask=t < tl.where(first + 32 * w < length, T, 0), other=0)
-            word = tl.where(s < first + 32 * w, word, next_word)
-        keep = keep & (((word >> (s % 32)) & 1) != 0)
+        BLOCK: tl.constexpr = t.shape[1] if BY_KEYS else s.shape[1]
+        row, rows, columns = (s, S, T) if BY_KEYS else (t, T, S)
+        column = tl.reshape(tl.arange(0, BLOCK), t.shape if BY_KEYS else s.shape)
+        at = bits_ptr + row.to(tl.int64) * stride_bits + first // 32 * stride_word
+        aligned = first // 32 * 32
+        word = tl.load(at, mask=row < tl.where(aligned < columns, rows, 0), other=0)
+        for w in tl.static_range(1, BLOCK // 32):  # a load for each row and 32 columns, not for each element
+            inside = row < tl.where(aligned + 32 * w < columns, rows, 0)
+            word = tl.where(column < 32 * w, word, tl.load(at + w * stride_word, mask=inside, other=0))
+        # Where the number of a bit is known to the compiler, testing it is one instruction.
+        bit = (first + column) % 32 if BLOCK < 32 else column % 32
+        seen = (word & (1 << bit)) != 0
+        keep = keep & seen if BOUNDED else seen
     return keep
 
 

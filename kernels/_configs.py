@@ -92,13 +92,13 @@ _PLAIN: dict[str, _Attention] = {
     },
     "sm90": {  # head dims up to 128 timed on an H200, causal, at 4,096 tokens
         "fwd": {
-            (16, 64): Config((64, 64), 4, 3),
+            (16, 64): Config((64, 64), 4, 3, 168),
             (16, 128): Config((64, 64), 4, 3),
             (16, 256): Config((64, 32), 8, 2),
         },
         "dq": {
-            (16, 64): Config((64, 32), 4, 3),
-            (16, 128): Config((128, 64), 8, 3),
+            (16, 64): Config((64, 32), 4, 3, 128),
+            (16, 128): Config((128, 64), 8, 3, 255),
             (16, 256): Config((16, 32), 4, 1),
         },
         "dkv": {
@@ -138,7 +138,7 @@ _PLAIN: dict[str, _Attention] = {
         "dkv": {
             (16, 64): Config((32, 64), 4),
             (16, 128): Config((32, 32), 4),
-            (16, 256): Config((32, 32), 4),
+            (16, 256): Config((16, 32), 4),
         },
     },
 }
@@ -147,14 +147,14 @@ _RICH: dict[str, _Attention] = {
         "fwd": {
             (16, 64): Config((64, 32), 4, 2),
             (16, 128): Config((64, 32), 8, 2),
-            (16, 256): Config((64, 32), 8, 1),
+            (16, 256): Config((64, 32), 8, 2),
             (32, 64): Config((32, 32), 8, 1),
             (32, 128): Config((32, 16), 8, 1),
             (32, 256): Config((32, 16), 8, 1),
         },
         "dq": {
             (16, 64): Config((64, 32), 8, 1),
-            (16, 128): Config((32, 32), 8, 1),
+            (16, 128): Config((32, 32), 4, 2),
             (16, 256): Config((16, 32), 8, 2),
             (32, 64): Config((32, 32), 8, 1),
             (32, 128): Config((32, 16), 8, 1),
@@ -182,7 +182,7 @@ _RICH: dict[str, _Attention] = {
             (16, 64): Config((64, 64), 8, 1),
             (16, 128): Config((32, 64), 8, 1),
             (16, 256): Config((16, 32), 8, 2),
-            (32, 64): Config((32, 32), 4, 1),
+            (32, 64): Config((64, 32), 8, 1),
             (32, 128): Config((16, 16), 8, 1),
             (32, 256): Config((16, 32), 8, 1),
         },
@@ -248,7 +248,7 @@ _RICH: dict[str, _Attention] = {
         },
     },
 }
-_NO_ROOM_FOR_MASKS = {("sm90", "dkv", 64)}  # and no heads wider than 128
+_NO_ROOM_FOR_MASKS = {("sm80", "dq", 128), ("sm86", "dq", 128)}  # and no heads wider than 128
 # Where an operand of wgmma has rows of 64 bytes, products on Hopper come out wrong or read beyond shared memory, with
 # Triton 3.6 and 3.7 (triton-lang/triton issue 11366; seen on an H200). A tile's rows are longer there.
 _NARROWEST_HEAD = {("sm90", 16): 64}

@@ -26,11 +26,13 @@ VARIABLE = "PYTRANSFORMER_TRITON_TABLE"
 
 
 class Config(NamedTuple):
-    """A kernel's tile, the warps that share it, and the stages of its loads' pipeline."""
+    """A kernel's tile, the warps that share it, the stages of its loads' pipeline, and on NVIDIA's GPUs the most
+    registers of a thread, 0 for as many as ptxas thinks best."""
 
     tile: tuple[int, ...]
     num_warps: int
     num_stages: int = 1
+    registers: int = 0
 
     @property
     def options(self) -> dict[str, int | bool]:
@@ -94,10 +96,11 @@ def _choice(row: Mapping[str, Any]) -> Choice:
         if not isinstance(row["fused"], bool):
             raise ValueError(f"fused must be true or false, got {row['fused']!r}")
         return row["fused"]
-    numbers = (*row["tile"], row["num_warps"], row["num_stages"])
+    registers = row.get("registers", 0)
+    numbers = (*row["tile"], row["num_warps"], row["num_stages"], registers)
     if not all(isinstance(n, int) and 0 <= n <= 2**16 for n in numbers):
         raise ValueError(f"a configuration must be of integers from 0 to 65536, got {dict(row)}")
-    return Config(tuple(row["tile"]), row["num_warps"], row["num_stages"])
+    return Config(tuple(row["tile"]), row["num_warps"], row["num_stages"], registers)
 
 
 def default_path(arch: str) -> Path:

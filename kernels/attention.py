@@ -52,10 +52,11 @@ LENGTHS = [
     *("H", "T", "S", "lower", "upper", "threshold", "n_inner", "tokens", "at_end"),
     *(f"stride_{x}{dim}" for x in "qkvd" for dim in "bh"),
     *(f"stride_bias_{dim}" for dim in "bht"),
-    *(f"stride_bits_{dim}" for dim in "bht"),
+    *(f"stride_bits_{dim}" for dim in "bhts"),
     *(f"stride_list_{dim}" for dim in "bhts"),
 ]
-MOST_TWICE = 128  # columns of a head of 16 bits for which a thread has the registers of a second, careful walk
+# Columns of a head of 16 bits for which a thread of each kernel has the registers of a second, careful walk.
+MOST_TWICE = {"fwd": 128, "dq": 128, "dkv": 64}
 
 
 @triton.jit
@@ -64,8 +65,8 @@ def _attend(
     stride_ks, stride_vs, stride_bias_t, stride_bias_s, stride_bits_t,
     T, S, keys, length, lower, upper, scale, softcap, threshold, keep_scale,
     D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr, RAW: tl.constexpr,
-    SOFTCAP: tl.constexpr, OCTETS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, MASKED: tl.constexpr, BOUNDED: tl.constexpr, CAREFUL: tl.constexpr,
+    RAW: tl.constexpr, SOFTCAP: tl.constexpr, OCTETS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Takes one key block into the running softmax; ``CAREFUL``, values behind a mask may be NaN or Inf."""
     s0 = block * BLOCK_S
@@ -80,7 +81,7 @@ def _attend(
         dot(q, k, PRECISION), t, s, T, S, scale, softcap, bias_ptr, stride_bias_t, stride_bias_s, RAW, SOFTCAP
     )
     if MASKED:
-        keep = visible(t, s, s0, T, length, lower, upper, bits_ptr, stride_bits_t, BLOCK_S)
+        keep = visible(t, s, s0, T, S, length, lower, upper, bits_ptr, stride_bits_t, 1, BOUNDED, False)
         x = tl.where(keep, x, float("-inf"))
     if CAREFUL:
         v, total = cleaned(v, keep, total)
@@ -104,8 +105,8 @@ def forward_kernel(
     stride_bits_b, stride_bits_h, stride_bits_t, stride_list_b, stride_list_h, stride_list_t,
     H, T, S, n_inner, tokens, at_end, lower, upper, scale, softcap, threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, TWICE: tl.constexpr, RAW: tl.constexpr, SOFTCAP: tl.constexpr,
-    OCTETS: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BOUNDED: tl.constexpr, TWICE: tl.constexpr, RAW: tl.constexpr,
+    SOFTCAP: tl.constexpr, OCTETS: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
 ):  # fmt: skip
     n_blocks = tl.cdiv(T, BLOCK_T)
     block_t = n_blocks - 1 - tl.program_id(0) % n_blocks  # of a causal mask the long rows first
@@ -146,7 +147,7 @@ def forward_kernel(
             total, weight_sum, largest, q, block, row, t0, k_ptr, v_ptr, bias_ptr, bits_ptr, rng_ptr,
             stride_ks, stride_vs, stride_bias_t * BIAS_UNIT, stride_bias_s, stride_bits_t,
             T, S, keys, length, lower, upper, scale, softcap, threshold, keep_scale,
-            D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, False, False, RAW, SOFTCAP, OCTETS, PRECISION,
+            D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, False, BOUNDED, False, RAW, SOFTCAP, OCTETS, PRECISION,
         )  # fmt: skip
     for i in range(n_partial):
         if bits_ptr is not None:
@@ -157,7 +158,7 @@ def forward_kernel(
             total, weight_sum, largest, q, block, row, t0, k_ptr, v_ptr, bias_ptr, bits_ptr, rng_ptr,
             stride_ks, stride_vs, stride_bias_t * BIAS_UNIT, stride_bias_s, stride_bits_t,
             T, S, keys, length, lower, upper, scale, softcap, threshold, keep_scale,
-            D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, True, not TWICE, RAW, SOFTCAP, OCTETS, PRECISION,
+            D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, True, BOUNDED, not TWICE, RAW, SOFTCAP, OCTETS, PRECISION,
         )  # fmt: skip
     if TWICE and any_nan(total):
         total = tl.zeros((BLOCK_T, BLOCK_DV), tl.float32)
@@ -169,7 +170,7 @@ def forward_kernel(
                 total, weight_sum, largest, q, block, row, t0, k_ptr, v_ptr, bias_ptr, bits_ptr, rng_ptr,
                 stride_ks, stride_vs, stride_bias_t * BIAS_UNIT, stride_bias_s, stride_bits_t,
                 T, S, keys, length, lower, upper, scale, softcap, threshold, keep_scale,
-                D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, True, True, RAW, SOFTCAP, OCTETS, PRECISION,
+                D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, True, BOUNDED, True, RAW, SOFTCAP, OCTETS, PRECISION,
             )  # fmt: skip
 
     unseen = weight_sum == 0
@@ -222,11 +223,24 @@ class Masking:
     packed: dict[Any, Any]
     sequences: Sequences | None = None
 
-    def tiles(self, block_t: int, block_s: int, by_keys: bool = False) -> _masks.TileList | None:
-        """The lists for tiles of this size; None where the kernels compute ranges instead."""
+    @property
+    def bounded(self) -> bool:
+        """Does a partial tile have to ask for more than a query's bits: for the band and the lengths?"""
+        return self.bits is None or self.lengths is not None or self.lower > -_masks.OPEN or self.upper < _masks.OPEN
+
+    @property
+    def bits_by_keys(self) -> _masks.Bits | None:
+        """The bits transposed, as the backward of keys and values reads them."""
+        if self.bits is not None and "bits by keys" not in self.packed:
+            self.packed["bits by keys"] = _masks.by_keys(self.bits)
+        return self.packed.get("bits by keys")
+
+    def tiles(self, block_t: int, block_s: int, group: int | None = None) -> _masks.TileList | None:
+        """The lists for tiles of this size, by queries, or by keys that ``group`` heads share; None where the kernels
+        compute ranges instead."""
         if self.bits is None:
             return None
-        key = self.lower, self.upper, block_t, block_s, by_keys
+        key = self.lower, self.upper, block_t, block_s, group
         if key in self.packed:
             lengths, version, tiles = self.packed[key]
             if lengths is self.lengths and version == _version(lengths):
@@ -303,6 +317,11 @@ def shape_class(masks: Masking, softmax: Softmax) -> str:
     return "plain" if masks.bits is None else "masked"
 
 
+def walks_twice(kernel: str, query: Tensor, widest: int) -> bool:
+    """Does a kernel look for NaN in its result instead of among what partial tiles hide? ``widest`` is of the heads."""
+    return query.dtype != torch.float32 and widest <= MOST_TWICE[kernel]
+
+
 def outer_strides(*tensors: Tensor) -> tuple[tuple[int, ...], int]:
     """``(strides, UNIT)``: of batch and head in units, then of the rows, tensor by tensor.
 
@@ -322,11 +341,13 @@ def bias_strides(bias: Tensor | None) -> tuple[tuple[int, ...], int]:
     return (*(n // unit for n in outer), last), unit
 
 
-def mask_arguments(masks: Masking, tiles: _masks.TileList | None) -> tuple[tuple[Any, ...], tuple[int, ...], int]:
+def mask_arguments(
+    bits: _masks.Bits | None, tiles: _masks.TileList | None
+) -> tuple[tuple[Any, ...], tuple[int, ...], int]:
     """Pointers, strides and the width of a list, as kernels take them."""
-    if masks.bits is None or tiles is None:
+    if bits is None or tiles is None:
         return (None, None), (0,) * 6, 0
-    return (masks.bits.words, tiles.rows), (*masks.bits.strides, *tiles.strides), tiles.n_inner
+    return (bits.words, tiles.rows), (*bits.strides, *tiles.strides), tiles.n_inner
 
 
 def sequence_arguments(masks: Masking) -> tuple[tuple[Tensor | None, Tensor | None], tuple[int, int]]:
@@ -337,9 +358,9 @@ def sequence_arguments(masks: Masking) -> tuple[tuple[Tensor | None, Tensor | No
     return (cu_q, cu_k), (tokens, int(at_end))
 
 
-def register_limit(arch: str, most: int = 255) -> dict[str, int]:
-    """Options of a launch that ptxas, left alone, spills some bytes of, to fit in one more program."""
-    return {"maxnreg": most} if arch.startswith("sm") else {}
+def register_limit(arch: str, most: int) -> dict[str, int]:
+    """Options of a launch that ptxas, left alone, spills some bytes of, to fit in one more program; 0 leaves it."""
+    return {"maxnreg": most} if arch.startswith("sm") and most > 0 else {}
 
 
 def heads_like(x: Tensor, columns: Tensor, masks: Masking, of_keys: bool = False) -> Tensor:
@@ -361,11 +382,10 @@ def attention_fwd(query: Tensor, key: Tensor, value: Tensor, masks: Masking, sof
     lse = query.new_empty(out.shape[:3], dtype=torch.float32)
     arch, widest = _configs.architecture(query.device), max(D, Dv)
     config = _configs.attention("fwd", query.dtype, widest, shape_class(masks, softmax), arch)
-    twice = query.dtype != torch.float32 and widest <= MOST_TWICE
-    limited = (masks.sequences is None) == (query.dtype == torch.float32)  # the others ptxas fits in by itself
-    limit = register_limit(arch) if limited else {}
+    most = 255 if query.dtype == torch.float32 or masks.sequences is not None else 0
+    limit = register_limit(arch, config.registers or most)
     block_t, block_s = config.tile
-    pointers, strides, n_inner = mask_arguments(masks, masks.tiles(block_t, block_s))
+    pointers, strides, n_inner = mask_arguments(masks.bits, masks.tiles(block_t, block_s))
     offsets, counts = sequence_arguments(masks)
     outer, unit = outer_strides(query, key, value)
     of_bias, bias_unit = bias_strides(masks.bias)
@@ -374,7 +394,7 @@ def attention_fwd(query: Tensor, key: Tensor, value: Tensor, masks: Masking, sof
         *outer, *of_bias, *strides,
         H, T, S, n_inner, *counts, masks.lower, masks.upper, softmax.scale, softmax.softcap,
         *dropout_threshold(softmax.dropout_p), **shape_of(query, key, value),
-        BLOCK_T=block_t, BLOCK_S=block_s, TWICE=twice, UNIT=unit, BIAS_UNIT=bias_unit,
-        **softmax.flags(query, masks.bias, S), **limit, **config.options,
+        BLOCK_T=block_t, BLOCK_S=block_s, BOUNDED=masks.bounded, TWICE=walks_twice("fwd", query, widest),
+        UNIT=unit, BIAS_UNIT=bias_unit, **softmax.flags(query, masks.bias, S), **limit, **config.options,
     )  # fmt: skip
     return out, lse

@@ -24,11 +24,13 @@ from torch import Tensor
 
 from pytransformer.kernels import _configs
 from pytransformer.kernels._attention import (
+    any_nan,
     exponential,
     finite,
     head_start,
     keep_weights,
     key_blocks,
+    listed_block,
     output_tile,
     partial_block,
     query_blocks,
@@ -49,6 +51,7 @@ from pytransformer.kernels.attention import (
     sequence_arguments,
     shape_class,
     shape_of,
+    walks_twice,
 )
 
 
@@ -73,18 +76,23 @@ def delta_kernel(
 @triton.jit
 def _score_gradient(
     product, dp, t, s, t0, s0, row, lse, delta, bias_ptr, bits_ptr, rng_ptr,
-    stride_bias_t, stride_bias_s, stride_bits_t,
+    stride_bias_t, stride_bias_s, stride_bits, stride_word,
     T, S, length, lower, upper, scale, softcap, threshold, keep_scale,
-    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, MASKED: tl.constexpr, RAW: tl.constexpr, SOFTCAP: tl.constexpr,
-    OCTETS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, MASKED: tl.constexpr, BOUNDED: tl.constexpr, CAREFUL: tl.constexpr,
+    RAW: tl.constexpr, SOFTCAP: tl.constexpr, OCTETS: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """``(P after dropout, dS, d product)`` of a tile; dS is the gradient of the bias."""
+    """``(P after dropout, dS, d product)`` of a tile; dS is the gradient of the bias.
+
+    ``CAREFUL``, nothing comes of what a mask hides, else P alone is 0 there, and where NaN or Inf meets it, NaN.
+    """
     x, th = scores(product, t, s, T, S, scale, softcap, bias_ptr, stride_bias_t, stride_bias_s, RAW, SOFTCAP)
     p = exponential(x, tl.where(lse == float("-inf"), 0.0, lse), scale, RAW)
     if MASKED:
-        keep = visible(t, s, s0, T, length, lower, upper, bits_ptr, stride_bits_t, BLOCK_S)
+        first = t0 if TRANSPOSED else s0
+        keep = visible(t, s, first, T, S, length, lower, upper, bits_ptr, stride_bits, stride_word, BOUNDED, TRANSPOSED)
         p = tl.where(keep, p, 0.0)
-        dp = tl.where(keep, dp, 0.0)
+        if CAREFUL:
+            dp = tl.where(keep, dp, 0.0)
     dropped = p
     if rng_ptr is not None:
         kept = keep_weights(rng_ptr, row, s0, t0, T, S, threshold, BLOCK_T, BLOCK_S, OCTETS, TRANSPOSED)
@@ -93,7 +101,7 @@ def _score_gradient(
     dproduct = ds
     if SOFTCAP:
         dproduct = ds * (1.0 - th * th)
-    if MASKED:  # the tanh of a score that nobody sees may be NaN
+    if MASKED and CAREFUL:  # the tanh of a score that nobody sees may be NaN
         dproduct = tl.where(keep, dproduct, 0.0)
     return dropped, ds, dproduct
 
@@ -104,10 +112,10 @@ def _add_dq(
     stride_ks, stride_vs, stride_bias_t, stride_bias_s, stride_bits_t,
     T, S, keys, length, lower, upper, scale, softcap, threshold, keep_scale,
     D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, MASKED: tl.constexpr, RAW: tl.constexpr,
-    SOFTCAP: tl.constexpr, OCTETS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, MASKED: tl.constexpr, BOUNDED: tl.constexpr, CAREFUL: tl.constexpr,
+    RAW: tl.constexpr, SOFTCAP: tl.constexpr, OCTETS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What one key block adds to dQ."""
+    """What one key block adds to dQ; ``CAREFUL``, keys behind a mask may be NaN or Inf."""
     s0 = block * BLOCK_S
     t, s = (t0 + tl.arange(0, BLOCK_T))[:, None], (s0 + tl.arange(0, BLOCK_S))[None, :]
     d, dv = tl.arange(0, BLOCK_D)[:, None], tl.arange(0, BLOCK_DV)[:, None]
@@ -115,11 +123,11 @@ def _add_dq(
     v = load_tile(v_ptr + s * stride_vs + dv, s < keys, dv < Dv, MASKED, Dv == BLOCK_DV)
     _, _, ds = _score_gradient(
         dot(q, k, PRECISION), dot(dout, v, PRECISION), t, s, t0, s0, row, lse[:, None], delta[:, None],
-        bias_ptr, bits_ptr, rng_ptr, stride_bias_t, stride_bias_s, stride_bits_t,
+        bias_ptr, bits_ptr, rng_ptr, stride_bias_t, stride_bias_s, stride_bits_t, 1,
         T, S, length, lower, upper, scale, softcap, threshold, keep_scale,
-        BLOCK_T, BLOCK_S, MASKED, RAW, SOFTCAP, OCTETS, False,
+        BLOCK_T, BLOCK_S, MASKED, BOUNDED, CAREFUL, RAW, SOFTCAP, OCTETS, False,
     )  # fmt: skip
-    if MASKED:
+    if CAREFUL:
         k = finite(k)
     return dq + dot(rounded(ds, k.dtype), tl.trans(k), PRECISION)
 
@@ -133,8 +141,8 @@ def dq_kernel(
     stride_bits_b, stride_bits_h, stride_bits_t, stride_list_b, stride_list_h, stride_list_t,
     H, T, S, n_inner, tokens, at_end, lower, upper, scale, softcap, threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, RAW: tl.constexpr, SOFTCAP: tl.constexpr, OCTETS: tl.constexpr,
-    PRECISION: tl.constexpr, UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BOUNDED: tl.constexpr, TWICE: tl.constexpr, RAW: tl.constexpr,
+    SOFTCAP: tl.constexpr, OCTETS: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
 ):  # fmt: skip
     n_blocks = tl.cdiv(T, BLOCK_T)
     block_t = n_blocks - 1 - tl.program_id(0) % n_blocks
@@ -180,7 +188,7 @@ def dq_kernel(
             dq, q, dout, lse, delta, block, row, t0, k_ptr, v_ptr, bias_ptr, bits_ptr, rng_ptr,
             stride_ks, stride_vs, stride_bias_t * BIAS_UNIT, stride_bias_s, stride_bits_t,
             T, S, keys, length, lower, upper, scale, softcap, threshold, keep_scale,
-            D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, False, RAW, SOFTCAP, OCTETS, PRECISION,
+            D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, False, BOUNDED, False, RAW, SOFTCAP, OCTETS, PRECISION,
         )  # fmt: skip
     for i in range(n_partial):
         if bits_ptr is not None:
@@ -191,22 +199,48 @@ def dq_kernel(
             dq, q, dout, lse, delta, block, row, t0, k_ptr, v_ptr, bias_ptr, bits_ptr, rng_ptr,
             stride_ks, stride_vs, stride_bias_t * BIAS_UNIT, stride_bias_s, stride_bits_t,
             T, S, keys, length, lower, upper, scale, softcap, threshold, keep_scale,
-            D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, True, RAW, SOFTCAP, OCTETS, PRECISION,
+            D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, True, BOUNDED, not TWICE, RAW, SOFTCAP, OCTETS, PRECISION,
         )  # fmt: skip
+    if TWICE and any_nan(dq):
+        dq = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+        for i in tl.range(n_full + n_partial, num_stages=1):
+            block = listed_block(i, n_full, n_inner, list_ptr, start, full_start, full_end)
+            dq = _add_dq(
+                dq, q, dout, lse, delta, block, row, t0, k_ptr, v_ptr, bias_ptr, bits_ptr, rng_ptr,
+                stride_ks, stride_vs, stride_bias_t * BIAS_UNIT, stride_bias_s, stride_bits_t,
+                T, S, keys, length, lower, upper, scale, softcap, threshold, keep_scale,
+                D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, True, BOUNDED, True, RAW, SOFTCAP, OCTETS, PRECISION,
+            )  # fmt: skip
     at = output_tile(dq_ptr, batch, head, t0, T, H, q_begin, D, BLOCK_T) + d[None, :]
     store(at, dq * scale, inside & (d < D)[None, :])
 
 
 @triton.jit
 def _add_dkv(
-    dk, dv_total, k, v, block, row, s0, q_ptr, dout_ptr, lse_ptr, delta_ptr, bias_ptr, bits_ptr, rng_ptr,
-    stride_qt, stride_dt, stride_bias_t, stride_bias_s, stride_bits_t,
+    dk, dv_total, k, v, number, row, s0, q_ptr, dout_ptr, lse_ptr, delta_ptr, bias_ptr, bits_ptr, rng_ptr,
+    stride_qh, stride_qt, stride_dh, stride_dt, stride_lse, stride_bias_h, stride_bias_t, stride_bias_s,
+    stride_bits_h, stride_bits_s,
     T, S, queries, length, lower, upper, scale, softcap, threshold, keep_scale,
+    GROUP: tl.constexpr, STRIDE_WORD: tl.constexpr,
     D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, MASKED: tl.constexpr, RAW: tl.constexpr,
-    SOFTCAP: tl.constexpr, OCTETS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, MASKED: tl.constexpr, BOUNDED: tl.constexpr, CAREFUL: tl.constexpr,
+    RAW: tl.constexpr, SOFTCAP: tl.constexpr, OCTETS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What one query block adds to dK and dV. Queries beyond the last are loaded as 0 and add nothing."""
+    """What one query block adds to dK and dV: ``number`` counts the group's heads of a block, then the blocks.
+
+    Queries beyond the last are loaded as 0 and add nothing; ``CAREFUL``, those that do not see a key may be NaN or Inf.
+    """
+    block, member = number // GROUP, number % GROUP
+    if GROUP > 1:
+        row += member
+        q_ptr += member.to(tl.int64) * stride_qh
+        dout_ptr += member.to(tl.int64) * stride_dh
+        lse_ptr += member * stride_lse
+        delta_ptr += member * stride_lse
+        if bias_ptr is not None:
+            bias_ptr += member.to(tl.int64) * stride_bias_h
+        if bits_ptr is not None:
+            bits_ptr += member.to(tl.int64) * stride_bits_h
     t0 = block * BLOCK_T
     t, s = (t0 + tl.arange(0, BLOCK_T))[None, :], (s0 + tl.arange(0, BLOCK_S))[:, None]
     d, dv = tl.arange(0, BLOCK_D)[:, None], tl.arange(0, BLOCK_DV)[None, :]
@@ -218,11 +252,11 @@ def _add_dkv(
     delta = tl.load(delta_ptr + t, mask=inside, other=0.0)
     p, _, ds = _score_gradient(
         dot(k, q, PRECISION), dot(v, tl.trans(dout), PRECISION), t, s, t0, s0, row, lse, delta,
-        bias_ptr, bits_ptr, rng_ptr, stride_bias_t, stride_bias_s, stride_bits_t,
+        bias_ptr, bits_ptr, rng_ptr, stride_bias_t, stride_bias_s, stride_bits_s, STRIDE_WORD,
         T, S, length, lower, upper, scale, softcap, threshold, keep_scale,
-        BLOCK_T, BLOCK_S, MASKED, RAW, SOFTCAP, OCTETS, True,
+        BLOCK_T, BLOCK_S, MASKED, BOUNDED, CAREFUL, RAW, SOFTCAP, OCTETS, True,
     )  # fmt: skip
-    if MASKED:
+    if CAREFUL:
         q = finite(q)
     dv_total += dot(rounded(p, dout.dtype), dout, PRECISION)
     return dk + dot(rounded(ds, q.dtype), tl.trans(q), PRECISION), dv_total
@@ -234,11 +268,12 @@ def dkv_kernel(
     dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_db, stride_dh, stride_dt, stride_bias_b, stride_bias_h, stride_bias_t, stride_bias_s,
-    stride_bits_b, stride_bits_h, stride_bits_t, stride_list_b, stride_list_h, stride_list_s,
+    stride_bits_b, stride_bits_h, stride_bits_s, stride_list_b, stride_list_h, stride_list_s,
     H, T, S, n_inner, tokens, at_end, lower, upper, scale, softcap, threshold, keep_scale,
-    GROUP: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, RAW: tl.constexpr, SOFTCAP: tl.constexpr, OCTETS: tl.constexpr,
-    PRECISION: tl.constexpr, UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
+    GROUP: tl.constexpr, STRIDE_WORD: tl.constexpr,
+    D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BOUNDED: tl.constexpr, TWICE: tl.constexpr, RAW: tl.constexpr,
+    SOFTCAP: tl.constexpr, OCTETS: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
 ):  # fmt: skip
     n_blocks = tl.cdiv(S, BLOCK_S)
     block_s = tl.program_id(0) % n_blocks
@@ -264,44 +299,60 @@ def dkv_kernel(
     if lengths_ptr is not None:
         length = tl.minimum(tl.load(lengths_ptr + batch), S).to(tl.int32)
     start, full_start, full_end, end = query_blocks(s0, queries, keys, length, lower, upper, BLOCK_T, BLOCK_S)
+    start, full_start, full_end, end = start * GROUP, full_start * GROUP, full_end * GROUP, end * GROUP
     n_full, n_partial = full_end - full_start, full_start - start + end - full_end
+    head = group * GROUP  # the first of those that share the keys
+    row = batch * H + head
+    first = head_start(row, head, T, tokens, q_begin)
+    lse_ptr += first
+    delta_ptr += first
+    stride_lse = T if q_begin is None else tokens
+    q_ptr += (batch * stride_qb + head * stride_qh) * UNIT
+    dout_ptr += (batch * stride_db + head * stride_dh) * UNIT
+    if bias_ptr is not None:
+        bias_ptr += (batch * stride_bias_b + head * stride_bias_h) * BIAS_UNIT
+    if bits_ptr is not None:
+        bits_ptr += batch * stride_bits_b + head * stride_bits_h
+        list_ptr += batch * stride_list_b + group * stride_list_h + block_s * stride_list_s
+        n_full, n_partial = tl.load(list_ptr), tl.load(list_ptr + 1)
 
     dk = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
     dv_total = tl.zeros((BLOCK_S, BLOCK_DV), tl.float32)
-    for member in range(GROUP):
-        head = group * GROUP + member
-        row = batch * H + head
-        q_head = q_ptr + (batch * stride_qb + head * stride_qh) * UNIT
-        dout_head = dout_ptr + (batch * stride_db + head * stride_dh) * UNIT
-        first = head_start(row, head, T, tokens, q_begin)
-        lse_head, delta_head = lse_ptr + first, delta_ptr + first
-        bias_head, bits_head, list_head = bias_ptr, bits_ptr, list_ptr
-        if bias_ptr is not None:
-            bias_head = bias_ptr + (batch * stride_bias_b + head * stride_bias_h) * BIAS_UNIT
+    for i in range(n_full):
+        number = tl.load(list_ptr + 2 + i) if bits_ptr is not None else full_start + i
+        dk, dv_total = _add_dkv(
+            dk, dv_total, k, v, number, row, s0, q_ptr, dout_ptr, lse_ptr, delta_ptr, bias_ptr, bits_ptr, rng_ptr,
+            stride_qh * UNIT, stride_qt, stride_dh * UNIT, stride_dt, stride_lse,
+            stride_bias_h * BIAS_UNIT, stride_bias_t * BIAS_UNIT, stride_bias_s, stride_bits_h, stride_bits_s,
+            T, S, queries, length, lower, upper, scale, softcap, threshold, keep_scale,
+            GROUP, STRIDE_WORD, D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, False, BOUNDED, False, RAW, SOFTCAP,
+            OCTETS, PRECISION,
+        )  # fmt: skip
+    for i in range(n_partial):
         if bits_ptr is not None:
-            bits_head = bits_ptr + batch * stride_bits_b + head * stride_bits_h
-            list_head = list_ptr + batch * stride_list_b + head * stride_list_h + block_s * stride_list_s
-            n_full, n_partial = tl.load(list_head), tl.load(list_head + 1)
-        for i in range(n_full):
-            block = tl.load(list_head + 2 + i) if bits_ptr is not None else full_start + i
+            number = tl.load(list_ptr + 1 + n_inner - i)
+        else:
+            number = partial_block(i, start, full_start, full_end)
+        dk, dv_total = _add_dkv(
+            dk, dv_total, k, v, number, row, s0, q_ptr, dout_ptr, lse_ptr, delta_ptr, bias_ptr, bits_ptr, rng_ptr,
+            stride_qh * UNIT, stride_qt, stride_dh * UNIT, stride_dt, stride_lse,
+            stride_bias_h * BIAS_UNIT, stride_bias_t * BIAS_UNIT, stride_bias_s, stride_bits_h, stride_bits_s,
+            T, S, queries, length, lower, upper, scale, softcap, threshold, keep_scale,
+            GROUP, STRIDE_WORD, D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, True, BOUNDED, not TWICE, RAW, SOFTCAP,
+            OCTETS, PRECISION,
+        )  # fmt: skip
+    if TWICE and any_nan(dk):
+        dk = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+        dv_total = tl.zeros((BLOCK_S, BLOCK_DV), tl.float32)
+        for i in tl.range(n_full + n_partial, num_stages=1):
+            number = listed_block(i, n_full, n_inner, list_ptr, start, full_start, full_end)
             dk, dv_total = _add_dkv(
-                dk, dv_total, k, v, block, row, s0, q_head, dout_head, lse_head, delta_head,
-                bias_head, bits_head, rng_ptr,
-                stride_qt, stride_dt, stride_bias_t * BIAS_UNIT, stride_bias_s, stride_bits_t,
+                dk, dv_total, k, v, number, row, s0, q_ptr, dout_ptr, lse_ptr, delta_ptr, bias_ptr, bits_ptr, rng_ptr,
+                stride_qh * UNIT, stride_qt, stride_dh * UNIT, stride_dt, stride_lse,
+                stride_bias_h * BIAS_UNIT, stride_bias_t * BIAS_UNIT, stride_bias_s, stride_bits_h, stride_bits_s,
                 T, S, queries, length, lower, upper, scale, softcap, threshold, keep_scale,
-                D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, False, RAW, SOFTCAP, OCTETS, PRECISION,
-            )  # fmt: skip
-        for i in range(n_partial):
-            if bits_ptr is not None:
-                block = tl.load(list_head + 1 + n_inner - i)
-            else:
-                block = partial_block(i, start, full_start, full_end)
-            dk, dv_total = _add_dkv(
-                dk, dv_total, k, v, block, row, s0, q_head, dout_head, lse_head, delta_head,
-                bias_head, bits_head, rng_ptr,
-                stride_qt, stride_dt, stride_bias_t * BIAS_UNIT, stride_bias_s, stride_bits_t,
-                T, S, queries, length, lower, upper, scale, softcap, threshold, keep_scale,
-                D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, True, RAW, SOFTCAP, OCTETS, PRECISION,
+                GROUP, STRIDE_WORD, D, Dv, BLOCK_D, BLOCK_DV, BLOCK_T, BLOCK_S, True, BOUNDED, True, RAW, SOFTCAP,
+                OCTETS, PRECISION,
             )  # fmt: skip
     dk_at = output_tile(dk_ptr, batch, group, s0, S, H // GROUP, k_begin, D, BLOCK_S) + d[None, :]
     dv_at = output_tile(dv_ptr, batch, group, s0, S, H // GROUP, k_begin, Dv, BLOCK_S) + dv[None, :]
@@ -317,8 +368,8 @@ def dbias_kernel(
     stride_bits_b, stride_bits_h, stride_bits_t,
     H, T, S, BIAS_H, loop_b, loop_h, loop_t, lower, upper, scale, softcap, threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, RAW: tl.constexpr, SOFTCAP: tl.constexpr, OCTETS: tl.constexpr,
-    PRECISION: tl.constexpr, UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, SUM_T: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BOUNDED: tl.constexpr, RAW: tl.constexpr, SOFTCAP: tl.constexpr,
+    OCTETS: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, SUM_T: tl.constexpr,
 ):  # fmt: skip
     """One tile of the bias's gradient, summed over ``loop_b`` batches, ``loop_h`` heads and ``loop_t`` query blocks.
 
@@ -355,9 +406,9 @@ def dbias_kernel(
         _, ds, _ = _score_gradient(
             dot(q, k, PRECISION), dot(dout, v, PRECISION), queries, keys, t0, s0, row, lse[:, None], delta[:, None],
             bias_ptr + (batch * stride_bias_b + head * stride_bias_h) * BIAS_UNIT, bits_head, rng_ptr,
-            stride_bias_t * BIAS_UNIT, stride_bias_s, stride_bits_t,
+            stride_bias_t * BIAS_UNIT, stride_bias_s, stride_bits_t, 1,
             T, S, length, lower, upper, scale, softcap, threshold, keep_scale,
-            BLOCK_T, BLOCK_S, True, RAW, SOFTCAP, OCTETS, False,
+            BLOCK_T, BLOCK_S, True, BOUNDED, True, RAW, SOFTCAP, OCTETS, False,
         )  # fmt: skip
         total += tl.where(queries < T, ds, 0.0)
     owner = tl.program_id(2).to(tl.int64)
@@ -399,9 +450,12 @@ def attention_bwd(
         config = _configs.attention(name, query.dtype, widest, shape_class(masks, softmax), arch)
         block_t, block_s = config.tile
         by_keys = name == "dkv"
-        most = 200 if name == "dq" and query.dtype == torch.float32 else 255  # with 255 Blackwell's spills
-        limit = {} if masks.sequences is None else register_limit(arch, most)
-        pointers, strides, n_inner = mask_arguments(masks, masks.tiles(block_t, block_s, by_keys))
+        group = shape["GROUP"] if by_keys else None
+        most = 255 if masks.sequences is not None else 0
+        limit = register_limit(arch, config.registers or most)
+        bits = masks.bits_by_keys if by_keys else masks.bits
+        pointers, strides, n_inner = mask_arguments(bits, masks.tiles(block_t, block_s, group))
+        words = {"STRIDE_WORD": bits.stride_word if bits is not None else 1} if by_keys else {}
         programs = triton.cdiv(S, block_s) * B * G if by_keys else triton.cdiv(T, block_t) * B * H
         kernel[(programs,)](
             query, key, value, masks.bias, masks.lengths, softmax.rng, *pointers, *offsets,
@@ -409,8 +463,8 @@ def attention_bwd(
             *outer, *of_bias, *strides,
             H, T, S, n_inner, *counts, masks.lower, masks.upper, softmax.scale, softmax.softcap,
             *dropout_threshold(softmax.dropout_p), **shape,
-            BLOCK_T=block_t, BLOCK_S=block_s, UNIT=unit, BIAS_UNIT=bias_unit,
-            **softmax.flags(query, masks.bias, S), **limit, **config.options,
+            BLOCK_T=block_t, BLOCK_S=block_s, BOUNDED=masks.bounded, TWICE=walks_twice(name, query, widest),
+            UNIT=unit, BIAS_UNIT=bias_unit, **words, **softmax.flags(query, masks.bias, S), **limit, **config.options,
         )  # fmt: skip
     return dq, dk, dv, delta
 
@@ -444,7 +498,7 @@ def attention_dbias(
         *outer, *of_bias, *bits_strides,
         H, T, S, bias_h, B // bias_b, H // bias_h, n_t if sum_t else 1, masks.lower, masks.upper,
         softmax.scale, softmax.softcap, *dropout_threshold(softmax.dropout_p), **shape_of(query, key, value),
-        BLOCK_T=block_t, BLOCK_S=block_s, UNIT=unit, BIAS_UNIT=bias_unit, SUM_T=sum_t,
+        BLOCK_T=block_t, BLOCK_S=block_s, BOUNDED=masks.bounded, UNIT=unit, BIAS_UNIT=bias_unit, SUM_T=sum_t,
         **softmax.flags(query, masks.bias, S), **config.options,
     )  # fmt: skip
     return dbias.sum(3, keepdim=True) if bias_s == 1 and S > 1 else dbias

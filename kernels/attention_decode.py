@@ -122,7 +122,7 @@ def split_kernel(
         x, _ = scores(
             product, t, s, T, S, scale, softcap, bias_row, stride_bias_t * BIAS_UNIT, stride_bias_s, False, SOFTCAP
         )
-        keep = visible(t, s, s0, T, length, lower, upper, bits_row, stride_bits_t, BLOCK_S)
+        keep = visible(t, s, s0, T, S, length, lower, upper, bits_row, stride_bits_t, 1, True, False)
         x = tl.where(keep, x, float("-inf"))
         v, total = cleaned(v, keep, total)
         larger = tl.maximum(largest, tl.max(x, 1))
@@ -213,7 +213,7 @@ def attention_decode(
     config = _configs.attention("decode", query.dtype, max(D, Dv), "rich", arch)
     (block_s,) = config.tile
     narrow = masks.sequences is not None and query.dtype != torch.float32
-    limit = register_limit(arch) if narrow or block_table is not None else {}
+    limit = register_limit(arch, 255 if narrow or block_table is not None else 0)
     share = triton.cdiv(triton.cdiv(S, block_s), splits) * block_s
     splits = triton.cdiv(S, share)
     parts = torch.empty(splits, B, H, T, Dv, dtype=torch.float32, device=query.device)

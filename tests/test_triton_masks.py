@@ -102,6 +102,77 @@ def test_nothing_is_remembered_where_no_version_tells_of_a_change(made):
     assert made["pack"] == 2
 
 
+def unpacked(bits):
+    """The bools of packed words, [.., rows, 32 * words]."""
+    return (bits.words[..., None] >> torch.arange(32) & 1).flatten(-2).bool()
+
+
+@pytest.mark.parametrize("by_octets", [True, False])
+@pytest.mark.parametrize(("T", "S"), [(1, 40), (37, 40), (70, 264), (300, 8)])
+def test_packing(T, S, by_octets):
+    """Eight bytes at a time where a row allows it, whatever a byte that is not 0 holds; and by keys."""
+    from pytransformer.kernels import _masks
+
+    room = torch.randint(0, 256, (2, 3, T, S + 8), dtype=torch.uint8) * (torch.rand(2, 3, T, S + 8) < 0.5)
+    start = 8 if by_octets else 1
+    mask = room.view(torch.bool)[..., start : start + S]
+    assert (_masks._octets(mask).dtype == torch.int64) == by_octets
+    bits = _masks.pack(mask)
+    wanted = room[..., start : start + S] != 0
+    found = unpacked(bits)
+    assert torch.equal(found[..., :S], wanted)
+    assert not found[..., S:].any()
+    transposed = _masks.by_keys(bits)
+    found = unpacked(transposed)
+    if T == 1:
+        assert transposed.stride_word == 0
+        assert torch.equal(found, wanted.mT.expand(-1, -1, -1, 32))
+    else:
+        assert torch.equal(found[..., :T], wanted.mT)
+        assert not found[..., T:].any()
+
+
+def states_of(keep, block_t, block_s, band, lengths):
+    """[B,H,query blocks,key blocks]: 0 for a tile that nobody sees, 2 for one that all see, 1 for others."""
+    T, S = keep.shape[2:]
+    t, s = torch.arange(T)[:, None], torch.arange(S)
+    keep = keep & (s - t >= band[0]) & (s - t <= band[1]) & (s < lengths[:, None, None, None])
+    rows = [keep[:, :, i : i + block_t] for i in range(0, T, block_t)]
+    tiles = [[row[..., j : j + block_s].flatten(2) for j in range(0, S, block_s)] for row in rows]
+    beyond = S % block_s > 0  # the last key block is never full
+    full = [[x.all(-1) & (not beyond or j < len(row) - 1) for j, x in enumerate(row)] for row in tiles]
+    some = [[x.any(-1) for x in row] for row in tiles]
+    stacked = [torch.stack([torch.stack(row, -1) for row in x], -2).int() for x in (full, some)]
+    return stacked[0] + stacked[1]
+
+
+@pytest.mark.parametrize("group", [None, 1, 2])
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("tile", [(16, 16), (32, 64), (64, 32)])
+@pytest.mark.parametrize("band", [(-(2**30), 2**30), (-100, 0)])
+def test_lists_of_tiles(group, heads, tile, band):
+    from pytransformer.kernels import _masks
+
+    T, S = 150, 170
+    keep = torch.rand(2, heads, T, S) < 0.9
+    keep[:, :, 32:96, :64] = True
+    keep[:, :, :16, 16:96] = False
+    lengths = torch.tensor([S, 100])
+    states = states_of(keep.expand(2, 4, T, S), *tile, band, lengths)
+    found = _masks.list_tiles(_masks.pack(keep), lengths, *band, *tile, group)
+    if group is None:
+        wanted = states[:, :heads]
+    else:  # of each key block the blocks of queries, those of the group's heads beside each other
+        grouped = states.unflatten(1, (-1, group))[:, : max(heads // group, 1)]
+        wanted = grouped.permute(0, 1, 4, 3, 2).flatten(3)
+    n = wanted.shape[3]
+    assert found.rows.shape == (*wanted.shape[:3], 2 + n)
+    for row, tiles in zip(found.rows.flatten(0, 2), wanted.flatten(0, 2), strict=True):
+        n_full, n_partial = row[:2].tolist()
+        assert row[2 : 2 + n_full].tolist() == (tiles == 2).nonzero().flatten().tolist()
+        assert row[2 + n - n_partial :].tolist() == (tiles == 1).nonzero().flatten().flip(0).tolist()
+
+
 def test_compiled_code_packs_for_itself(made):
     """Its buffers are written to behind the version counter's back."""
     mask = torch.rand(B, 1, S, S) < 0.7

@@ -43,19 +43,21 @@ def rng() -> torch.Tensor:
 
 
 def attention(dtype: torch.dtype, head_dim: int, how: str) -> None:
-    """Causal; "masked", with a bool mask and lengths; with "everything", with a bias, dropout and a soft cap too."""
+    """Causal; "masked", with a bool mask and lengths; "grouped", masked over keys that four heads share; with
+    "everything", with a bias, dropout and a soft cap too."""
     from pytransformer.kernels import attention, attention_bwd
 
     B, H, T = 2, 8, 1024
     masked, everything = how != "plain", how == "everything"
     q = empty(B, H, T, head_dim, dtype=dtype)
+    k = q[:, :2] if how == "grouped" else q
     mask = empty(B, H, T, T, dtype=torch.bool) if masked else None
     lengths = empty(B, dtype=torch.int64) if masked else None
     bias = empty(B, H, T, T, dtype=dtype) if everything else None
     masks = attention.masking(mask, bias, lengths, None, 0)
     softmax = attention.Softmax(0.1, 20.0, 0.1, rng()) if everything else attention.Softmax(0.1, 0.0, 0.0, None)
-    out, lse = attention.attention_fwd(q, q, q, masks, softmax)
-    *_, delta = attention_bwd.attention_bwd(q, q, q, q, out, lse, masks, softmax)
+    out, lse = attention.attention_fwd(q, k, k, masks, softmax)
+    *_, delta = attention_bwd.attention_bwd(q, q, k, k, out, lse, masks, softmax)
     if bias is not None:
         attention_bwd.attention_dbias(bias.shape, q, q, q, q, lse, delta, masks, softmax)
 
@@ -149,7 +151,7 @@ def embedding(dtype: torch.dtype) -> None:
 
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     """Every shape class of the configurations, in 16 bits and in float32."""
-    for head_dim, how in product((64, 128, 256), ("plain", "masked", "everything")):
+    for head_dim, how in product((64, 128, 256), ("plain", "masked", "grouped", "everything")):
         for name, dtype in DTYPES.items():
             if how == "everything" or dtype != torch.float32:  # in 32 bits all calls are taken as rich
                 yield f"attention {name} D={head_dim} {how}", lambda d=dtype, n=head_dim, h=how: attention(d, n, h)
