@@ -248,7 +248,12 @@ _RICH: dict[str, _Attention] = {
         },
     },
 }
-_NO_ROOM_FOR_MASKS = {("sm80", "dq", 128), ("sm86", "dq", 128)}  # and no heads wider than 128
+# Where a plain tile has no room for a bool mask, in 16 bits; heads wider than 128 take the rich tiles then.
+_MASKED = {
+    ("sm80", "dq", 128): Config((32, 32), 4, 2),
+    ("sm86", "dq", 128): Config((32, 32), 4, 2),
+    ("sm90", "fwd", 128): Config((128, 64), 8, 3),  # the plain one has with Triton 3.7, and not with 3.9
+}
 # Where an operand of wgmma has rows of 64 bytes, products on Hopper come out wrong or read beyond shared memory, with
 # Triton 3.6 and 3.7 (triton-lang/triton issue 11366; seen on an H200). A tile's rows are longer there.
 _NARROWEST_HEAD = {("sm90", 16): 64}
@@ -282,11 +287,12 @@ def attention(kernel: str, dtype: torch.dtype, head_dim: int, call: str, arch: s
     if kernel == "decode":
         return chosen(arch, f"attention decode {bits} bits D={size}", _DECODE[bits, size])
     wide_on_ampere = (arch, size) == ("sm86", 256)  # which has no memory for the plain tiles of sm80
-    crowded = call == "masked" and (size == 256 or (arch, kernel, size) in _NO_ROOM_FOR_MASKS)
-    rich = call == "rich" or crowded or bits == 32 or wide_on_ampere
+    rich = call == "rich" or (call == "masked" and size == 256) or bits == 32 or wide_on_ampere
     tables = _RICH if rich else _PLAIN
     built_in = tables.get(arch, tables["sm80"])[kernel][bits, size]
-    return chosen(arch, f"attention {kernel} {bits} bits D={size} {'rich' if rich else 'plain'}", built_in)
+    if call == "masked" and not rich:
+        built_in = _MASKED.get((arch, kernel, size), built_in)
+    return chosen(arch, f"attention {kernel} {bits} bits D={size} {'rich' if rich else call}", built_in)
 
 
 # (rows, columns, depth) of a tile of a matrix product, by architecture, 16 or 32 bits, and the registers that a kernel

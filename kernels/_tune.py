@@ -148,7 +148,9 @@ def _rng(device: str) -> Tensor:
 
 def _of_attention(arch: str, device: str) -> Iterator[Problem]:
     for D in ATTENTION:
-        for dtype, call in ((HALF, "plain"), (HALF, "rich"), (SINGLE, "rich")):
+        for dtype, call in ((HALF, "plain"), (HALF, "masked"), (HALF, "rich"), (SINGLE, "rich")):
+            if call == "masked" and D == 256:
+                continue  # there is no room for any but the rich tiles
             bits = 8 * dtype.itemsize
             shapes = [Config(tile, warps, stages) for tile in _QUERIES_KEYS[bits] for warps, stages in ((4, 2), (8, 2))]
             more = [Config(tile, 8, stages) for tile in _QUERIES_KEYS[bits] for stages in (1, 3)]
@@ -157,16 +159,20 @@ def _of_attention(arch: str, device: str) -> Iterator[Problem]:
                     "attention",
                     f"attention {kernel} {bits} bits D={D} {call}",
                     _unique(_configs.attention(kernel, dtype, D, call, arch), shapes + more),
-                    partial(_attention_call, kernel, dtype, D, call == "rich", device),
+                    partial(_attention_call, kernel, dtype, D, call, device),
                 )
 
 
-def _attention_call(kernel: str, dtype: torch.dtype, D: int, rich: bool, device: str) -> Callable[[], object]:
-    """Causal, over 4,096 tokens in 16 bits; ``rich`` with a bool mask and dropout."""
+def _attention_call(kernel: str, dtype: torch.dtype, D: int, call: str, device: str) -> Callable[[], object]:
+    """Over 4,096 tokens in 16 bits; causal, but for "masked", of whose tiles none is full or empty; "rich" with a mask
+    of keys and dropout."""
     (B, H), T = ATTENTION[D], 4096 if dtype == HALF else 1024
     q, k, v, dout = (_randn(B, H, T, D, dtype=dtype, device=device) for _ in range(4))
-    keep = torch.rand(B, 1, 1, T, device=device) < 0.9 if rich else None
-    masks = attention.masking(None if keep is None else keep.expand(B, H, T, T), None, None, None, 0)
+    masked, rich = call == "masked", call == "rich"
+    keep = torch.rand(B, 1, T if masked else 1, T, device=device) < 0.9 if masked or rich else None
+    masks = attention.masking(
+        None if keep is None else keep.expand(B, H, T, T), None, None, None, None if masked else 0
+    )
     softmax = attention.Softmax(D**-0.5, 0.0, 0.1 if rich else 0.0, _rng(device) if rich else None)
     if kernel == "fwd":
         return partial(attention.attention_fwd, q, k, v, masks, softmax)
