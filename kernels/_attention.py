@@ -42,6 +42,16 @@ def sequence(cu_q_ptr, cu_k_ptr, batch, lower, upper, at_end):
 
 
 @triton.jit
+def place(n_blocks, section):
+    """Which row, of all batches and heads, and which of its blocks, in the order that they are served in, is this
+    program's: ``section`` rows at a time, of these all first blocks, then all second ones."""
+    first = tl.program_id(0) // (n_blocks * section) * section
+    inside = tl.program_id(0) - first * n_blocks
+    rows = tl.minimum(tl.num_programs(0) // n_blocks - first, section)
+    return (first + inside % rows).to(tl.int64), inside // rows
+
+
+@triton.jit
 def output_row(batch, head, t, T, H, begin):
     """Which row of a result [B,T,H] is that of query ``t`` of a head.
 

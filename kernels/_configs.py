@@ -171,7 +171,7 @@ _RICH: dict[str, _Attention] = {
     },
     "sm90": {  # head dims up to 64 in 16 bits timed on an H200, with a mask of keys and dropout
         "fwd": {
-            (16, 64): Config((128, 64), 8, 1),
+            (16, 64): Config((128, 64), 8, 2),
             (16, 128): Config((64, 32), 8, 2),
             (16, 256): Config((32, 32), 8, 1),
             (32, 64): Config((32, 32), 8, 1),
@@ -253,6 +253,7 @@ _MASKED = {
     ("sm80", "dq", 128): Config((32, 32), 4, 2),
     ("sm86", "dq", 128): Config((32, 32), 4, 2),
     ("sm90", "fwd", 128): Config((128, 64), 8, 3),  # the plain one has with Triton 3.7, and not with 3.9
+    ("sm90", "dkv", 128): Config((32, 128), 8, 3),
 }
 # Where an operand of wgmma has rows of 64 bytes, products on Hopper come out wrong or read beyond shared memory, with
 # Triton 3.6 and 3.7 (triton-lang/triton issue 11366; seen on an H200). A tile's rows are longer there.
@@ -375,6 +376,12 @@ def cross_entropy(classes: int, arch: str) -> Config:
 def power_of_2(n: int, least: int = 16) -> int:
     """``n`` rounded up to a power of two, at least ``least``."""
     return max(1 << (max(n, 1) - 1).bit_length(), least)
+
+
+@cache
+def l2_bytes(device: torch.device) -> int:
+    """The size of a GPU's L2 cache; 50 MiB, an H100's, where there is none."""
+    return int(torch.cuda.get_device_properties(device).L2_cache_size) if device.type == "cuda" else 50 * 2**20
 
 
 def architecture(device: torch.device) -> str:

@@ -40,6 +40,7 @@ from pytransformer.kernels._attention import (
     listed_block,
     output_tile,
     partial_block,
+    place,
     scores,
     sequence,
     visible,
@@ -49,7 +50,7 @@ from pytransformer.kernels._common import dot, dropout_threshold, float32_precis
 # No kernel is compiled anew for these: numbers that are lengths, and strides that lengths are factors of. What a
 # kernel must know of such a stride, that loads of 16 bytes stay aligned, comes as its unit: ``stride * UNIT``.
 LENGTHS = [
-    *("H", "T", "S", "lower", "upper", "threshold", "n_inner", "tokens", "at_end"),
+    *("H", "T", "S", "section", "lower", "upper", "threshold", "n_inner", "tokens", "at_end"),
     *(f"stride_{x}{dim}" for x in "qkvd" for dim in "bh"),
     *(f"stride_bias_{dim}" for dim in "bht"),
     *(f"stride_bits_{dim}" for dim in "bhts"),
@@ -103,14 +104,14 @@ def forward_kernel(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_bias_b, stride_bias_h, stride_bias_t, stride_bias_s,
     stride_bits_b, stride_bits_h, stride_bits_t, stride_list_b, stride_list_h, stride_list_t,
-    H, T, S, n_inner, tokens, at_end, lower, upper, scale, softcap, threshold, keep_scale,
+    H, T, S, section, n_inner, tokens, at_end, lower, upper, scale, softcap, threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BOUNDED: tl.constexpr, TWICE: tl.constexpr, RAW: tl.constexpr,
     SOFTCAP: tl.constexpr, OCTETS: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
 ):  # fmt: skip
     n_blocks = tl.cdiv(T, BLOCK_T)
-    block_t = n_blocks - 1 - tl.program_id(0) % n_blocks  # of a causal mask the long rows first
-    row = (tl.program_id(0) // n_blocks).to(tl.int64)  # batch and head
+    row, served = place(n_blocks, section)  # batch and head
+    block_t = n_blocks - 1 - served  # of a causal mask the long rows first
     batch, head = row // H, row % H
     t0 = block_t * BLOCK_T
     t, d = t0 + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
@@ -363,6 +364,18 @@ def register_limit(arch: str, most: int) -> dict[str, int]:
     return {"maxnreg": most} if arch.startswith("sm") and most > 0 else {}
 
 
+def rows_together(masks: Masking, rows: int, row_bytes: int, device: torch.device) -> int:
+    """Of how many rows, batches and heads, the longest blocks are served first, then the second longest.
+
+    Where blocks differ in length, row by row would leave the long blocks of the last row to run alone: a fifth of the
+    time of 16 causal heads of 4,096 tokens on 132 multiprocessors. What these rows read, ``row_bytes`` each, has to
+    stay in the L2 cache, of which this takes 5/8: FlashAttention-3 takes 32 MB of an H100's 50.
+    """
+    if masks.bits is None and masks.lower <= -_masks.OPEN and masks.upper >= _masks.OPEN:
+        return 1
+    return min(max(_configs.l2_bytes(device) * 5 // 8 // max(row_bytes, 1), 1), rows)
+
+
 def heads_like(x: Tensor, columns: Tensor, masks: Masking, of_keys: bool = False) -> Tensor:
     """Room for [B,H,T] of ``x``, or [1,H,tokens], and the last dimension of ``columns``: a row a token."""
     B, H, T, _ = x.shape
@@ -389,10 +402,11 @@ def attention_fwd(query: Tensor, key: Tensor, value: Tensor, masks: Masking, sof
     offsets, counts = sequence_arguments(masks)
     outer, unit = outer_strides(query, key, value)
     of_bias, bias_unit = bias_strides(masks.bias)
+    section = rows_together(masks, B * H, S * (D + Dv) * key.element_size() * key.shape[1] // H, query.device)
     forward_kernel[(triton.cdiv(T, block_t) * B * H,)](
         query, key, value, masks.bias, masks.lengths, softmax.rng, *pointers, *offsets, out, lse,
         *outer, *of_bias, *strides,
-        H, T, S, n_inner, *counts, masks.lower, masks.upper, softmax.scale, softmax.softcap,
+        H, T, S, section, n_inner, *counts, masks.lower, masks.upper, softmax.scale, softmax.softcap,
         *dropout_threshold(softmax.dropout_p), **shape_of(query, key, value),
         BLOCK_T=block_t, BLOCK_S=block_s, BOUNDED=masks.bounded, TWICE=walks_twice("fwd", query, widest),
         UNIT=unit, BIAS_UNIT=bias_unit, **softmax.flags(query, masks.bias, S), **limit, **config.options,

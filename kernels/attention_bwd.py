@@ -33,6 +33,7 @@ from pytransformer.kernels._attention import (
     listed_block,
     output_tile,
     partial_block,
+    place,
     query_blocks,
     scores,
     sequence,
@@ -48,6 +49,7 @@ from pytransformer.kernels.attention import (
     mask_arguments,
     outer_strides,
     register_limit,
+    rows_together,
     sequence_arguments,
     shape_class,
     shape_of,
@@ -139,14 +141,14 @@ def dq_kernel(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_db, stride_dh, stride_dt, stride_bias_b, stride_bias_h, stride_bias_t, stride_bias_s,
     stride_bits_b, stride_bits_h, stride_bits_t, stride_list_b, stride_list_h, stride_list_t,
-    H, T, S, n_inner, tokens, at_end, lower, upper, scale, softcap, threshold, keep_scale,
+    H, T, S, section, n_inner, tokens, at_end, lower, upper, scale, softcap, threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BOUNDED: tl.constexpr, TWICE: tl.constexpr, RAW: tl.constexpr,
     SOFTCAP: tl.constexpr, OCTETS: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
 ):  # fmt: skip
     n_blocks = tl.cdiv(T, BLOCK_T)
-    block_t = n_blocks - 1 - tl.program_id(0) % n_blocks
-    row = (tl.program_id(0) // n_blocks).to(tl.int64)
+    row, served = place(n_blocks, section)
+    block_t = n_blocks - 1 - served
     batch, head = row // H, row % H
     t0 = block_t * BLOCK_T
     t, d, dv = t0 + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
@@ -269,15 +271,13 @@ def dkv_kernel(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_db, stride_dh, stride_dt, stride_bias_b, stride_bias_h, stride_bias_t, stride_bias_s,
     stride_bits_b, stride_bits_h, stride_bits_s, stride_list_b, stride_list_h, stride_list_s,
-    H, T, S, n_inner, tokens, at_end, lower, upper, scale, softcap, threshold, keep_scale,
+    H, T, S, section, n_inner, tokens, at_end, lower, upper, scale, softcap, threshold, keep_scale,
     GROUP: tl.constexpr, STRIDE_WORD: tl.constexpr,
     D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BOUNDED: tl.constexpr, TWICE: tl.constexpr, RAW: tl.constexpr,
     SOFTCAP: tl.constexpr, OCTETS: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr,
 ):  # fmt: skip
-    n_blocks = tl.cdiv(S, BLOCK_S)
-    block_s = tl.program_id(0) % n_blocks
-    shared = (tl.program_id(0) // n_blocks).to(tl.int64)  # batch and key/value head
+    shared, block_s = place(tl.cdiv(S, BLOCK_S), section)  # batch and key/value head
     batch, group = shared // (H // GROUP), shared % (H // GROUP)
     s0 = block_s * BLOCK_S
     s, d, dv = s0 + tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
@@ -456,12 +456,14 @@ def attention_bwd(
         bits = masks.bits_by_keys if by_keys else masks.bits
         pointers, strides, n_inner = mask_arguments(bits, masks.tiles(block_t, block_s, group))
         words = {"STRIDE_WORD": bits.stride_word if bits is not None else 1} if by_keys else {}
-        programs = triton.cdiv(S, block_s) * B * G if by_keys else triton.cdiv(T, block_t) * B * H
-        kernel[(programs,)](
+        owners, blocks = (B * G, triton.cdiv(S, block_s)) if by_keys else (B * H, triton.cdiv(T, block_t))
+        read = T * (D + Dv) * shape["GROUP"] if by_keys else S * (D + Dv) // shape["GROUP"]
+        section = rows_together(masks, owners, read * query.element_size(), query.device)
+        kernel[(owners * blocks,)](
             query, key, value, masks.bias, masks.lengths, softmax.rng, *pointers, *offsets,
             dout, lse, delta, *grads,
             *outer, *of_bias, *strides,
-            H, T, S, n_inner, *counts, masks.lower, masks.upper, softmax.scale, softmax.softcap,
+            H, T, S, section, n_inner, *counts, masks.lower, masks.upper, softmax.scale, softmax.softcap,
             *dropout_threshold(softmax.dropout_p), **shape,
             BLOCK_T=block_t, BLOCK_S=block_s, BOUNDED=masks.bounded, TWICE=walks_twice(name, query, widest),
             UNIT=unit, BIAS_UNIT=bias_unit, **words, **softmax.flags(query, masks.bias, S), **limit, **config.options,

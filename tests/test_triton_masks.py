@@ -183,6 +183,20 @@ def test_compiled_code_packs_for_itself(made):
     assert made["pack"] == 2
 
 
+@pytest.mark.parametrize("l2", [0, 40_000, 10**9])
+def test_every_block_has_a_program_however_many_rows_share_the_cache(made, monkeypatch, l2):
+    from pytransformer.kernels import _configs
+
+    monkeypatch.setattr(_configs, "l2_bytes", lambda device: l2)  # rows of 16,000 bytes: one, two of five, or all
+    q, k = randn(1, 10, 250, 16), randn(1, 5, 250, 16)
+    results = []
+    for backend in ("triton", "reference"):
+        inputs = [x.clone().requires_grad_() for x in (q, k, k)]
+        out = ops.attention(*inputs, is_causal=True, enable_gqa=True, backend=backend)
+        results.append((out, *torch.autograd.grad(out.sum(), inputs)))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
 def _query():
     torch.manual_seed(1)
     return randn(B, H, S, D)
