@@ -31,6 +31,21 @@ struct PackedMask {
   int64_t states_batch = 0, states_head = 0, states_row = 0;
 };
 
+// Which of all rows, heads of batches, and which of a row's blocks, in the order that they are started in, is block
+// `index` of the grid. Where blocks differ in length, as causal ones do, the longest are started first: of `together`
+// rows at a time, as many as the L2 cache holds, all first blocks, then all second ones. Row by row the long blocks of
+// the last row would run alone at the end.
+struct Turn {
+  int row, block;
+
+  __device__ Turn(int index, int blocks, int rows, int together) {
+    const int first = index / (blocks * together) * together, inside = index - first * blocks;
+    const int here = min(rows - first, together);
+    row = first + inside % here;
+    block = inside / here;
+  }
+};
+
 struct AttentionArguments {
   Heads query, key, value;
   Bias bias;
@@ -41,6 +56,7 @@ struct AttentionArguments {
   DropoutArgument dropout;
   int B, H, group, T, S;  // `group` query heads share a key head; T and S are of the longest sequence
   int lower, upper;       // of the band; far beyond any position where it is open
+  int query_rows_together, key_rows_together;  // heads whose blocks of queries, or of keys, take turns: see Turn
   float scale, softcap;
 
   __host__ __device__ bool shapes_scores() const { return bias.data != nullptr || softcap > 0; }

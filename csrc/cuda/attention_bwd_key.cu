@@ -108,9 +108,10 @@ struct KeyBlock {
   KeyBlock() = default;
   __device__ KeyBlock(const BackwardArguments& a, int keys, int index) {
     const int blocks = (a.S + keys - 1) / keys, key_heads = a.H / a.group;
-    first = index % blocks * keys;
-    batch = index / blocks / key_heads;
-    key_head = index / blocks % key_heads;
+    const Turn turn(index, blocks, a.B * key_heads, a.key_rows_together);
+    first = turn.block * keys;
+    batch = turn.row / key_heads;
+    key_head = turn.row % key_heads;
     head = key_head * a.group;
     of_rows = a.of_rows(batch, head);
     visibility = Visibility(a, batch, head);

@@ -43,8 +43,9 @@ struct QueryBlock {
   QueryBlock() = default;
   __device__ QueryBlock(const BackwardArguments& a, int queries, int index) {
     const int blocks = (a.T + queries - 1) / queries;
-    first = (blocks - 1 - index % blocks) * queries;  // of causal the long rows first
-    line = index / blocks;
+    const Turn turn(index, blocks, a.B * a.H, a.query_rows_together);
+    first = (blocks - 1 - turn.block) * queries;  // of causal the long rows first
+    line = turn.row;
     batch = line / a.H;
     head = line % a.H;
     visibility = Visibility(a, batch, head);

@@ -78,8 +78,9 @@ struct BlockRows {
   __device__ BlockRows(const ForwardArguments& a, int rows, int index) {
     const int group = Grouped ? a.group : 1;
     blocks = Grouped ? a.splits : (a.T + rows - 1) / rows;
-    block = Grouped ? index % blocks : blocks - 1 - index % blocks;  // of causal the long rows first
-    line = index / blocks * group;
+    const Turn turn(index, blocks, a.B * a.H / group, Grouped ? 1 : a.query_rows_together);
+    block = Grouped ? turn.block : blocks - 1 - turn.block;  // of causal the long rows first
+    line = turn.row * group;
     batch = line / a.H;
     head = line % a.H;
     first = Grouped ? 0 : block * rows;

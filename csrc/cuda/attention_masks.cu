@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "attention_arguments.h"
+#include "device.h"
 
 namespace pytransformer::cuda {
 namespace {
@@ -109,6 +110,14 @@ PackedMask pack(const char* name, const TensorView& mask, const Launch& launch, 
   return packed;
 }
 
+// Of how many of `rows` the blocks take turns (Turn): those whose operands, `row_elements` each, stay in the L2 cache,
+// of which this takes 5/8.
+int rows_together(const AttentionProblem& p, int64_t rows, int64_t row_elements) {
+  if (!p.mask && p.band_lower <= -band_limit && p.band_upper >= band_limit) return 1;
+  const int64_t row_bytes = row_elements * size_of(p.query.dtype);
+  return int(std::clamp(l2_bytes() / 8 * 5 / std::max(row_bytes, int64_t(1)), int64_t(1), std::max(rows, int64_t(1))));
+}
+
 }  // namespace
 
 int64_t packed_mask_bytes(const AttentionProblem& problem) {
@@ -151,6 +160,9 @@ AttentionArguments attention_arguments(const char* name, const AttentionProblem&
   a.upper = int(std::min(p.band_upper, int64_t(band_limit)));
   a.scale = p.scale;
   a.softcap = p.softcap;
+  const int64_t width = p.query.shape[3] + p.value.shape[3];
+  a.query_rows_together = rows_together(p, a.B * a.H, a.S * width / a.group);
+  a.key_rows_together = rows_together(p, a.B * a.H / a.group, a.T * width * a.group);
   return a;
 }
 

@@ -41,6 +41,13 @@ void check(cudaError_t error, const char* call) {
   throw std::runtime_error(std::string("pytransformer: ") + call + ": " + cudaGetErrorString(error));
 }
 
+int attribute(cudaDeviceAttr wanted) {
+  int device = 0, value = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&value, wanted, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
 }  // namespace
 
 DeviceGuard::DeviceGuard(int device) {
@@ -56,10 +63,11 @@ DeviceGuard::~DeviceGuard() {
 }
 
 int multiprocessors() {
-  int device = 0, count = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-  return count;
+  return attribute(cudaDevAttrMultiProcessorCount);
+}
+
+int l2_bytes() {
+  return attribute(cudaDevAttrL2CacheSize);
 }
 
 }  // namespace cuda

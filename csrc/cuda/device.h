@@ -39,6 +39,7 @@ class DeviceGuard {
 
 // Of the current device.
 int multiprocessors();
+int l2_bytes();
 
 }  // namespace cuda
 }  // namespace pytransformer

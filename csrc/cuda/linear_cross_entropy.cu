@@ -168,15 +168,9 @@ void cross_entropy_rows(const CrossEntropyRows& p, const Launch& launch) {
     if (!aligned(p.logits, 16) || p.logits.stride[0] % widest<T> != 0) {
       fail("linear_cross_entropy: rows of logits must start at multiples of 16 bytes");
     }
-    const Arguments<T> a{p.logits.ptr<T>(),
-                         p.target.ptr<const int64_t>(),
-                         p.loss.ptr<float>(),
-                         p.lse.ptr<float>(),
-                         p.row_scale.ptr<const float>(),
-                         p.row_scale.numel() == 1 ? 0 : 1,
-                         p.logits.stride[0],
-                         int(p.logits.shape[1]),
-                         p.options};
+    const Arguments<T> a{p.logits.ptr<T>(),  p.target.ptr<const int64_t>(),  p.loss.ptr<float>(),
+                         p.lse.ptr<float>(), p.row_scale.ptr<const float>(), p.row_scale.numel() == 1 ? 0 : 1,
+                         p.logits.stride[0], int(p.logits.shape[1]),         p.options};
     start("cross_entropy_rows", p.logits, cross_entropy_rows_kernel<T>,
           {dim3(unsigned(p.logits.shape[0])), dim3(row_threads)}, launch, a);
   });

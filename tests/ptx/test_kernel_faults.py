@@ -62,6 +62,9 @@ def layer_norm(shape: tuple[int, int]) -> Callable[[str], None]:
 CALLS: dict[str, Callable[[str], None]] = {
     "attention": attention("window_left"),
     "attention, masked": attention("bool_full"),
+    "attention, rows in turns": lambda backend: judge_attention(  # of whose five the L2 cache holds two
+        backend, (1, 5, 5, 40, 200, WIDTH, WIDTH), "causal", FP16, {}
+    ),
     "attention, dropout": attention("none", dropout_p=0.3, seed=7),
     "attention, poison": lambda backend: attention_cases.test_what_is_behind_the_mask_never_leaks(
         backend, "dense", FP16, torch.nan
@@ -115,6 +118,8 @@ FAULTS = [
           "__syncwarp();\n  uint16_t* head", "uint16_t* head", "race"),
     Fault("attention", QUERY, QUERY, "statistics of a query too many", "row < v.T ?", "row <= v.T ?",
           "out-of-bounds"),
+    Fault("attention, rows in turns", FWD, ARGUMENTS, "more rows in the last turns than are left",
+          "min(rows - first, together)", "together", "(result|out-of-bounds)"),
     Fault("attention, end to end", FWD, ARGUMENTS, "keys beyond the end of their sequence",
           "S : cu_seq_k[batch + 1] - cu_seq_k[batch]", "S : S", "result"),
     Fault("attention, end to end", KEY, ARGUMENTS, "queries beyond the end of their sequence",
