@@ -63,7 +63,7 @@ CALLS: dict[str, Callable[[str], None]] = {
     "attention": attention("window_left"),
     "attention, masked": attention("bool_full"),
     "attention, rows in turns": lambda backend: judge_attention(  # of whose five the L2 cache holds two
-        backend, (1, 5, 5, 40, 200, WIDTH, WIDTH), "causal", FP16, {}
+        backend, (1, 5, 5, 130, 200, WIDTH, WIDTH), "causal", FP16, {}
     ),
     "attention, dropout": attention("none", dropout_p=0.3, seed=7),
     "attention, poison": lambda backend: attention_cases.test_what_is_behind_the_mask_never_leaks(
