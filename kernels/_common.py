@@ -112,6 +112,11 @@ def program_count(work: int, device: torch.device, per_processor: int) -> int:
     return min(work, 4 if device.type != "cuda" else processors(device) * per_processor)
 
 
+def register_limit(arch: str, most: int) -> dict[str, int]:
+    """Options of a launch that ptxas, left alone, spills some bytes of, to fit in one more program; 0 leaves it."""
+    return {"maxnreg": most} if arch.startswith("sm") and most > 0 else {}
+
+
 def float32_precision() -> str:
     """The precision of float32 matrix products that torch is set to, by whichever of its interfaces.
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 import torch
 import triton
@@ -213,7 +214,7 @@ def _of_layer_norm(arch: str, device: str) -> Iterator[Problem]:
             yield Problem(
                 "layer_norm",
                 f"layer_norm {direction} {'in pieces' if pieces else f'E={columns}'}",
-                _unique(built_in, [Config(tile, warps) for tile in tiles for warps in (4, 8, 16)]),
+                _unique(built_in, [Config(tile, *more) for tile in tiles for more in product((4, 8, 16), (1, 2))]),
                 partial(_layer_norm_call, direction, E, device),
             )
 

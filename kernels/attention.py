@@ -45,7 +45,15 @@ from pytransformer.kernels._attention import (
     sequence,
     visible,
 )
-from pytransformer.kernels._common import dot, dropout_threshold, float32_precision, load_tile, rounded, store
+from pytransformer.kernels._common import (
+    dot,
+    dropout_threshold,
+    float32_precision,
+    load_tile,
+    register_limit,
+    rounded,
+    store,
+)
 
 # No kernel is compiled anew for these: numbers that are lengths, and strides that lengths are factors of. What a
 # kernel must know of such a stride, that loads of 16 bytes stay aligned, comes as its unit: ``stride * UNIT``.
@@ -357,11 +365,6 @@ def sequence_arguments(masks: Masking) -> tuple[tuple[Tensor | None, Tensor | No
         return (None, None), (0, 0)
     cu_q, cu_k, tokens, _, at_end = masks.sequences
     return (cu_q, cu_k), (tokens, int(at_end))
-
-
-def register_limit(arch: str, most: int) -> dict[str, int]:
-    """Options of a launch that ptxas, left alone, spills some bytes of, to fit in one more program; 0 leaves it."""
-    return {"maxnreg": most} if arch.startswith("sm") and most > 0 else {}
 
 
 def rows_together(masks: Masking, rows: int, row_bytes: int, device: torch.device) -> int:

@@ -39,7 +39,7 @@ from pytransformer.kernels._attention import (
     sequence,
     visible,
 )
-from pytransformer.kernels._common import dot, dropout_threshold, load, load_tile, rounded, store
+from pytransformer.kernels._common import dot, dropout_threshold, load, load_tile, register_limit, rounded, store
 from pytransformer.kernels.attention import (
     LENGTHS,
     Masking,
@@ -48,7 +48,6 @@ from pytransformer.kernels.attention import (
     heads_like,
     mask_arguments,
     outer_strides,
-    register_limit,
     rows_together,
     sequence_arguments,
     shape_class,

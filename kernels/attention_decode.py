@@ -30,7 +30,7 @@ from pytransformer.kernels._attention import (
     sequence,
     visible,
 )
-from pytransformer.kernels._common import dot, float32_precision, processors, rounded, store
+from pytransformer.kernels._common import dot, float32_precision, processors, register_limit, rounded, store
 from pytransformer.kernels.attention import (
     LENGTHS,
     Masking,
@@ -38,7 +38,6 @@ from pytransformer.kernels.attention import (
     bias_strides,
     heads_like,
     outer_strides,
-    register_limit,
     sequence_arguments,
     shape_of,
 )

@@ -3,11 +3,11 @@
     z = residual + dropout(x + input_bias);  y = (z - mean) * rstd * weight + bias
 
 Memory bound: nothing but bytes matters. A program holds ``weight`` and the biases in registers and walks over the
-rows with a stride, so that the forward moves x, residual, z and y once each (8 bytes an element in 16 bits) and
-the backward dy, z, dz and, with dropout, dx. The dropout mask is not stored but drawn again. Column sums (the
-gradients of weight and biases) stay in registers too, one row of partial sums a program, added up at the end in a
-fixed order: the same bits in every run. Rows that do not fit in registers are read in pieces, three times forward
-and twice backward; what is read again comes from the L2 cache.
+rows with a stride, the next rows on their way while it computes (``STAGES``), so that the forward moves x, residual, z
+and y once each (8 bytes an element in 16 bits) and the backward dy, z, dz and, with dropout, dx. The dropout mask is
+not stored but drawn again. Column sums (the gradients of weight and biases) stay in registers too, one row of partial
+sums a program, added up at the end in a fixed order: the same bits in every run. Rows that do not fit in registers are
+read in pieces, three times forward and twice backward; what is read again comes from the L2 cache.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pytransformer.kernels._common import (
     keep_columns,
     load,
     program_count,
+    register_limit,
     rounded,
     store,
 )
@@ -88,12 +89,13 @@ def forward_kernel(
     OCTETS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     columns = tl.arange(0, BLOCK_E)
     weight, bias = _vector(weight_ptr, columns, E, 1.0), _vector(bias_ptr, columns, E, 0.0)
     input_bias = _vector(input_bias_ptr, columns, E, 0.0)
     inside = (columns < E)[None, :]
-    for first in range(tl.program_id(0) * ROWS, N, tl.num_programs(0) * ROWS):
+    for first in tl.range(tl.program_id(0) * ROWS, N, tl.num_programs(0) * ROWS, num_stages=STAGES):
         rows = (first + tl.arange(0, ROWS))[:, None]
         mask = (rows < N) & inside
         z = _residual_sum(
@@ -132,10 +134,11 @@ def forward_in_pieces_kernel(
     OCTETS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """As ``forward_kernel``, one row at a time; the sum is made anew for the mean, the variance and the output."""
     columns = tl.arange(0, BLOCK_E)
-    for row in range(tl.program_id(0), N, tl.num_programs(0)):
+    for row in tl.range(tl.program_id(0), N, tl.num_programs(0), num_stages=STAGES):
         rows = row + tl.zeros((1, 1), tl.int32)
         mean = tl.zeros((1, 1), tl.float32)
         squares = tl.zeros((1, 1), tl.float32)
@@ -218,6 +221,7 @@ def backward_kernel(
     OCTETS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """dz, dx, and this program's sums over its rows of dy * normalised, dy and dx: ``partial_ptr`` [programs,3,E]."""
     columns = tl.arange(0, BLOCK_E)
@@ -225,7 +229,7 @@ def backward_kernel(
     weight = _vector(weight_ptr, columns, E, 1.0)
     dweight, dbias = tl.zeros((BLOCK_E,), tl.float32), tl.zeros((BLOCK_E,), tl.float32)
     dinput_bias = tl.zeros((BLOCK_E,), tl.float32)
-    for first in range(tl.program_id(0) * ROWS, N, tl.num_programs(0) * ROWS):
+    for first in tl.range(tl.program_id(0) * ROWS, N, tl.num_programs(0) * ROWS, num_stages=STAGES):
         rows = (first + tl.arange(0, ROWS))[:, None]
         mask = (rows < N) & inside
         at = rows.to(tl.int64) * E + columns[None, :]
@@ -268,11 +272,12 @@ def backward_in_pieces_kernel(
     OCTETS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """As ``backward_kernel``, one row at a time; the program's column sums lie in memory, zero at first."""
     columns = tl.arange(0, BLOCK_E)
     partial_ptr += tl.program_id(0) * 3 * E
-    for row in range(tl.program_id(0), N, tl.num_programs(0)):
+    for row in tl.range(tl.program_id(0), N, tl.num_programs(0), num_stages=STAGES):
         rows = row + tl.zeros((1, 1), tl.int32)
         mean, rstd = tl.load(mean_ptr + rows), tl.load(rstd_ptr + rows)
         projection = tl.zeros((1, 1), tl.float32)
@@ -353,7 +358,11 @@ def layer_norm_bwd(
 
 
 def _programs(config: _configs.Config, x: Tensor) -> int:
-    return program_count(-(-x.shape[0] // config.tile[0]), x.device, per_processor=32 // config.num_warps)
+    """As many as are at work at a time: one more would begin when the first have walked over all their rows."""
+    warp_registers = 32 * (config.registers or 64)
+    return program_count(
+        -(-x.shape[0] // config.tile[0]), x.device, per_processor=65536 // (warp_registers * config.num_warps)
+    )
 
 
 def _launch(
@@ -369,5 +378,6 @@ def _launch(
     rows, columns = config.tile
     kernel[(_programs(config, x),)](
         *tensors, N, E, *scalars, *dropout_threshold(dropout_p),
-        RMS=rms, OCTETS=E % 8 == 0, ROWS=rows, BLOCK_E=columns, **config.options,
+        RMS=rms, OCTETS=E % 8 == 0, ROWS=rows, BLOCK_E=columns, STAGES=config.num_stages,
+        **register_limit(_configs.architecture(x.device), config.registers), **config.options,
     )  # fmt: skip
