@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 # (device, stream, rng, workspace, counters): pytransformer/backends/cuda/_arguments.py
-Call = tuple[int, int, Tensor | None, Tensor | None, Tensor]
+Call = tuple[int, int, Tensor | None, Tensor | None, Tensor | None]
 
 def report_devices() -> dict[str, Any]: ...
 def attention_fwd(

@@ -83,6 +83,15 @@ def test_sizes(backend, size, dtype):
     check("linear_cross_entropy", tensors, options, backend, magnitudes=magnitudes)
 
 
+def test_no_rows(backend):
+    tensors = make((0,))
+    inputs = [tensors[n].requires_grad_() for n in ("input", "linear_weight", "linear_bias")]
+    loss = ops.linear_cross_entropy(**tensors, reduction="sum", backend=backend)
+    assert loss == 0
+    for x, gradient in zip(inputs, torch.autograd.grad(loss, inputs), strict=True):
+        assert torch.equal(gradient, torch.zeros_like(x))
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_only_wanted_gradients(backend, reduction):
     assert_wanted_gradients_only("linear_cross_entropy", make(), {"reduction": reduction, "softcap": 5.0}, backend)

@@ -30,7 +30,7 @@ struct Launch {
   // seed and offset are the CPU's. Null without dropout.
   const int64_t* rng = nullptr;
   TensorView workspace;  // scratch memory of the size the op asks for; whatever it holds is overwritten
-  TensorView counters;   // int32, all zero when a kernel starts, and when it has ended
+  TensorView counters;   // int32, all zero when a kernel starts, and when it has ended; absent where none counts
 };
 
 void attention_fwd(const AttentionForward& a, const Launch& launch);

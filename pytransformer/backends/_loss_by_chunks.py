@@ -65,11 +65,14 @@ class LossByChunks:
         needs: Sequence[bool],
     ) -> tuple[Tensor, ...]:
         """Loss and lse, and the gradients for a gradient of 1 of the loss."""
-        scale = _row_scale(target, reduction, ignore_index)
         options = (ignore_index, label_smoothing, z_loss, softcap)
         wanted = [n and reduction != "none" for n in needs]
+        counted = (target != ignore_index).sum() if reduction == "mean" else None
+        scale = _scale_of_one(counted, target) if any(wanted) else None
         loss, lse, grads = self._losses(input, linear_weight, linear_bias, target, options, scale, wanted)
-        return _reduced(loss, target, reduction, ignore_index), lse, *grads
+        if reduction == "none":
+            return loss.view(target.shape), lse, *grads
+        return loss.sum() if counted is None else loss.sum() / counted, lse, *grads
 
     def bwd(
         self,
@@ -88,8 +91,9 @@ class LossByChunks:
     ) -> tuple[Tensor, ...]:
         """The gradients alone. Neither the logits nor lse are taken from the forward: a float32 lse would cost the
         digits of p - 1."""
-        scale = _row_scale(target, reduction, ignore_index, grad_loss)
         options = (ignore_index, label_smoothing, z_loss, softcap)
+        scale = grad_loss / (target != ignore_index).sum().clamp(min=1) if reduction == "mean" else grad_loss
+        scale = scale.expand(target.shape).flatten().float().contiguous()
         return self._losses(input, linear_weight, linear_bias, target, options, scale, needs)[2]
 
     def _losses(
@@ -99,23 +103,24 @@ class LossByChunks:
         bias: Tensor | None,
         target: Tensor,
         options: Options,
-        scales: Tensor,
+        scales: Tensor | None,
         needs: Sequence[bool],
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """``(loss, lse, gradients)``: float32 [N] each, and the gradients of input, weight and bias as ``needs`` asks.
 
-        The gradients are of the losses' sum, each loss times its one of ``scales``, float32 [N] or [1].
+        The gradients are of the losses' sum, each loss times its one of ``scales``, float32 [N] or [1]; None where none
+        is needed.
         """
         x, weight, classes = rows(input), contiguous(weight), target.flatten().contiguous()
         loss, lse = (torch.empty(x.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
         logits = _room_for_logits(x, weight.shape[0])
         chunk = max(logits.shape[0], 1)
-        gradients = _Gradients(x, weight, needs, chunk >= x.shape[0], self.add_product)
+        gradients = _Gradients(x, weight, needs, 0 < x.shape[0] <= chunk, self.add_product)
         for start in range(0, x.shape[0], chunk):
             part = slice(start, min(start + chunk, x.shape[0]))
             some = logits[: part.stop - start]
             _linear(x[part], weight, bias, some)
-            scale = (scales if scales.numel() == 1 else scales[part]) if any(needs) else None
+            scale = scales if scales is None or scales.numel() == 1 else scales[part]
             self.rows_kernel(some, classes[part], *options, scale, loss[part], lse[part])
             if any(needs):
                 gradients.add(part, some)
@@ -160,7 +165,7 @@ class _Gradients:
         self.grad_weight = x.new_empty(0)
         if needs[1] and not whole:
             self.grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
-        count = weight.shape[0] if needs[2] else 0
+        count = weight.shape[0] if needs[2] and not whole else 0
         self.grad_bias = torch.zeros(count, dtype=torch.float32, device=x.device)
 
     def add(self, part: slice, grad_logits: Tensor) -> None:
@@ -170,7 +175,9 @@ class _Gradients:
             self.grad_weight = grad_logits.mT @ self.x
         elif self.needs[1]:
             self.add_product(self.grad_weight, grad_logits.mT, self.x[part])
-        if self.needs[2]:
+        if self.needs[2] and self.whole:
+            self.grad_bias = grad_logits.sum(0, dtype=torch.float32)
+        elif self.needs[2]:
             self.grad_bias += grad_logits.sum(0, dtype=torch.float32)
 
     def found(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,17 +185,11 @@ class _Gradients:
         return self.grad_input, self.grad_weight.to(self.x.dtype), self.grad_bias.to(self.x.dtype)
 
 
-def _reduced(loss: Tensor, target: Tensor, reduction: str, ignore_index: int) -> Tensor:
-    """The losses [N] of the rows by ``reduction``: in the shape of ``target``, or one number."""
-    if reduction == "none":
-        return loss.view(target.shape)
-    return loss.sum() / (target != ignore_index).sum() if reduction == "mean" else loss.sum()
+def _scale_of_one(counted: Tensor | None, target: Tensor) -> Tensor:
+    """What the gradient of each row's loss is to be multiplied by where that of the result is 1, float32 [1].
 
-
-def _row_scale(target: Tensor, reduction: str, ignore_index: int, grad_loss: Tensor | None = None) -> Tensor:
-    """What the gradient of each row's loss is to be multiplied by, float32: [1] in the forward, where the gradient of
-    the result is 1, and [N] for ``grad_loss``, of the result."""
-    scale = torch.ones(1, dtype=torch.float32, device=target.device) if grad_loss is None else grad_loss
-    if reduction == "mean":
-        scale = scale / (target != ignore_index).sum().clamp(min=1)
-    return scale if grad_loss is None else scale.expand(target.shape).flatten().float().contiguous()
+    The result is a mean over so many ``counted``, or a sum.
+    """
+    if counted is None:
+        return torch.ones(1, dtype=torch.float32, device=target.device)
+    return counted.clamp(min=1).reciprocal().view(1)

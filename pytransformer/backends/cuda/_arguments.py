@@ -14,9 +14,9 @@ from pytransformer.backends._arguments import unsupported_dtype
 from pytransformer.backends.cuda import OLDEST, too_old
 
 # (device, stream, rng, workspace, counters), the last argument of every function of _cuda: csrc/bindings/call.h.
-Call = tuple[int, int, "Tensor | None", "Tensor | None", Tensor]
+Call = tuple[int, int, "Tensor | None", "Tensor | None", "Tensor | None"]
 
-_COUNTERS = 1024
+COUNTERS = 1024  # as many as a kernel whose blocks count in one place needs
 _counters: dict[tuple[int, int], Tensor] = {}
 
 
@@ -70,14 +70,14 @@ def rows(x: Tensor | None) -> Tensor | None:
     return aligned(contiguous_rows(x))
 
 
-def call(like: Tensor, rng: Tensor | None = None, workspace: Tensor | None = None, counters: int = _COUNTERS) -> Call:
+def call(like: Tensor, rng: Tensor | None = None, workspace: Tensor | None = None, counters: int = 0) -> Call:
     """Where and how to run a kernel: on the device of ``like``, on its current stream.
 
     ``workspace`` is scratch memory of the size the kernel asks for; ``counters`` is how many zeros the kernel counts
-    its blocks in.
+    its blocks in, if it does. In a graph that is captured they cost a launch.
     """
     device, current = like.device.index or 0, stream(like)
-    return device, current, rng, workspace, _zeros(like, current, counters)
+    return device, current, rng, workspace, _zeros(like, current, counters) if counters > 0 else None
 
 
 @cache
@@ -102,5 +102,5 @@ def _zeros(like: Tensor, stream: int, count: int) -> Tensor:
     key = (like.device.index or 0) if like.is_cuda else -1, stream
     found = _counters.get(key)
     if found is None or found.numel() < count:
-        found = _counters[key] = torch.zeros(max(count, _COUNTERS), dtype=torch.int32, device=like.device)
+        found = _counters[key] = torch.zeros(max(count, COUNTERS), dtype=torch.int32, device=like.device)
     return found

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pytransformer import _cuda
-from pytransformer.backends.cuda._arguments import aligned, call, multiprocessors, outpaced, rows, unsupported
+from pytransformer.backends.cuda._arguments import COUNTERS, aligned, call, multiprocessors, outpaced, rows, unsupported
 
 LARGE = 2**24  # elements: from there on Triton's kernels take less time on an H200, host and all
 _BLOCKS = 2  # of the backward on a multiprocessor, at most
@@ -134,6 +134,6 @@ def layer_norm_bwd(
         weight_sums,
         bias_sums,
         input_bias_sums,
-        call(stream, rng, partial),
+        call(stream, rng, partial, COUNTERS),
     )
     return grad_stream, grad_input, *sums
