@@ -10,8 +10,9 @@ The second holds its tiles transposed, [S,T], so that P^T and dS^T are left oper
 The gradient of a bias is dS summed over the dimensions that the bias is broadcast in, by a third kernel whose
 programs own a tile of the bias and walk over everything that saw it, in a fixed order.
 
-As in the forward, what a partial tile hides may be NaN, which a weight of 0 does not hide: a program that finds a NaN in
-its result walks once more, and cleans what it multiplies. (Where there are no registers for that, the only walk does.)
+As in the forward, what a partial tile hides may be NaN, which a weight of 0 does not hide: a program that finds a NaN
+in its result walks once more, and cleans what it multiplies. (Where there are no registers for that, the only walk
+does.)
 
 Source: Dao et al., "FlashAttention", 2022, algorithm 4; Dao, "FlashAttention-2", 2023, section 3.1.
 """

@@ -120,7 +120,7 @@ def activation_kernel(
     m, n0 = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1) * BLOCK_N
     n = n0 + tl.arange(0, BLOCK_N)
     mask = (m < M)[:, None] & (n < F)[None, :]
-    at = m[:, None] * F + n[None, :]
+    at = m.to(tl.int64)[:, None] * F + n[None, :]
     a, _ = activate(load(h_ptr + at, mask), ACTIVATION)
     if gate_ptr is not None:
         a *= load(gate_ptr + at, mask)
@@ -138,7 +138,7 @@ def activation_backward_kernel(
     m, n0 = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1) * BLOCK_N
     n = n0 + tl.arange(0, BLOCK_N)
     mask = (m < M)[:, None] & (n < F)[None, :]
-    at = m[:, None] * F + n[None, :]
+    at = m.to(tl.int64)[:, None] * F + n[None, :]
     dh = _hidden_gradients(
         load(da_ptr + at, mask), h_ptr, gate_ptr, rng_ptr, a_ptr, dh_ptr, dgate_ptr, m, n0, at, mask, F, threshold,
         keep_scale, ACTIVATION, BLOCK_N, OCTETS,
@@ -166,7 +166,7 @@ def hidden_fwd(
     a = torch.empty(M, width, dtype=x.dtype, device=x.device)
     constants = {"ACTIVATION": activation, "OCTETS": width % 8 == 0}
     arch = _configs.architecture(x.device)
-    if _configs.fuse_activation("fwd", x.dtype, E, arch) if fused is None else fused:
+    if _in_reach(a) and (_configs.fuse_activation("fwd", x.dtype, E, arch) if fused is None else fused):
         h = empty_like(a) if store_hidden else None
         config = _configs.matmul("hidden" if weight_gate is None else "gated", x.dtype, arch)
         block_m, block_n, block_k = config.tile
@@ -199,7 +199,7 @@ def hidden_bwd(
     dgate = None if gate is None else empty_like(h)
     constants = {"ACTIVATION": activation, "OCTETS": width % 8 == 0}
     arch = _configs.architecture(dy.device)
-    if _configs.fuse_activation("bwd", dy.dtype, O, arch) if fused is None else fused:
+    if _in_reach(a) and (_configs.fuse_activation("bwd", dy.dtype, O, arch) if fused is None else fused):
         config = _configs.matmul("backward", dy.dtype, arch)
         block_m, block_n, block_k = config.tile
         n_rows = triton.cdiv(M, block_m)
@@ -217,6 +217,11 @@ def hidden_bwd(
             **constants, **tile,
         )  # fmt: skip
     return a, dh, dgate, partial.sum(0)
+
+
+def _in_reach(a: Tensor) -> bool:
+    """The fused kernels count elements in 32 bits, for want of registers."""
+    return a.numel() < 2**31
 
 
 def _elementwise(M: int, width: int, arch: str) -> tuple[tuple[int, int], dict[str, Any]]:

@@ -198,6 +198,19 @@ def test_rows_do_not_compile_anew(call):
         assert len(keys) == (2 if kernel in shared else 1), kernel
 
 
+@pytest.mark.parametrize("which", ["query", "key", "value"])
+def test_heads_whose_rows_32_bits_do_not_reach_are_refused(which):
+    from pytransformer.backends.triton import attention as backend
+
+    def why_not(rows):
+        heads = {name: empty(1, 1, rows, 64, dtype=torch.bfloat16) for name in ("query", "key", "value")}
+        heads[which] = torch.empty_strided((1, 1, rows, 64), (0, 0, 2**14, 1), dtype=torch.bfloat16, device="meta")
+        return backend.why_not(*heads.values(), None, None, None, None, None, 0, 0.1, 0.0, 0.0)
+
+    assert why_not(2**17) is None
+    assert "2147483648 elements apart" in why_not(2**17 + 1)
+
+
 WITH_PRODUCTS = {
     "attention": (
         lambda dtype: attention(dtype, 64, "everything"),

@@ -20,6 +20,7 @@ from pytransformer.kernels import attention_bwd as backward_kernels
 from pytransformer.kernels import attention_decode as decode_kernels
 
 WIDEST_HEAD = 256
+_REACH = 2**31  # elements: how far the kernels count from the first row of a head to its others
 PACKS_MASKS = True  # `packed` keeps what is made of a mask, where it may be kept
 
 
@@ -51,7 +52,14 @@ def why_not(
         return f"head dims go up to {WIDEST_HEAD}, got {query.shape[-1]} and {value.shape[-1]}"
     if at_end and block_table is None and cu_seq_q is None:
         return "a band counts from the end in pages, and of sequences end to end, only"
+    queries, keys = (query.shape[2], key.shape[2]) if cu_seq_q is None else (max_q, max_k)
+    if not (_in_reach(query, queries) and _in_reach(key, keys) and _in_reach(value, keys)):
+        return f"it takes no rows of a head that are {_REACH} elements apart"
     return misplaced(query, key, mask, bias, key_lengths, dropout_p, block_table, cu_seq_q)
+
+
+def _in_reach(x: Tensor, rows: int) -> bool:
+    return bool((rows - 1) * x.stride(2) < _REACH)
 
 
 def attention_fwd(
@@ -87,6 +95,8 @@ def attention_bwd(
     packing = Packing(contiguous(cu_seq_q), contiguous(cu_seq_k), max_q, max_k)
     grad_out, query, key, value = (unit_stride(x) for x in (grad_out, query, key, value))
     query, masks, softmax = _arguments(query, key, packed, packing, at_end, *rest)
+    if not _in_reach(grad_out, grad_out.shape[2]):
+        grad_out = grad_out.contiguous()
     grad_out, query = packing.queries(grad_out), packing.queries(query)
     key, value = packing.keys(key), packing.keys(value)
     out = contiguous(out.transpose(1, 2)).transpose(1, 2)  # as the forward laid it
