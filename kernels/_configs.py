@@ -53,7 +53,7 @@ def layer_norm(direction: str, dtype: torch.dtype, width: int, arch: str) -> Con
 # backward took four and five times as long at 512 and 256. The registers say how many programs a multiprocessor holds.
 _LAYER_NORM_SM90 = {
     "fwd": {
-        256: Config((16, 256), 4, 2, 96),
+        256: Config((16, 256), 4, 2, 128),
         512: Config((2, 512), 4, 2, 64),
         1024: Config((1, 1024), 4, 2, 64),
         2048: Config((1, 2048), 8, 2, 64),

@@ -20,8 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pytransformer.kernels import _configs
+from pytransformer.kernels._common import register_limit
+
 OPEN = 2**30  # a side of a band that is not bounded
-_TOGETHER = 4096  # words of a mask that a program has under way
+_TOGETHER = 2048  # words of a mask that a program has under way
 _LENGTHS = [
     *("H", "T", "S", "WORDS", "lower", "upper", "n_outer", "n_blocks"),
     *(f"stride_{x}_{dim}" for x in ("mask", "bits") for dim in "bht"),
@@ -268,5 +271,6 @@ def list_tiles(
     list_tiles_kernel[(n_outer, B * H)](
         bits.words, lengths, found, *bits.strides, H, bits.T, bits.S, words, lower, upper, n_outer, n_blocks,
         BY_KEYS=by_keys, GROUP=group, BLOCK_T=block_t, BLOCK_S=block_s, CHUNK=chunk, num_warps=4,
+        **register_limit(_configs.architecture(found.device), 128),
     )  # fmt: skip
     return TileList(found)
