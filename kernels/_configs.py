@@ -72,8 +72,8 @@ _LAYER_NORM_SM90 = {
 
 
 # (queries, keys) of a tile, by architecture, kernel, 16 or 32 bits, and head dim up to 64, 128 or 256. The rich tiles
-# serve calls with a bias, dropout or a soft cap, which take registers of their own, and calls with a bool mask where
-# a plain tile has no room for one. docs/triton-kernels.txt shows that none spills.
+# serve calls with a bias, dropout or a soft cap, which take registers of their own, and calls with a bool mask over
+# heads wider than 128. docs/triton-kernels.txt shows that none spills.
 _Attention = dict[str, dict[tuple[int, int], Config]]
 _PLAIN: dict[str, _Attention] = {
     "sm80": {
@@ -251,7 +251,7 @@ _RICH: dict[str, _Attention] = {
         },
     },
 }
-# Where a plain tile has no room for a bool mask, in 16 bits; heads wider than 128 take the rich tiles then.
+# Where a plain tile has no room for a bool mask, in 16 bits.
 _MASKED = {
     ("sm80", "fwd", 128): Config((64, 64), 8, 2),
     ("sm80", "dq", 128): Config((32, 32), 4, 2),

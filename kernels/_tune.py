@@ -292,7 +292,7 @@ def _loss_call(device: str) -> Callable[[], object]:
     target = torch.randint(50304, (1024,), device=device)
     loss, lse = (torch.empty(1024, device=device) for _ in range(2))
     scale = torch.ones(1, device=device)
-    return partial(linear_cross_entropy.cross_entropy_rows, logits, target, -100, 0.0, 0.0, 0.0, scale, loss, lse)
+    return partial(linear_cross_entropy.cross_entropy_rows, logits, target, (-100, 0.0, 0.0, 0.0), scale, loss, lse)
 
 
 def _of_embedding(arch: str, device: str) -> Iterator[Problem]:

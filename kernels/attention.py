@@ -233,9 +233,14 @@ class Masking:
     sequences: Sequences | None = None
 
     @property
+    def banded(self) -> bool:
+        """Is the band bounded on a side?"""
+        return self.lower > -_masks.OPEN or self.upper < _masks.OPEN
+
+    @property
     def bounded(self) -> bool:
         """Does a partial tile have to ask for more than a query's bits: for the band and the lengths?"""
-        return self.bits is None or self.lengths is not None or self.lower > -_masks.OPEN or self.upper < _masks.OPEN
+        return self.bits is None or self.lengths is not None or self.banded
 
     @property
     def bits_by_keys(self) -> _masks.Bits | None:
@@ -374,7 +379,7 @@ def rows_together(masks: Masking, rows: int, row_bytes: int, device: torch.devic
     time of 16 causal heads of 4,096 tokens on 132 multiprocessors. What these rows read, ``row_bytes`` each, has to
     stay in the L2 cache, of which this takes 5/8: FlashAttention-3 takes 32 MB of an H100's 50.
     """
-    if masks.bits is None and masks.lower <= -_masks.OPEN and masks.upper >= _masks.OPEN:
+    if masks.bits is None and not masks.banded:
         return 1
     return min(max(_configs.l2_bytes(device) * 5 // 8 // max(row_bytes, 1), 1), rows)
 

@@ -102,25 +102,24 @@ def row_kernel(
 def cross_entropy_rows(
     logits: Tensor,
     target: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
+    options: tuple[int, float, float, float],
     row_scale: Tensor | None,
     loss: Tensor,
     lse: Tensor,
 ) -> None:
-    """Writes ``loss`` and ``lse``, float32 [n], of logits [n,V] and target int64 [n]; a softcap of 0 is none.
+    """Writes ``loss`` and ``lse``, float32 [n], of logits [n,V] and target int64 [n].
 
-    The rows of the logits lie apart by a multiple of 16. With ``row_scale``, float32 [n] or [1], the logits become
+    ``options`` are ignore_index, label_smoothing, z_loss and softcap, of which 0 is none. The rows of the logits lie
+    apart by a multiple of 16. With ``row_scale``, float32 [n] or [1], the logits become
     ``row_scale * dloss / dlogits``.
     """
     N, V = logits.shape
+    _, label_smoothing, _, softcap = options
     config = _configs.cross_entropy(V, _configs.architecture(logits.device))
     rows, columns = config.tile
     row_kernel[(triton.cdiv(N, rows),)](
         logits, target, loss, lse, row_scale, logits.stride(0), int(row_scale is not None and row_scale.numel() > 1),
-        N, V, ignore_index, label_smoothing, z_loss, softcap,
+        N, V, *options,
         SMOOTHING=label_smoothing > 0, SOFTCAP=softcap > 0,
         ROWS=rows, BLOCK_V=columns, VECTOR=16 // logits.element_size(), **config.options,
     )  # fmt: skip

@@ -27,7 +27,6 @@ _CHUNK = 2**27  # bytes of logits stored at a time: enough to fill a GPU with a 
 _CHUNK_ON_CPU = 2**13  # where only tests run these backends: several chunks of small problems
 _UNIT = 16  # elements that the rows of logits start at multiples of
 
-
 # (ignore_index, label_smoothing, z_loss, softcap), as the op takes them
 Options = tuple[int, float, float, float]
 
@@ -42,13 +41,13 @@ class LossByChunks:
     """The op's two functions, of what a backend brings.
 
     Attributes:
-        rows_kernel: ``rows_kernel(logits, target, *options, row_scale, loss, lse)`` writes the loss and lse, float32
+        rows_kernel: ``rows_kernel(logits, target, options, row_scale, loss, lse)`` writes the loss and lse, float32
             [n], of logits [n,V] whose rows lie apart by a multiple of 16; unless ``row_scale``, float32 [n] or [1], is
             None, the logits become ``row_scale * dloss / dlogits``.
         add_product: ``add_product(total, a, b)`` adds ``a @ b`` to a contiguous float32 ``total``.
     """
 
-    rows_kernel: Callable[..., None]
+    rows_kernel: Callable[[Tensor, Tensor, Options, Tensor | None, Tensor, Tensor], None]
     add_product: Callable[[Tensor, Tensor, Tensor], None]
 
     def fwd(
@@ -121,7 +120,7 @@ class LossByChunks:
             some = logits[: part.stop - start]
             _linear(x[part], weight, bias, some)
             scale = scales if scales is None or scales.numel() == 1 else scales[part]
-            self.rows_kernel(some, classes[part], *options, scale, loss[part], lse[part])
+            self.rows_kernel(some, classes[part], options, scale, loss[part], lse[part])
             if any(needs):
                 gradients.add(part, some)
         grad_input, *rest = gradients.found()

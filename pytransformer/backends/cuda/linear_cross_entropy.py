@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pytransformer import _cuda
-from pytransformer.backends._loss_by_chunks import LossByChunks, empty_weight
+from pytransformer.backends._loss_by_chunks import LossByChunks, Options, empty_weight
 from pytransformer.backends.cuda._arguments import call, unsupported
 
 
@@ -15,19 +15,9 @@ def why_not(input: Tensor, linear_weight: Tensor, *rest: object) -> str | None:
 
 
 def _rows(
-    logits: Tensor,
-    target: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    row_scale: Tensor | None,
-    loss: Tensor,
-    lse: Tensor,
+    logits: Tensor, target: Tensor, options: Options, row_scale: Tensor | None, loss: Tensor, lse: Tensor
 ) -> None:
-    _cuda.cross_entropy_rows(
-        logits, target, ignore_index, label_smoothing, z_loss, softcap, row_scale, loss, lse, call(logits)
-    )
+    _cuda.cross_entropy_rows(logits, target, *options, row_scale, loss, lse, call(logits))
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
