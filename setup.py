@@ -61,6 +61,9 @@ INSTRUCTION_SETS: dict[str, dict[str, list[str]]] = {
 }
 EMULATED_SETS = {"x86_64": {"avx512_bf16_emulated": [*AVX512, "-DPYTRANSFORMER_EMULATE_BF16"]}}
 
+# Kernels of Hopper's own instructions are compiled for it alone, in files that say so.
+HOPPER, HOPPER_FILES = "90a", "*_sm90.cu"
+
 # Ops whose problem is the same on CPUs and GPUs: their bindings are compiled for both modules.
 SHARED_BINDINGS = ("attention", "layer_norm")
 
@@ -125,17 +128,18 @@ def find_nvcc() -> str | None:
     return nvcc
 
 
-def gencode(nvcc: str) -> list[str]:
+def gencode(nvcc: str) -> dict[str, list[str]]:
+    """The flags for each compute capability asked for."""
     listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     known = set(re.findall(r"compute_(\d+)", listing))
-    flags = []
+    flags: dict[str, list[str]] = {}
     for arch in os.environ.get("PYTRANSFORMER_CUDA_ARCHS", "80;90a;90+PTX").split(";"):
         name = arch.removesuffix("+PTX")
         if name.rstrip("af") not in known:
             print(f"-- compute capability {name} is not known to {nvcc}: left out")
             continue
         code = f"compute_{name}" if arch.endswith("+PTX") else f"sm_{name}"
-        flags += ["-gencode", f"arch=compute_{name},code={code}"]
+        flags[arch] = ["-gencode", f"arch=compute_{name},code={code}"]
     return flags
 
 
@@ -219,8 +223,14 @@ class BuildKernels(build_ext):
         flags += [f"-I{CSRC}/cuda"]
         if os.environ.get("PYTRANSFORMER_STRICT") == "1":
             flags += ["-Werror", "all-warnings"]
+        architectures = gencode(nvcc)
+        if HOPPER in architectures:
+            flags.append("-DPYTRANSFORMER_HOPPER")
         for source in sorted((CSRC / "cuda").glob("*.cu")):
-            compilation.add(source, [*flags, *gencode(nvcc)])
+            if not source.match(HOPPER_FILES):
+                compilation.add(source, [*flags, *(flag for each in architectures.values() for flag in each)])
+            elif HOPPER in architectures:
+                compilation.add(source, [*flags, *architectures[HOPPER]])
         bindings = [find_compiler(), "-O2", *CXX_FLAGS, "-DPYTRANSFORMER_CUDA_MODULE", f"-I{CSRC}/include"]
         bindings += [f"-I{CSRC}/cuda", f"-I{CSRC}/bindings", *python_includes(compilation.folder)]
         own = sorted((CSRC / "bindings").glob("*cuda.cpp"))

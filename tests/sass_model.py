@@ -8,7 +8,8 @@ arrive after ``COPY`` clocks, the rest of a kernel costs nothing, and all blocks
 
 Two of its figures have been measured: of the kernels of commit c6cc6c5 it says 201 TFLOP/s forward and 105 backward at
 128 columns (with the copies that their loops branch to), and an H200 ran them at 196 to 205 and at 99. So it is for
-comparing versions of a loop where there is no GPU, and what it says is a prediction.
+comparing versions of a loop where there is no GPU, and what it says is a prediction. Of kernels that use wgmma none has
+been measured: those that copy are taken to be on time, and tensor cores to keep up their peak, which no card does.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from sass import NO_SCOREBOARD, Code, Instruction, kernel, shortest_loop
 
 ARCH, MULTIPROCESSORS, CLOCK = "sm_90a", 132, 1.755e9
 WARPS, REGISTERS, SHARED = 4, 65536, 227 * 1024  # of a block; of a multiprocessor
+OF_HOPPER = 8  # warps that compute, of the kernels that use wgmma
 PRODUCT = 16 * 8 * 16  # multiply-adds of an HMMA
+OF_WARPGROUP = 0.5  # clocks of 16 rows by one column and 16 terms of wgmma, whose rate is the peak
 COPY, BARRIER, QUEUE = 700, 16, 24  # clocks; the last: how much shared memory takes on before a warp has to wait
 STEPS, FIRST = 30, 6  # of the simulation, and which is looked at first
 # Clocks that an instruction takes its unit for, and until its result is there where a scoreboard tells. Rates by the
@@ -57,17 +60,20 @@ class Warp:
     at_barrier: bool = False
     scoreboards: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
     copies: list[float] = field(default_factory=list)
+    products: list[float] = field(default_factory=list)  # groups of wgmma under way: when each is done
     ended: list[int] = field(default_factory=list)  # when each step was over
 
 
 class Multiprocessor:
-    def __init__(self, paths: list[Code], blocks: int):
+    def __init__(self, paths: list[Code], blocks: int, warps: int = WARPS):
         self.busy: dict[tuple[str, int], float] = defaultdict(float)  # until when a unit is
         self.met: dict[tuple[int, str], list[Warp]] = defaultdict(list)
         self.warps = [
-            Warp(b, w, paths[w % len(paths)], ready=131 * b + 3 * w) for b in range(blocks) for w in range(WARPS)
+            Warp(b, w, paths[w % len(paths)], ready=131 * b + 3 * w) for b in range(blocks) for w in range(warps)
         ]
-        self.blocks = blocks
+        self.blocks, self.of_block = blocks, warps
+        if warps == OF_HOPPER:  # the first turn is that of the first warpgroup
+            self.met[0, "turn 0"] += self.warps[4:]
 
     def run(self) -> float:
         """Clocks in which every block makes one step."""
@@ -81,7 +87,7 @@ class Multiprocessor:
             clock += 1
         begin = max(w.ended[FIRST] for w in self.warps)
         end = min(w.ended[-1] for w in self.warps)
-        steps = sum(begin <= t < end for w in self.warps for t in w.ended) / WARPS
+        steps = sum(begin <= t < end for w in self.warps for t in w.ended) / self.of_block
         return (end - begin) / steps * self.blocks
 
     def _issue(self, warp: Warp, clock: int) -> bool:
@@ -92,6 +98,10 @@ class Multiprocessor:
             return False
         if x.unit == "DEPBAR" and any(t > clock for t in warp.copies):
             return False
+        if x.opcode.startswith("WARPGROUP.DEPBAR") and not self._products_done(warp, x, clock):
+            return False
+        if x.unit == "HGMMA":
+            self._begin_product(warp, x, clock)
         unit, clocks, latency = UNITS.get(x.unit, ("", 0, 5))
         key = (unit, 0 if unit == "shared" else warp.number % 4)
         if unit and self.busy[key] > clock + (QUEUE if unit == "shared" else 0):
@@ -114,19 +124,42 @@ class Multiprocessor:
             warp.ended.append(clock)
         return True
 
+    def _begin_product(self, warp: Warp, x: Instruction, clock: int) -> None:
+        """Tensor cores make one product of a scheduler's warps after the other, while these go on."""
+        key = ("tensor core", warp.number % 4)
+        self.busy[key] = max(self.busy[key], clock) + OF_WARPGROUP * columns(x)
+        if "gsb0" in x.text:
+            warp.products.append(self.busy[key])
+
+    def _products_done(self, warp: Warp, x: Instruction, clock: int) -> bool:
+        warp.products = [t for t in warp.products if t > clock]
+        return len(warp.products) <= int(x.text.split()[-1], 16)
+
     def _meet(self, warp: Warp, x: Instruction, clock: int) -> None:
         found = re.search(r"BAR\.(\w+)\S*\s+(\w+)(?:, (\w+))?", x.text)
         assert found is not None, x.text
         kind, name, threads = found.groups()
-        pair = f"pair {warp.number // 2}" if name.startswith("R") else name
-        met = self.met[warp.block, pair]
+        if threads and int(threads, 16) > 32 * self.of_block:  # with those that copy: they are always on time
+            return
+        if name.startswith("R"):
+            name = f"pair {warp.number // 2}"
+            if self.of_block == OF_HOPPER:  # two warpgroups: one waits for its turn, and gives the other's
+                name = f"turn {warp.number // 4 if kind == 'SYNC' else 1 - warp.number // 4}"
+        met = self.met[warp.block, name]
         met.append(warp)
         warp.at_barrier = kind == "SYNC"
-        if len(met) == (int(threads, 16) // 32 if threads else WARPS):
+        if len(met) == (int(threads, 16) // 32 if threads else self.of_block):
             for other in met:
                 if other.at_barrier:
                     other.at_barrier, other.ready = False, max(other.ready, clock + BARRIER)
             met.clear()
+
+
+def columns(x: Instruction) -> int:
+    """Of a product of a warpgroup, of which each warp has 16 rows."""
+    found = re.search(r"64x(\d+)x16", x.text)
+    assert found is not None, x.text
+    return int(found[1])
 
 
 def _width(x: Instruction) -> int:
@@ -138,6 +171,9 @@ def _width(x: Instruction) -> int:
 def loops(name: str) -> list[list[Instruction]]:
     """The main loop of a kernel: one way around it, or one for each warp of a pair that meets at a barrier."""
     code = kernel(ARCH, name)
+    if any(x.unit == "HGMMA" for x in code):  # through the wait with products of the next step under way
+        (wait,) = [x for x in code if x.text.startswith("WARPGROUP.DEPBAR.LE gsb0, 0x1")]
+        return [shortest_loop(code, wait)]
     barriers = [x for x in code if x.unit == "BAR"]
     ways = [way for x in barriers if (way := shortest_loop(code, x)) and any(y.unit == "HMMA" for y in way)]
     of_pairs = [way for way in ways if re.search(r" R\d+, ", way[0].text)]
@@ -148,8 +184,12 @@ def loops(name: str) -> list[list[Instruction]]:
 def speed(name: str, products: int, blocks: int) -> tuple[float, float]:
     """Clocks of a multiprocessor for each score and column of a head, and TFLOP/s of its ``products``."""
     paths = loops(name)
-    work = sum(x.unit == "HMMA" for path in paths for x in path) / len(paths) * WARPS * PRODUCT / products
-    clocks = Multiprocessor(paths, blocks).run() / (blocks * work)
+    if any(x.unit == "HGMMA" for x in paths[0]):
+        work = sum(16 * 16 * columns(x) for x in paths[0] if x.unit == "HGMMA") * OF_HOPPER / products
+        clocks = Multiprocessor(paths, blocks, OF_HOPPER).run() / work
+    else:
+        work = sum(x.unit == "HMMA" for path in paths for x in path) / len(paths) * WARPS * PRODUCT / products
+        clocks = Multiprocessor(paths, blocks).run() / (blocks * work)
     return clocks, 2 * products / clocks * CLOCK * MULTIPROCESSORS / 1e12
 
 
@@ -172,6 +212,8 @@ def main() -> None:
             clocks, tflops = speed(name, products, resident(row))
             backward += clocks if stem != "fwd" else 0
             print(f"{name:42} {resident(row)} blocks  {tflops:5.0f} TFLOP/s")
+        name = f"attention_fwd_sm90_kernel<bf16, {width}>"
+        print(f"{name:42} 1 block   {speed(name, 2, 1)[1]:5.0f} TFLOP/s")
         effective = 2 * 5 / backward * CLOCK * MULTIPROCESSORS / 1e12
         print(f"{f'backward, {width} columns, of 5 products':42} {'':9} {effective:5.0f} TFLOP/s")
 

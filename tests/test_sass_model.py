@@ -33,6 +33,24 @@ def test_the_shortest_way_around_skips_what_a_branch_skips():
     assert sass.shortest_loop(code, code[-1]) == []
 
 
+def test_two_warpgroups_that_take_turns_fill_tensor_cores():
+    product = "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24"
+    softmax = ["FFMA R0, R1, R2, R3"] * 400
+    turn, end = loop("BAR.SYNC R2, 0x100", "BAR.ARV R0, 0x100"), "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+    path = [turn[0], *loop(*[product] * 15, f"{product}, gsb0"), turn[1], *loop(*softmax, end)]
+    clocks = sass_model.Multiprocessor([path], 1, sass_model.OF_HOPPER).run()
+    assert clocks == pytest.approx(2 * 16 * 64, rel=0.05), "a softmax beside the other's products"
+    alone = [x for x in path if x.unit != "BAR"]
+    assert sass_model.Multiprocessor([alone], 1).run() == pytest.approx(16 * 64, rel=0.05), "of one warpgroup"
+
+
+@pytest.mark.skipif(cuda_table.missing() is not None, reason=str(cuda_table.missing()))
+def test_the_loop_of_warpgroups_is_found():
+    (found,) = sass_model.loops("attention_fwd_sm90_kernel<bf16, 128>")
+    assert sum(sass_model.columns(x) for x in found if x.unit == "HGMMA") == 128 * (128 + 128) / 16
+    assert sum(x.unit == "MUFU" for x in found) == 64 + 2  # of 128 keys and two rows, and what rescales
+
+
 @pytest.mark.skipif(cuda_table.missing() is not None, reason=str(cuda_table.missing()))
 @pytest.mark.parametrize(
     ("name", "warps", "products"),

@@ -11,7 +11,7 @@
 // Source: Dao et al., "Flash-Decoding for long-context inference", 2023; Kwon et al., "PagedAttention", 2023, sec. 4.1.
 #include <algorithm>
 
-#include "attention_fwd.cuh"
+#include "attention_fwd_sm80.cuh"
 
 namespace pytransformer::cuda {
 namespace {

@@ -1,6 +1,7 @@
 #include <algorithm>
 
-#include "attention_fwd.cuh"
+#include "attention_fwd_sm80.cuh"
+#include "device.h"
 
 namespace pytransformer::cuda {
 namespace {
@@ -32,9 +33,12 @@ void attention_fwd(const AttentionForward& p, const Launch& launch) {
   a.lse = p.lse.ptr<float>();
   a.lse_batch = p.lse.stride[0];
   a.lse_head = p.lse.stride[1];
+  const int64_t widest = std::max(p.query.shape[3], p.value.shape[3]);
+#ifdef PYTRANSFORMER_HOPPER
+  if (widest > 32 && compute_capability() == 90) return attention_fwd_sm90(a, p, launch);
+#endif
   by_dtype<__half, __nv_bfloat16>(name, p.query.dtype, [&](auto zero) {
-    by_head_width(name, std::max(p.query.shape[3], p.value.shape[3]),
-                  [&](auto width) { forward<decltype(zero), width()>(a, p, launch); });
+    by_head_width(name, widest, [&](auto width) { forward<decltype(zero), width()>(a, p, launch); });
   });
 }
 

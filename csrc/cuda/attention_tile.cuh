@@ -118,14 +118,14 @@ struct HeadRows {
 };
 
 // Sets what is not finite to 0. Where `spoilt` is given (shared memory, zero before), a row r that held such a thing
-// sets bit r % 32 of word r / 32.
-template <class T, int ROWS, int D>
-__device__ inline void clean_tile(Tile<D> tile, uint32_t* spoilt) {
+// sets bit r % 32 of word r / 32. The work of `count` threads, of which this is number `thread`.
+template <class T, int ROWS, class AnyTile>
+__device__ inline void clean_tile(AnyTile tile, uint32_t* spoilt, int thread = threadIdx.x, int count = threads) {
   constexpr uint32_t exponent = std::is_same_v<T, __half> ? 0x7c00u : 0x7f80u;
 #pragma unroll 1
-  for (int at = threadIdx.x; at < ROWS * D / 8; at += threads) {
-    const int row = at / (D / 8);
-    const uint32_t address = tile.chunk(row, at % (D / 8));
+  for (int at = thread; at < ROWS * tile.chunks; at += count) {
+    const int row = at / tile.chunks;
+    const uint32_t address = tile.chunk(row, at % tile.chunks);
     uint4 chunk = ptx::load_shared_16(address);
     const auto clean = [&](uint32_t& pair) {
       const uint32_t low = (pair & exponent) == exponent ? 0xffffu : 0u;
@@ -142,14 +142,15 @@ __device__ inline void clean_tile(Tile<D> tile, uint32_t* spoilt) {
 
 // Rounds a warp's rows and writes them to rows [first, first + 16 M) of a head, by way of the rows from `row` on of a
 // tile, which nobody else uses any more: memory is written in whole chunks. Rows from `end` on are left out.
-template <class T, int M, int D>
-__device__ inline void store_rows(const float (&x)[M][D / 8][4], Tile<D> tile, int row, const Heads& to,
+template <class T, int M, class AnyTile>
+__device__ inline void store_rows(const float (&x)[M][AnyTile::chunks][4], AnyTile tile, int row, const Heads& to,
                                   int64_t head_offset, int first, int end) {
+  constexpr int chunks = AnyTile::chunks;
   __syncwarp();
 #pragma unroll
   for (int m = 0; m < M; ++m) {
 #pragma unroll
-    for (int n = 0; n < D / 8; ++n) {
+    for (int n = 0; n < chunks; ++n) {
       const int upper = row + 16 * m + lane_row();
       ptx::store_shared_4(tile.chunk(upper, n) + 2 * lane_column(), ptx::pack<T>(x[m][n][0], x[m][n][1]));
       ptx::store_shared_4(tile.chunk(upper + 8, n) + 2 * lane_column(), ptx::pack<T>(x[m][n][2], x[m][n][3]));
@@ -158,8 +159,8 @@ __device__ inline void store_rows(const float (&x)[M][D / 8][4], Tile<D> tile, i
   __syncwarp();
   uint16_t* head = static_cast<uint16_t*>(to.data) + head_offset;
 #pragma unroll 1
-  for (int at = lane(); at < 16 * M * D / 8; at += 32) {
-    const int r = at / (D / 8), index = at % (D / 8);
+  for (int at = lane(); at < 16 * M * chunks; at += 32) {
+    const int r = at / chunks, index = at % chunks;
     if (first + r >= end || 8 * index >= to.width) continue;
     const uint4 chunk = ptx::load_shared_16(tile.chunk(row + r, index));
     *reinterpret_cast<uint4*>(head + to.row * (first + r) + 8 * index) = chunk;

@@ -38,6 +38,7 @@ class DeviceGuard {
 };
 
 // Of the current device.
+int compute_capability();  // 10 * major + minor
 int multiprocessors();
 int l2_bytes();
 

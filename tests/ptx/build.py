@@ -39,6 +39,7 @@ SMALL, LARGE = ("-Og", "-w"), ("-O0", "-w")
 LARGE_FROM = 4000  # lines of C++
 HEADERS = ("instructions.h", "arithmetic.h", "machine.h", "values.h")
 ARCHS = ("80", "90a")
+HOPPER = "-DPYTRANSFORMER_HOPPER"  # as setup.py says it where it compiles for 90a
 
 
 @cache
@@ -110,13 +111,13 @@ def ptx_of(source: Path, arch: str, defines: Sequence[str] = (), text: str | Non
     return path.read_text()
 
 
-def ptx_of_edited(unit: str, edited: Mapping[str, str], change: Callable[[str], str]) -> str:
-    """The PTX for 8.0 of a .cu file of the library, in a copy where ``edited`` gives some files' text, and ``change``
-    is made to all of them."""
+def ptx_of_edited(unit: str, edited: Mapping[str, str], change: Callable[[str], str], arch: str) -> str:
+    """The PTX of a .cu file of the library, in a copy where ``edited`` gives some files' text, and ``change`` is made
+    to all of them."""
     paths = sorted(path for path in (ROOT / "csrc" / "cuda").iterdir() if path.suffix in (".cu", ".cuh", ".h"))
     texts = {path.name: change(edited.get(path.name, path.read_text())) for path in paths}
     include = ROOT / "csrc" / "include"
-    flags = [*NVCC, "-arch=compute_80", f"-I{include}"]
+    flags = [*NVCC, f"-arch=compute_{arch}", f"-I{include}"]
     path = CACHE / f"{unit}-{digest(*texts.values(), contents(include), flags)}.ptx"
     with tempfile.TemporaryDirectory() as folder:
         for name, text in texts.items():
@@ -149,7 +150,10 @@ def one_at_a_time() -> Iterator[None]:
 
 @cache
 def module() -> tuple[Path, dict[str, list[str]]]:
-    """The module ``_cuda`` over the stand-in runtime, and the PTX of all its kernels by architecture."""
+    """The module ``_cuda`` over the stand-in runtime, and the PTX of all its kernels by architecture, a text a file.
+
+    Files of Hopper's own kernels come last.
+    """
     with one_at_a_time():
         return _made_module()
 
@@ -157,7 +161,7 @@ def module() -> tuple[Path, dict[str, list[str]]]:
 def _made_module() -> tuple[Path, dict[str, list[str]]]:
     csrc = ROOT / "csrc"
     common = contents(csrc / "include"), contents_of_headers(csrc / "cuda", csrc / "bindings")
-    sources = sorted((csrc / "cuda").glob("*.cu"))
+    sources = sorted((csrc / "cuda").glob("*.cu"), key=lambda source: (is_hopper(source), source))
     _pybind()
     with ThreadPoolExecutor(JOBS) as pool:
         halves = list(pool.map(lambda source: _host_and_device(source, common), sources))
@@ -168,14 +172,20 @@ def _made_module() -> tuple[Path, dict[str, list[str]]]:
     linked = [str(path) for path in (*(host for host, _ in halves), *objects, runtime_object, runtime())]
     path = CACHE / f"_cuda-{digest(*linked)}.so"
     made(path, ["g++", "-shared", "-Wl,-Bsymbolic", "-o", "{}", *linked])
-    return path, {arch: [device[arch].read_text() for _, device in halves] for arch in ARCHS}
+    return path, {arch: [device[arch].read_text() for _, device in halves if arch in device] for arch in ARCHS}
+
+
+def is_hopper(source: Path) -> bool:
+    """Whether a file is compiled for compute capability 9.0 alone, as setup.py has it."""
+    return source.stem.endswith("_sm90")
 
 
 def _host_and_device(source: Path, common: Sequence[str]) -> tuple[Path, dict[str, Path]]:
     """One run of nvcc gives the host object and the PTX that it would embed."""
     csrc = ROOT / "csrc"
-    flags = [*NVCC, "-Xcompiler", "-fPIC", "-cudart", "none", f"-I{csrc / 'include'}", f"-I{csrc / 'cuda'}"]
-    for arch in ARCHS:
+    flags = [*NVCC, HOPPER, "-Xcompiler", "-fPIC", "-cudart", "none", f"-I{csrc / 'include'}", f"-I{csrc / 'cuda'}"]
+    archs = ARCHS[1:] if is_hopper(source) else ARCHS
+    for arch in archs:
         flags += ["-gencode", f"arch=compute_{arch},code=compute_{arch}"]
     folder = CACHE / f"{source.stem}-{digest(source.read_text(), *common, flags)}"
     if not folder.exists():
@@ -184,10 +194,12 @@ def _host_and_device(source: Path, common: Sequence[str]) -> tuple[Path, dict[st
             run([*flags, "--keep", "--keep-dir", scratch, "-c", str(source), "-o", f"{scratch}/{source.stem}.o"])
             unfinished = Path(scratch, "kept")
             unfinished.mkdir()
-            for name in (f"{source.stem}.o", *(f"{source.stem}.compute_{arch}.ptx" for arch in ARCHS)):
-                Path(scratch, name).rename(unfinished / name)
+            Path(scratch, f"{source.stem}.o").rename(unfinished / f"{source.stem}.o")
+            for arch in archs:  # which nvcc names where there are several
+                kept = f"{source.stem}.compute_{arch}.ptx" if len(archs) > 1 else f"{source.stem}.ptx"
+                Path(scratch, kept).rename(unfinished / f"{source.stem}.compute_{arch}.ptx")
             unfinished.rename(folder)
-    return folder / f"{source.stem}.o", {arch: folder / f"{source.stem}.compute_{arch}.ptx" for arch in ARCHS}
+    return folder / f"{source.stem}.o", {arch: folder / f"{source.stem}.compute_{arch}.ptx" for arch in archs}
 
 
 def _binding(source: Path, common: Sequence[str]) -> Path:

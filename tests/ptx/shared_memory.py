@@ -23,20 +23,26 @@ _DYNAMIC = re.compile(r"^\.extern \.shared .*?(\w+)\[\];", re.M)
 
 def largest() -> dict[str, int]:
     """Bytes, by the readable name of ``cuda_table``."""
-    texts = backend.module().ptx["80"]
-    with backend.installed("80") as name, emulator.recorded() as asked:
-        for dtype in (torch.float16, torch.bfloat16):
-            for width in WIDTHS:
-                for queries, keys in ((8, 8), (1, 1024)):
-                    _attention(name, dtype, width, queries, keys)
-        for dtype in (torch.float16, torch.bfloat16, torch.float32):
-            for columns in COLUMNS:
-                _layer_norm(name, dtype, columns)
+    texts = [text for arch in build.ARCHS for text in backend.module().ptx[arch]]
+    with emulator.recorded() as asked:
+        for arch in build.ARCHS:
+            with backend.installed(arch) as name:
+                _launch_all(name)
     missing = {kernel for text in texts for kernel in _with_dynamic_memory(text)} - asked.keys()
     assert not missing, f"never launched: {missing}"
     kernels = {found[1] for text in texts for found in build.ENTRY.finditer(text)}
     names = cuda_table.readable(kernels)
     return {names[kernel]: asked.get(kernel, 0) for kernel in kernels}
+
+
+def _launch_all(name: str) -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        for width in WIDTHS:
+            for queries, keys in ((8, 8), (1, 1024)):
+                _attention(name, dtype, width, queries, keys)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for columns in COLUMNS:
+            _layer_norm(name, dtype, columns)
 
 
 def _with_dynamic_memory(text: str) -> list[str]:

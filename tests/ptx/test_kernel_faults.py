@@ -28,7 +28,7 @@ from pytransformer._parity import unwritten_is_nan
 
 pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=str(build.unavailable()))
 
-FP16, WIDTH = torch.float16, 32
+FP16, WIDTH, HOPPER_WIDTH = torch.float16, 32, 64
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,20 @@ class Fault:
 
 def attention(mask: str, *, T: int = 40, S: int = 70, **options: float) -> Callable[[str], None]:
     return lambda backend: judge_attention(backend, (1, 2, 1, T, S, WIDTH, WIDTH), mask, FP16, options)
+
+
+def hopper(mask: str, *, T: int = 200, S: int = 600) -> Callable[[str], None]:
+    """More tiles than stages, for both warpgroups."""
+    width = HOPPER_WIDTH
+    return lambda backend: judge_attention(backend, (1, 1, 1, T, S, width, width), mask, FP16, {})
+
+
+def hopper_poison(backend: str) -> None:
+    """A value of NaN that no query sees, in a tile of which they see the rest."""
+    tensors = attention_cases.qkv(1, 1, 1, 200, 270, HOPPER_WIDTH, HOPPER_WIDTH, dtype=FP16)
+    harmless = tensors | {"value": tensors["value"].clone()}
+    tensors["value"][:, :, 200:], harmless["value"][:, :, 200:] = torch.nan, 0
+    check("attention", tensors, {"is_causal": True}, backend, harmless=harmless)
 
 
 def end_to_end(queries: tuple[int, ...], keys: tuple[int, ...]) -> Callable[[str], None]:
@@ -70,6 +84,8 @@ CALLS: dict[str, Callable[[str], None]] = {
         backend, "dense", FP16, torch.nan
     ),
     "attention, end to end": end_to_end((5, 40), (7, 70)),  # of which the last ends where the tensors do
+    "hopper": hopper("none"),
+    "hopper, poison": hopper_poison,
     "decode": attention("none", T=3, S=520),
     "layer_norm": layer_norm((100, 520)),
     "layer_norm, wide": layer_norm((3, 1032)),
@@ -83,7 +99,8 @@ CALLS: dict[str, Callable[[str], None]] = {
 
 FULL = "__syncthreads();  // this tile is here, and nobody reads the other buffer any more"
 ARRIVED = f"ptx::wait_for_copies<0>();\n{{}}{FULL}"
-FWD, FWD_H = "attention_fwd.cu", "attention_fwd.cuh"
+FWD, FWD_H = "attention_fwd.cu", "attention_fwd_sm80.cuh"
+HOPPER, HOPPER_H, WARPGROUP = "attention_fwd_sm90.cu", "attention_fwd_sm90.cuh", "warpgroup.cuh"
 TILE, SCORES, MASKS = "attention_tile.cuh", "attention_scores.cuh", "attention_masks.cu"
 KEY, QUERY, DECODE = "attention_bwd_key.cu", "attention_bwd_query.cu", "attention_decode.cu"
 ARGUMENTS = "attention_arguments.h"
@@ -124,6 +141,29 @@ FAULTS = [
           "S : cu_seq_k[batch + 1] - cu_seq_k[batch]", "S : S", "result"),
     Fault("attention, end to end", KEY, ARGUMENTS, "queries beyond the end of their sequence",
           "T : cu_seq_q[batch + 1] - cu_seq_q[batch]", "T : T", "result"),
+    Fault("hopper", HOPPER, HOPPER_H, "copies that tensor cores are not shown",
+          "ptx::wait_for_copies<0>();\n  ptx::fence_for_products();", "ptx::wait_for_copies<0>();", "proxy"),
+    Fault("hopper", HOPPER, HOPPER_H, "the copies are not waited for", "ptx::wait_for_copies<0>();", "", "race"),
+    Fault("hopper", HOPPER, HOPPER_H, "a warp that tells for lanes that are not there yet",
+          "__syncwarp();\n    if (lane() == 0)", "if (lane() == 0)", "race"),
+    Fault("hopper", HOPPER, HOPPER_H, "a stage filled before it is free",
+          "stages[stage].wait_until_free(uses / Cut::stages % 2);", "", "race"),
+    Fault("hopper", HOPPER, HOPPER_H, "the other phase",
+          "full(progress.values / Cut::stages % 2)", "full(progress.values / Cut::stages % 2 ^ 1)",
+          "(race|uninitialised|deadlock)"),
+    Fault("hopper", HOPPER, HOPPER_H, "keys freed before they are read",
+          "ptx::wait_for_products<1>();  // of the scores", "", "race"),
+    Fault("hopper", HOPPER, HOPPER_H, "values freed before they are read",
+          "ptx::wait_for_products<0>();  // of the tile before", "", "race"),
+    Fault("hopper", HOPPER, HOPPER_H, "nobody has the first turn",
+          "if (group_now() == 1) ptx::arrive", "if (group_now() == 2) ptx::arrive", "deadlock"),
+    Fault("hopper, poison", HOPPER, HOPPER_H, "cleaned values that tensor cores are not shown",
+          "thread, Cut::computing);\n    ptx::fence_for_products();", "thread, Cut::computing);", "proxy"),
+    Fault("hopper", HOPPER, WARPGROUP, "chunks that are not permuted", "(index ^ row) & 7", "index & 7", "result"),
+    Fault("hopper", HOPPER, WARPGROUP, "groups of rows too close", "group_bytes / 16;", "group_bytes / 32;",
+          "(race|result)"),
+    Fault("hopper", HOPPER, WARPGROUP, "more registers than there are", "setmaxnreg.dec.sync.aligned.u32 %0",
+          "setmaxnreg.inc.sync.aligned.u32 %0", "(setmaxnreg|deadlock)"),
     Fault("decode", DECODE, FWD_H, "a share of one tile", "from + (rows.block + 1) * share);",
           "from + rows.block * share + 1);", "result"),
     Fault("layer_norm, wide", NORM, REDUCE, "no barrier before the sums are read",
@@ -147,15 +187,15 @@ FAULTS = [
           "race"),
 ]  # fmt: skip
 FIRST = {fault.unit: fault for fault in reversed(FAULTS)}
-CHOSEN = FAULTS if EMULATED else [FIRST[unit] for unit in (FWD, MASKS, NORM_BWD, CROSS)]
+CHOSEN = FAULTS if EMULATED else [FIRST[unit] for unit in (FWD, HOPPER, MASKS, NORM_BWD, CROSS)]
 UNBROKEN = dict.fromkeys((fault.unit, fault.call) for fault in (CHOSEN if EMULATED else CHOSEN[:1]))
 
 
-def narrowed(text: str) -> str:
+def narrowed(text: str, width: int) -> str:
     """For one dtype and one head width."""
     text = re.sub(r"by_dtype<(?:\w+, )+\w+>", "by_dtype<__half>", text)
     text = re.sub(r"^template void \w+<__nv_bfloat16>.*;\n", "", text, flags=re.M)
-    return re.sub(rf"^  if \(width <= (?!{WIDTH}\)).*\n", "", text, flags=re.M)
+    return re.sub(rf"^  if \(width <= (?!{width}\)).*\n", "", text, flags=re.M)
 
 
 def source(file: str) -> str:
@@ -168,8 +208,9 @@ def wrong(name: str, unit: str, file: str, old: str, new: str, counts: bool = Fa
 
     text = source(file)
     assert old in text, f"{file} has no {old!r}"
-    ptx = build.ptx_of_edited(unit, {file: text.replace(old, new, 1)}, narrowed)
-    with backend.installed("80", races=True, counts=counts) as installed, backend.replaced(ptx), unwritten_is_nan():
+    arch, width = ("90a", HOPPER_WIDTH) if unit == HOPPER else ("80", WIDTH)
+    ptx = build.ptx_of_edited(unit, {file: text.replace(old, new, 1)}, lambda text: narrowed(text, width), arch)
+    with backend.installed(arch, races=True, counts=counts) as installed, backend.replaced(ptx), unwritten_is_nan():
         try:
             CALLS[name](installed)
         except backend.FaultyKernelError as error:

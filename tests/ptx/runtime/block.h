@@ -40,6 +40,9 @@ uint8_t* stack_of(uint32_t thread, size_t* bytes);
 void reset_barriers();
 void release_barriers_of_all();  // a thread has ended: who waits for all waits for fewer
 
+// -- mbarrier.cpp
+void reset_mbarriers();
+
 // -- warp.cpp
 void reset_warps();
 constexpr uint32_t kind_aligned = 0x100;  // kinds of instructions from here on need the whole warp

@@ -67,7 +67,8 @@ struct Thread {
   uint32_t copy_group = 0;
   uint32_t products = 0;  // groups of wgmma committed
   bool products_fenced = false;
-  uint32_t phase = 0;  // changes at every barrier and collective; accesses of one warp are lined up by it
+  uint32_t registers = 0;  // 0: as many as it was launched with
+  uint32_t phase = 0;      // changes at every barrier and collective; accesses of one warp are lined up by it
 };
 
 extern Thread* current;
@@ -101,6 +102,11 @@ struct Total {
 void barrier_sync(uint32_t number, uint32_t threads, Line line);  // threads == 0: all of the block
 void barrier_arrive(uint32_t number, uint32_t threads, Line line);
 Total barrier_count(uint32_t number, uint32_t threads, bool predicate, Line line);
+
+// -- mbarrier.cpp
+void mbarrier_init(uint32_t address, uint32_t count, Line line);
+void mbarrier_arrive(uint32_t address, Line line);
+void mbarrier_wait(uint32_t address, uint32_t parity, Line line);  // until the phase of this parity is over
 
 // -- warp.cpp
 enum class Shuffle : uint8_t { up, down, bfly, idx };
@@ -137,6 +143,7 @@ void multiply_warpgroup(const WarpgroupProduct& product, float* d, Line line);
 void products_fence();
 void products_commit();
 void products_wait(uint32_t pending);
+void set_registers(uint32_t count, bool raises, Line line);  // of each thread of the warpgroup
 
 // -- async.cpp
 void copy_async(uint32_t to, uint64_t from, uint32_t bytes, uint32_t given, Line line, uint32_t& hint);

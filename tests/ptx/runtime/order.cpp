@@ -122,15 +122,20 @@ uint32_t column(uint32_t agent) {
   return agent < first_product ? block.warps + agent % 2 : block.warps + 2 + agent - first_product;
 }
 
-void touch_shared(uint32_t index, Epoch now, bool write, bool changes, const Actor& actor) {
+// As this block finds it: nobody has touched it.
+SharedCell& cell_at(uint32_t index) {
   SharedCell& cell = cells[index];
+  if (cell.block == block.serial) return cell;
+  cell = SharedCell();
+  cell.block = block.serial;
+  std::fill_n(reads.begin() + size_t(index) * readers, readers, Epoch());
+  return cell;
+}
+
+void touch_shared(uint32_t index, Epoch now, bool write, bool changes, const Actor& actor) {
+  SharedCell& cell = cell_at(index);
   const Place place{"shared", shared_base + uint64_t(index) * granule};
   Epoch* const readers_here = &reads[size_t(index) * readers];
-  if (cell.block != block.serial) {
-    cell = SharedCell();
-    cell.block = block.serial;
-    std::fill(readers_here, readers_here + readers, Epoch());
-  }
   if (cell.live_barrier) report("mbarrier", now.line, "a plain access to the mbarrier at shared+%lu", place.offset);
   if (!write && cell.write.block == 0) {
     report("uninitialised", now.line, "%s reads shared+%lu, which nobody has written", name_of(now.agent).c_str(),
@@ -279,7 +284,7 @@ void access_global(std::vector<GlobalCell>& all, uint32_t width, uint64_t offset
 }
 
 void mark_barrier(uint32_t address, bool live) {
-  for (uint32_t i = 0; i < 8 / granule; ++i) cells[(address - shared_base) / granule + i].live_barrier = live;
+  for (uint32_t i = 0; i < 8 / granule; ++i) cell_at((address - shared_base) / granule + i).live_barrier = live;
 }
 
 }  // namespace ptx::order

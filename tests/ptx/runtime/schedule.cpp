@@ -154,6 +154,7 @@ void start_block() {
   head = 0;
   actions.clear();
   reset_barriers();
+  reset_mbarriers();
   reset_warps();
   reset_warpgroups();
   if (options.races) order::start_block();

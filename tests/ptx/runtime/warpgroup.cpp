@@ -170,10 +170,42 @@ void make(const Group& group, uint32_t number, Line line) {
   }
 }
 
+// Registers of a multiprocessor, which one block has for itself.
+constexpr uint32_t all_registers = 65536;
+std::vector<uint32_t> waiting_for_registers;
+
+uint32_t registers_at_launch() {
+  return all_registers / block.image->max_threads / 8 * 8;
+}
+
+uint32_t registers_taken() {
+  uint32_t sum = 0;
+  for (const Thread& thread : block.thread) sum += thread.registers ? thread.registers : registers_at_launch();
+  return sum;
+}
+
 }  // namespace
 
 void reset_warpgroups() {
   for (Group& group : group_of) group.waiting.clear();
+  waiting_for_registers.clear();
+}
+
+void set_registers(uint32_t count, bool raises, Line line) {
+  Thread& thread = *current;
+  const uint32_t before = thread.registers ? thread.registers : registers_at_launch();
+  if (count < 24 || count > 256 || count % 8) report("setmaxnreg", line, "a thread cannot have %u registers", count);
+  if (raises ? count < before : count > before) {
+    report("setmaxnreg", line, "%s from %u to %u registers", raises ? "an increase" : "a decrease", before, count);
+  }
+  while (raises && registers_taken() - before + count > all_registers) {
+    waiting_for_registers.push_back(thread.number);
+    wait_for("setmaxnreg", line);
+  }
+  thread.registers = count;
+  if (raises) return;
+  for (const uint32_t other : waiting_for_registers) wake(other);
+  waiting_for_registers.clear();
 }
 
 void multiply_warpgroup(const WarpgroupProduct& product, float* d, Line line) {

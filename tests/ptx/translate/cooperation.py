@@ -154,6 +154,25 @@ def warpgroup(f: Function, i: Instruction) -> None:
         _warpgroup_product(f, i)
 
 
+@opcode("mbarrier")
+def mbarrier(f: Function, i: Instruction) -> None:
+    """In the forms that need no state and no transaction count."""
+    if i.has("init"):
+        f.emit(f"mbarrier_init({f.address(i.args[0], shared=True)}, {f.read(i.args[1], 'u32')}, {i.line});")
+    elif i.has("arrive") and i.args[0] == "_" and len(i.args) == 2 and not i.has("expect_tx"):
+        f.emit(f"mbarrier_arrive({f.address(i.args[1], shared=True)}, {i.line});")
+    elif i.has("try_wait") and i.has("parity"):
+        f.emit(f"mbarrier_wait({f.address(i.args[1], shared=True)}, {f.read(i.args[2], 'u32')}, {i.line});")
+        f.write(i.args[0], "true")
+    else:
+        raise UnsupportedError("this form of mbarrier")
+
+
+@opcode("setmaxnreg")
+def set_registers(f: Function, i: Instruction) -> None:
+    f.emit(f"set_registers({f.read(i.args[0], 'u32')}, {str(i.has('inc')).lower()}, {i.line});")
+
+
 def _warpgroup_product(f: Function, i: Instruction) -> None:
     """``d, a, b, scale-d, scale-a, scale-b`` and, of 16-bit operands, which of those in shared memory lie turned."""
     shape = re.fullmatch(r"m64n(\d+)k(\d+)", i.parts[4])

@@ -1,0 +1,40 @@
+#include "attention_fwd_sm90.cuh"
+
+#include <algorithm>
+
+#include "device.h"
+
+namespace pytransformer::cuda {
+namespace {
+
+constexpr const char* name = "attention_fwd";
+
+template <class T, int D>
+void forward(ForwardArguments& a, const AttentionForward& p, const Launch& launch) {
+  using Cut = HopperCut<D>;
+  constexpr size_t shared_bytes = Cut::tiles_bytes + sizeof(HopperBlock);
+  a.blocks = int(ceil_div(a.T, Cut::queries) * a.B * a.H);
+  const Shape shape{dim3(unsigned(std::min(a.blocks, multiprocessors()))), dim3(Cut::threads), shared_bytes};
+  start(name, p.query, attention_fwd_sm90_kernel<T, D>, shape, launch, a);
+}
+
+// As by_head_width, for the widths whose panels are whole.
+template <class Body>
+void by_panels(int64_t width, const Body& body) {
+  if (width <= 64) return body(std::integral_constant<int, 64>());
+  if (width <= 128) return body(std::integral_constant<int, 128>());
+  if (width <= 192) return body(std::integral_constant<int, 192>());
+  if (width <= 256) return body(std::integral_constant<int, 256>());
+  fail(name, ": head dims go up to 256, got ", width);
+}
+
+}  // namespace
+
+void attention_fwd_sm90(ForwardArguments& a, const AttentionForward& p, const Launch& launch) {
+  by_dtype<__half, __nv_bfloat16>(name, p.query.dtype, [&](auto zero) {
+    by_panels(std::max(p.query.shape[3], p.value.shape[3]),
+              [&](auto width) { forward<decltype(zero), width()>(a, p, launch); });
+  });
+}
+
+}  // namespace pytransformer::cuda

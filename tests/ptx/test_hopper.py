@@ -1,0 +1,80 @@
+"""Attention's forward by Hopper's own instructions (``csrc/cuda/attention_fwd_sm90.cuh``) under the detectors.
+
+A block there takes one block of queries after the other and has four roles that hand tiles on through named barriers,
+so what matters is more blocks of queries than multiprocessors (the runner has eight), tiles enough to go around the
+stages, and sequences and masks by which a role finds nothing to do. The backward is that of every other GPU.
+"""
+
+from __future__ import annotations
+
+import pytest
+import test_attention as attention_cases
+import test_attention_varlen as varlen_cases
+import torch
+from helpers import check
+
+from ptx import build
+from ptx.test_ops import attention_tensors, dropped
+from pytransformer import ops
+from pytransformer._parity import unwritten_is_nan
+
+pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=str(build.unavailable()))
+
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+@pytest.fixture(params=[1, 2], ids=["detectors-1", "detectors-2"])
+def hopper(request):
+    from ptx import backend
+
+    with backend.installed("90a", races=True, seed=request.param) as name, unwritten_is_nan():
+        yield name
+
+
+# B, H, G, T, S, D, Dv
+CASES = {
+    "64-one_query": ((2, 4, 2, 1, 127, 64, 64), "causal_bottom_right", BF16, {}),
+    "64-many_blocks": ((2, 3, 3, 290, 140, 64, 64), "causal", BF16, {}),
+    "64-long": ((1, 2, 1, 70, 700, 48, 64), "none", FP16, {}),
+    "64-everything": ((2, 4, 2, 140, 300, 64, 40), "everything", FP16, {}),
+    "128-mask": ((1, 2, 1, 140, 300, 128, 128), "bool_full", FP16, {}),
+    "128-dropout": ((1, 2, 2, 130, 270, 128, 104), "window_left", BF16, dropped(0.2)),
+    "128-lengths": ((3, 4, 4, 150, 160, 80, 128), "lengths", BF16, {}),
+    "192-bias": ((1, 2, 1, 70, 150, 192, 136), "bias_per_head", FP16, {"softcap": 5.0}),
+    "256-padding": ((1, 2, 1, 140, 200, 256, 256), "causal_padding", BF16, {}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forward(hopper, name):
+    tensors, options = attention_tensors(*CASES[name])
+    check("attention", tensors, options, hopper)
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True, **varlen_cases.FROM_THE_END}], ids=["", "at_the_end"])
+def test_end_to_end(hopper, options):
+    case = varlen_cases.Case((5, 0, 170, 1, 140), (170, 3, 170, 140, 0), 2, 1, 64, 48, options)
+    check("attention_varlen", case.tensors(BF16), case.all_options, hopper)
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("mask", ["lengths", "padding", "causal"])
+def test_values_that_nobody_sees_never_leak(hopper, mask, poison):
+    """A weight of 0 does not hide them: the second pass, with values cleaned, runs for all blocks."""
+    sizes = B, H, G, T, S, _, _ = 2, 3, 3, 200, 270, 64, 64
+    tensors, options = attention_tensors(sizes, mask, BF16, {})
+    unseen = ~attention_cases.visible(B, 1, T, S, options).any(2)
+    hidden = torch.where(unseen[..., None], poison, tensors["value"])
+    harmless = tensors | {"value": torch.where(unseen[..., None], 0, tensors["value"])}
+    assert hidden.isfinite().logical_not().any()
+    check("attention", tensors | {"value": hidden}, options, hopper, harmless=harmless)
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf], ids=str)
+def test_a_value_reaches_the_queries_that_see_it_only(hopper, poison):
+    tensors = attention_cases.qkv(1, 2, 2, 300, 300, 64, 64, dtype=BF16)
+    clean = ops.attention(**tensors, is_causal=True, backend=hopper)
+    tensors["value"][:, :, 137] = poison
+    out = ops.attention(**tensors, is_causal=True, backend=hopper)
+    torch.testing.assert_close(out[:, :, :137], clean[:, :, :137], rtol=0, atol=0)
+    assert not out[:, :, 137:].isfinite().any()
