@@ -58,6 +58,7 @@ struct AttentionArguments {
   int lower, upper;       // of the band; far beyond any position where it is open
   int query_rows_together, key_rows_together;  // heads whose blocks of queries, or of keys, take turns: see Turn
   float scale, softcap;
+  int blocks = 0;  // of queries, where a block of threads takes one after the other
 
   __host__ __device__ bool shapes_scores() const { return bias.data != nullptr || softcap > 0; }
 
@@ -74,6 +75,34 @@ struct AttentionArguments {
   __device__ int64_t of_keys(const Heads& x, int batch, int head) const {
     return batch * x.batch + head * x.head + before_keys(batch) * x.row;
   }
+};
+
+// The rows of block `index`: queries of one head, or of all heads that share a key head.
+template <bool Grouped>
+struct BlockRows {
+  int block, blocks;                  // of those of the head, or the split
+  int line, batch, head, first, end;  // the head is the first of several where Grouped
+
+  BlockRows() = default;
+  template <class Arguments>
+  __device__ BlockRows(const Arguments& a, int rows, int index) {
+    const int group = Grouped ? a.group : 1;
+    if constexpr (Grouped) {
+      blocks = a.splits;
+    } else {
+      blocks = (a.T + rows - 1) / rows;
+    }
+    const Turn turn(index, blocks, a.B * a.H / group, Grouped ? 1 : a.query_rows_together);
+    block = Grouped ? turn.block : blocks - 1 - turn.block;  // of causal the long rows first
+    line = turn.row * group;
+    batch = line / a.H;
+    head = line % a.H;
+    first = Grouped ? 0 : block * rows;
+    end = group * a.queries_in(batch);
+  }
+
+  __device__ int member(int row, int T) const { return Grouped ? row / T : 0; }
+  __device__ int query(int row, int T) const { return Grouped ? row % T : row; }
 };
 
 constexpr int band_limit = 1 << 30;

@@ -33,34 +33,10 @@ struct ForwardArguments : AttentionArguments {
   float* parts;               // Grouped: [splits,B,H,T,Dv]
   int splits = 1, share = 0;  // Grouped: keys of a split, a multiple of the tile
   Pages pages;                // Grouped: Heads::batch of keys and values is the distance of pages
-  int blocks = 0;             // of queries, where a block of threads takes one after the other
 };
 
 // The forward by Hopper's own instructions; head dims from 33 to 256.
 void attention_fwd_sm90(ForwardArguments& arguments, const AttentionForward& problem, const Launch& launch);
-
-// The rows of block `index`: queries of one head, or of all heads that share a key head.
-template <bool Grouped>
-struct BlockRows {
-  int block, blocks;                  // of those of the head, or the split
-  int line, batch, head, first, end;  // the head is the first of several where Grouped
-
-  BlockRows() = default;
-  __device__ BlockRows(const ForwardArguments& a, int rows, int index) {
-    const int group = Grouped ? a.group : 1;
-    blocks = Grouped ? a.splits : (a.T + rows - 1) / rows;
-    const Turn turn(index, blocks, a.B * a.H / group, Grouped ? 1 : a.query_rows_together);
-    block = Grouped ? turn.block : blocks - 1 - turn.block;  // of causal the long rows first
-    line = turn.row * group;
-    batch = line / a.H;
-    head = line % a.H;
-    first = Grouped ? 0 : block * rows;
-    end = group * a.queries_in(batch);
-  }
-
-  __device__ int member(int row, int T) const { return Grouped ? row / T : 0; }
-  __device__ int query(int row, int T) const { return Grouped ? row % T : row; }
-};
 
 template <int M, int D>
 struct RunningSoftmax {
