@@ -38,9 +38,11 @@ struct BackwardArguments : AttentionArguments {
   }
 };
 
-// Starts the kernels that own queries and keys.
+// Starts the kernels that own queries and keys; the second by Hopper's own instructions.
 template <class T>
 void attention_bwd_query(const BackwardArguments& a, const TensorView& query, const Launch& launch);
+template <class T>
+void attention_bwd_query_sm90(const BackwardArguments& a, const TensorView& query, const Launch& launch);
 template <class T>
 void attention_bwd_key(const BackwardArguments& a, const TensorView& key, const Launch& launch);
 
@@ -107,6 +109,31 @@ __device__ inline void cap_gradients(float (&ds)[M][N / 8][4], const float (&pro
                                      const AttentionArguments& a) {
   each_element<M, N>([&](int m, int n, int i) {
     ds[m][n][i] = ds[m][n][i] == 0 ? 0.0f : ds[m][n][i] * softcap_slope(products[m][n][i], a);
+  });
+}
+
+// The place of a tile whose rows are queries, and columns keys.
+template <int M, int N>
+struct RowsAreQueries {
+  const Visibility& v;
+  const BackwardArguments& a;
+  const float2 (&of_rows)[M][2];  // lse and delta
+  int64_t line;                   // first row of the head in [B*H*T]
+  int row, s;                     // this lane's first query; the tile's first key
+
+  __device__ int query(int m, int, int i) const { return row + 16 * m + i / 2 * 8; }
+  __device__ int key(int, int n, int i) const { return s + 8 * n + lane_column() + i % 2; }
+  __device__ float lse(int m, int, int i) const { return of_rows[m][i / 2].x; }
+  __device__ float delta(int m, int, int i) const { return of_rows[m][i / 2].y; }
+  __device__ uint32_t visible(int m) const { return visible_keys<N>(v, row + 16 * m, row + 16 * m + 8, s); }
+  __device__ uint32_t kept(int m) const { return keep_keys<N>(Dropout(a.dropout), line + row + 16 * m, s, v.S); }
+};
+
+template <int M, int N>
+__device__ inline void store_grad_bias(const float (&ds)[M][N / 8][4], const RowsAreQueries<M, N>& place, float* to) {
+  each_element<M, N>([&](int m, int n, int i) {
+    const int t = place.query(m, n, i), s = place.key(m, n, i);
+    if (t < place.a.T && s < place.a.S) to[int64_t(t) * place.a.S + s] = ds[m][n][i];
   });
 }
 

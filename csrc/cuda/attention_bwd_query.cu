@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "attention_bwd.cuh"
+#include "device.h"
 
 namespace pytransformer::cuda {
 namespace {
@@ -16,23 +17,6 @@ struct QueryCut {
   static constexpr int stages = 2;
   static constexpr bool held = D > 64 && D <= 128;  // queries and grad_outs, in registers
   static constexpr int tiles_bytes = tile_bytes<D>(2 * queries + 2 * stages * keys);  // a QueryBlock lies behind them
-};
-
-// Rows of a tile of scores are queries, columns keys.
-template <int M, int N>
-struct RowsAreQueries {
-  const Visibility& v;
-  const BackwardArguments& a;
-  const float2 (&of_rows)[M][2];  // lse and delta
-  int64_t line;                   // first row of the head in [B*H*T]
-  int row, s;                     // this lane's first query; the tile's first key
-
-  __device__ int query(int m, int, int i) const { return row + 16 * m + i / 2 * 8; }
-  __device__ int key(int, int n, int i) const { return s + 8 * n + lane_column() + i % 2; }
-  __device__ float lse(int m, int, int i) const { return of_rows[m][i / 2].x; }
-  __device__ float delta(int m, int, int i) const { return of_rows[m][i / 2].y; }
-  __device__ uint32_t visible(int m) const { return visible_keys<N>(v, row + 16 * m, row + 16 * m + 8, s); }
-  __device__ uint32_t kept(int m) const { return keep_keys<N>(Dropout(a.dropout), line + row + 16 * m, s, v.S); }
 };
 
 // The queries of a block. In shared memory.
@@ -51,14 +35,6 @@ struct QueryBlock {
     visibility = Visibility(a, batch, head);
   }
 };
-
-template <int M, int N>
-__device__ inline void store_grad_bias(const float (&ds)[M][N / 8][4], const RowsAreQueries<M, N>& place, float* to) {
-  each_element<M, N>([&](int m, int n, int i) {
-    const int t = place.query(m, n, i), s = place.key(m, n, i);
-    if (t < place.a.T && s < place.a.S) to[int64_t(t) * place.a.S + s] = ds[m][n][i];
-  });
-}
 
 template <class T, int D>
 __global__ void __launch_bounds__(threads, 2) attention_bwd_query_kernel(const __grid_constant__ BackwardArguments a) {
@@ -167,6 +143,11 @@ __global__ void __launch_bounds__(threads, 2) attention_bwd_query_kernel(const _
 
 template <class T>
 void attention_bwd_query(const BackwardArguments& a, const TensorView& query, const Launch& launch) {
+#ifdef PYTRANSFORMER_HOPPER
+  if (std::max(a.query.width, a.value.width) > 32 && compute_capability() == 90) {
+    return attention_bwd_query_sm90<T>(a, query, launch);
+  }
+#endif
   by_head_width("attention_bwd", std::max(a.query.width, a.value.width), [&](auto width) {
     using Cut = QueryCut<width()>;
     const int64_t blocks = ceil_div(a.T, Cut::queries) * a.B * a.H;

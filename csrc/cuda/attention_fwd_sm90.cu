@@ -18,21 +18,11 @@ void forward(ForwardArguments& a, const AttentionForward& p, const Launch& launc
   start(name, p.query, attention_fwd_sm90_kernel<T, D>, shape, launch, a);
 }
 
-// As by_head_width, for the widths whose panels are whole.
-template <class Body>
-void by_panels(int64_t width, const Body& body) {
-  if (width <= 64) return body(std::integral_constant<int, 64>());
-  if (width <= 128) return body(std::integral_constant<int, 128>());
-  if (width <= 192) return body(std::integral_constant<int, 192>());
-  if (width <= 256) return body(std::integral_constant<int, 256>());
-  fail(name, ": head dims go up to 256, got ", width);
-}
-
 }  // namespace
 
 void attention_fwd_sm90(ForwardArguments& a, const AttentionForward& p, const Launch& launch) {
   by_dtype<__half, __nv_bfloat16>(name, p.query.dtype, [&](auto zero) {
-    by_panels(std::max(p.query.shape[3], p.value.shape[3]),
+    by_panels(name, std::max(p.query.shape[3], p.value.shape[3]),
               [&](auto width) { forward<decltype(zero), width()>(a, p, launch); });
   });
 }

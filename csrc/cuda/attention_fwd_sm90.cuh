@@ -33,12 +33,11 @@
 
 namespace pytransformer::cuda {
 
+constexpr int hopper_forward_keys(int D) {
+  return D <= 128 ? 128 : D <= 192 ? 64 : 32;
+}
 template <int D>
-using HopperForward = HopperCut<D,
-                                D <= 128   ? 128
-                                : D <= 192 ? 64
-                                           : 32,
-                                1>;
+using HopperForward = HopperCut<D, hopper_forward_keys(D), 2, 1>;
 
 // The queries of one warpgroup, in one block: results in `softmax`.
 template <class T, int D>
@@ -52,19 +51,19 @@ __device__ inline void attend(RunningSoftmax<1, D>& softmax, const ForwardArgume
   uint32_t weights[N / 16][4];  // the same, rounded
   float (&total)[D / 8][4] = softmax.total[0];
   const auto next_tile = [&] {
-    const int stage = progress.keys % Cut::stages;
-    block.keys[stage].wait_until_full(progress.keys / Cut::stages % 2);
+    const int stage = progress.keys % Cut::key_stages;
+    block.keys[stage].wait_until_full(progress.keys / Cut::key_stages % 2);
     return block.tile[stage];
   };
-  const auto release_keys = [&] { block.keys[progress.keys++ % Cut::stages].tell_free(); };
+  const auto release_keys = [&] { block.keys[progress.keys++ % Cut::key_stages].tell_free(); };
   const auto begin_scores = [&] {
     ptx::begin_products();
-    begin_products_of_rows<T, N>(x[0], tiles.queries(group_now()), tiles.keys(progress.keys % Cut::stages));
+    begin_products_of_rows<T, N>(x[0], tiles.queries(group_now()), tiles.keys(progress.keys % Cut::key_stages));
     ptx::commit_products();
   };
-  const auto values = [&] { return tiles.values(progress.values % Cut::stages); };
+  const auto values = [&] { return tiles.values(progress.values % Cut::value_stages); };
   const auto wait_for_values = [&] {
-    block.values[progress.values % Cut::stages].wait_until_full(progress.values / Cut::stages % 2);
+    block.values[progress.values % Cut::value_stages].wait_until_full(progress.values / Cut::value_stages % 2);
   };
   const auto begin_total = [&] {
     if (!careful) wait_for_values();
@@ -114,7 +113,7 @@ __device__ inline void attend(RunningSoftmax<1, D>& softmax, const ForwardArgume
     ptx::wait_for_products<0>();  // of the tile before
     ptx::held(total);
     ptx::held(weights);
-    if (!first) block.values[(progress.values - 1) % Cut::stages].tell_free();
+    if (!first) block.values[(progress.values - 1) % Cut::value_stages].tell_free();
     if (raised) softmax.multiply_total(rescale);
     if (seeing != 0) softmax.spoil(seeing);
     round_weights<T, N>(weights, x[0]);
@@ -133,7 +132,7 @@ __device__ inline void attend(RunningSoftmax<1, D>& softmax, const ForwardArgume
   begin_total();
   ptx::wait_for_products<0>();
   ptx::held(total);
-  block.values[progress.values++ % Cut::stages].tell_free();
+  block.values[progress.values++ % Cut::value_stages].tell_free();
 }
 
 // Writes what a warpgroup has found, by way of where its queries were.

@@ -1,8 +1,8 @@
 // How the kernels of attention that use Hopper's own instructions are organised, and what they share: blocks of threads
 // with four roles, which live as long as the kernel, one a multiprocessor.
 //
-//     64 threads copy keys      into either of two stages, by cp.async, and tell that it is full; then they wait until
-//     64 threads copy values    the other is free. They run ahead, into the next block of queries, too.
+//     64 threads copy keys      into one of two or three stages, by cp.async, and tell that it is full; then they wait
+//     64 threads copy values    until the next is free. They run ahead, into the next block of queries, too.
 //     two warpgroups compute    64 queries each, over the same tiles. Those that copy leave their registers to them.
 //
 // Copies are written by the generic proxy and read by the async one: who has copied fences before it tells.
@@ -13,18 +13,19 @@
 
 namespace pytransformer::cuda {
 
-// How a head width is cut: tiles of KEYS keys, and OPERANDS operands of products that have a row for each query. Of the
-// registers that all threads are launched with, those that copy leave some to the others.
-template <int WIDTH, int KEYS, int OPERANDS>
+// How a head width is cut: tiles of KEYS keys, of which KEY_STAGES are here at a time, and OPERANDS operands of
+// products that have a row for each query. Of the registers that all threads are launched with, those that copy leave
+// some to the others.
+template <int WIDTH, int KEYS, int KEY_STAGES, int OPERANDS>
 struct HopperCut {
-  static constexpr int D = WIDTH, keys = KEYS;
+  static constexpr int D = WIDTH, keys = KEYS, key_stages = KEY_STAGES, value_stages = 2;
   static constexpr int rows = 64, groups = 2, queries = rows * groups;  // of each warpgroup that computes
-  static constexpr int stages = 2;
   static constexpr int loaders = 64, group = 128;  // threads that copy keys, or values; of a warpgroup that computes
   static constexpr int computing = groups * group, threads = 2 * loaders + computing;
   static constexpr int loader_registers = 56, group_registers = 224;
   static constexpr int operands_bytes = 2 * D * OPERANDS * queries;
-  static constexpr int tiles_bytes = operands_bytes + 2 * D * 2 * stages * keys;  // a HopperBlock lies behind them
+  static constexpr int tiles_bytes =
+      operands_bytes + 2 * D * keys * (key_stages + value_stages);  // a HopperBlock lies behind them
 };
 
 // Named barriers; 0 is that of __syncthreads().
@@ -72,10 +73,11 @@ struct HopperStage {
 // In shared memory, behind the tiles.
 struct HopperBlock {
   HopperRole roles[4];
-  HopperStage keys[2], values[2];
-  int tile[2];         // in a stage: its first key, plus 1 where it is partial; -1: this block of queries has no more
-  uint32_t unclean;    // not 0: some result held a NaN
-  uint32_t spoilt[4];  // a bit for each key of a tile whose values had to be cleaned
+  HopperStage keys[3], values[2];
+  int tile[3];          // in a stage: its first key, plus 1 where it is partial; -1: this block of queries has no more
+  float2 of_rows[128];  // of each query, in the backward: lse and delta
+  uint32_t unclean;     // not 0: some result held a NaN
+  uint32_t spoilt[4];   // a bit for each key of a tile whose values had to be cleaned
 };
 
 template <class Cut>
@@ -90,7 +92,7 @@ struct HopperTiles {
   __device__ Panels<Cut::keys, Cut::D> keys(int stage) const {
     return {memory + Cut::operands_bytes + row_bytes * stage * Cut::keys};
   }
-  __device__ Panels<Cut::keys, Cut::D> values(int stage) const { return keys(Cut::stages + stage); }
+  __device__ Panels<Cut::keys, Cut::D> values(int stage) const { return keys(Cut::key_stages + stage); }
 };
 
 // What thread `thread` of those that copy a head copies first of its row 0.
@@ -152,9 +154,10 @@ __device__ inline void load_all(const AttentionArguments& a, HopperBlock& block,
   const Heads& from = Values ? a.value : a.key;
   const int thread = threadIdx.x % Cut::loaders;
   HopperStage* stages = Values ? block.values : block.keys;
+  constexpr int count = Values ? Cut::value_stages : Cut::key_stages;
   const auto next_stage = [&] {
-    const int stage = uses % Cut::stages;
-    stages[stage].wait_until_free(uses / Cut::stages % 2);
+    const int stage = uses % count;
+    stages[stage].wait_until_free(uses / count % 2);
     ++uses;
     return stage;
   };
@@ -262,10 +265,8 @@ __device__ inline void play_roles(const AttentionArguments& a, unsigned char* sh
   auto& block = *reinterpret_cast<HopperBlock*>(shared + Cut::tiles_bytes);
   if (threadIdx.x == 0) {
     for (HopperRole& role : block.roles) role.round = -1;
-    for (int i = 0; i < Cut::stages; ++i) {
-      block.keys[i].make(Cut::loaders / 32, Cut::computing / 32);
-      block.values[i].make(Cut::loaders / 32, Cut::computing / 32);
-    }
+    for (HopperStage& stage : block.keys) stage.make(Cut::loaders / 32, Cut::computing / 32);
+    for (HopperStage& stage : block.values) stage.make(Cut::loaders / 32, Cut::computing / 32);
     block.unclean = 0;
   }
   __syncthreads();
@@ -288,6 +289,16 @@ __device__ inline void play_roles(const AttentionArguments& a, unsigned char* sh
     }
     if (group_now() == 0) ptx::barrier(turn, Cut::computing);
   }
+}
+
+// As by_head_width, for the widths whose panels are whole.
+template <class Body>
+void by_panels(const char* name, int64_t width, const Body& body) {
+  if (width <= 64) return body(std::integral_constant<int, 64>());
+  if (width <= 128) return body(std::integral_constant<int, 128>());
+  if (width <= 192) return body(std::integral_constant<int, 192>());
+  if (width <= 256) return body(std::integral_constant<int, 256>());
+  fail(name, ": head dims go up to 256, got ", width);
 }
 
 }  // namespace pytransformer::cuda
