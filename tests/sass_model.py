@@ -125,11 +125,18 @@ class Multiprocessor:
         return True
 
     def _begin_product(self, warp: Warp, x: Instruction, clock: int) -> None:
-        """Tensor cores make one product of a scheduler's warps after the other, while these go on."""
-        key = ("tensor core", warp.number % 4)
-        self.busy[key] = max(self.busy[key], clock) + OF_WARPGROUP * columns(x)
+        """Tensor cores make one product of a scheduler's warps after the other, while these go on.
+
+        They read 16 terms of each column, of 2 bytes, and of 64 rows unless these are in registers; what else is read
+        from shared memory meanwhile is little.
+        """
+        rows = 0 if re.search(r" R\d+, R\d+, gdesc", x.text) else 64
+        of_warp = (columns(x) + rows) * 32 / 128 / 4  # clocks
+        read, core = ("operands", 0), ("tensor core", warp.number % 4)
+        self.busy[read] = max(self.busy[read], clock) + of_warp
+        self.busy[core] = max(max(self.busy[core], clock) + OF_WARPGROUP * columns(x), self.busy[read])
         if "gsb0" in x.text:
-            warp.products.append(self.busy[key])
+            warp.products.append(self.busy[core])
 
     def _products_done(self, warp: Warp, x: Instruction, clock: int) -> bool:
         warp.products = [t for t in warp.products if t > clock]
@@ -204,18 +211,18 @@ def main() -> None:
     if (reason := cuda_table.missing()) is not None:
         raise SystemExit(f"no model: {reason}")
     table = cuda_table.TABLE.read_text().splitlines()
-    for width in (64, 128):
-        backward = 0.0
-        for stem, arguments, products in (("fwd", ", false", 2), ("bwd_key", "", 4), ("bwd_query", "", 3)):
-            name = f"attention_{stem}_kernel<bf16, {width}{arguments}>"
-            (row,) = [line for line in table if line.startswith(ARCH) and f" {name} " in line]
-            clocks, tflops = speed(name, products, resident(row))
-            backward += clocks if stem != "fwd" else 0
-            print(f"{name:42} {resident(row)} blocks  {tflops:5.0f} TFLOP/s")
-        name = f"attention_fwd_sm90_kernel<bf16, {width}>"
-        print(f"{name:42} 1 block   {speed(name, 2, 1)[1]:5.0f} TFLOP/s")
-        effective = 2 * 5 / backward * CLOCK * MULTIPROCESSORS / 1e12
-        print(f"{f'backward, {width} columns, of 5 products':42} {'':9} {effective:5.0f} TFLOP/s")
+    for suffix in ("", "_sm90"):
+        for width in (64, 128):
+            backward = 0.0
+            for stem, arguments, products in (("fwd", ", false", 2), ("bwd_key", "", 4), ("bwd_query", "", 3)):
+                name = f"attention_{stem}{suffix}_kernel<bf16, {width}{'' if suffix else arguments}>"
+                (row,) = [line for line in table if line.startswith(ARCH) and f" {name} " in line]
+                blocks = 1 if suffix else resident(row)
+                clocks, tflops = speed(name, products, blocks)
+                backward += clocks if stem != "fwd" else 0
+                print(f"{name:42} {blocks} blocks  {tflops:5.0f} TFLOP/s")
+            effective = 2 * 5 / backward * CLOCK * MULTIPROCESSORS / 1e12
+            print(f"{f'backward, {width} columns, of 5 products':42} {'':9} {effective:5.0f} TFLOP/s")
 
 
 if __name__ == "__main__":

@@ -38,13 +38,17 @@ struct BackwardArguments : AttentionArguments {
   }
 };
 
-// Starts the kernels that own queries and keys; the second by Hopper's own instructions.
+// Starts the kernels that own queries and keys.
 template <class T>
 void attention_bwd_query(const BackwardArguments& a, const TensorView& query, const Launch& launch);
 template <class T>
+void attention_bwd_key(const BackwardArguments& a, const TensorView& key, const Launch& launch);
+
+// By Hopper's own instructions; head dims from 33 to 256, and to 128.
+template <class T>
 void attention_bwd_query_sm90(const BackwardArguments& a, const TensorView& query, const Launch& launch);
 template <class T>
-void attention_bwd_key(const BackwardArguments& a, const TensorView& key, const Launch& launch);
+void attention_bwd_key_sm90(const BackwardArguments& a, const TensorView& key, const Launch& launch);
 
 // Scale, soft cap and bias of a tile of products; what is hidden later may be NaN.
 template <class T, int M, int N, class Place>
@@ -136,5 +140,22 @@ __device__ inline void store_grad_bias(const float (&ds)[M][N / 8][4], const Row
     if (t < place.a.T && s < place.a.S) to[int64_t(t) * place.a.S + s] = ds[m][n][i];
   });
 }
+
+// The place of a tile whose rows are keys, and columns queries.
+template <int M, int N>
+struct RowsAreKeys {
+  const Visibility& v;
+  const BackwardArguments& a;
+  const float2 (&of_columns)[N / 8];  // the lse for the weights, then delta for their gradients
+  int64_t line;                       // first row of the head in [B*H*T]
+  int row, t, member;                 // the warp's first key; the tile's first query
+
+  __device__ int query(int, int n, int i) const { return t + 8 * n + lane_column() + i % 2; }
+  __device__ int key(int m, int, int i) const { return row + 16 * m + lane_row() + i / 2 * 8; }
+  __device__ float lse(int, int n, int i) const { return i % 2 == 0 ? of_columns[n].x : of_columns[n].y; }
+  __device__ float delta(int m, int n, int i) const { return lse(m, n, i); }
+  __device__ uint32_t visible(int m) const { return visible_queries<N>(v, t, row + 16 * m + lane_row(), member); }
+  __device__ uint32_t kept(int m) const { return keep_queries<N>(Dropout(a.dropout), line + t, row + 16 * m, v.S); }
+};
 
 }  // namespace pytransformer::cuda

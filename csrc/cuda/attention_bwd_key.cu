@@ -12,6 +12,7 @@
 #include <algorithm>
 
 #include "attention_bwd.cuh"
+#include "device.h"
 
 namespace pytransformer::cuda {
 namespace {
@@ -80,23 +81,6 @@ struct KeyCut {
   static constexpr int exchange_bytes = Exchange<M, queries>::bytes;         // of a pair
   static constexpr int block_at =
       tile_bytes<D>(2 * keys + 2 * stages * queries) + stages * statistics_bytes + pairs * exchange_bytes;
-};
-
-// Rows of a tile of scores are keys, columns queries.
-template <int M, int N>
-struct RowsAreKeys {
-  const Visibility& v;
-  const BackwardArguments& a;
-  const float2 (&of_columns)[N / 8];  // the lse for the first of a pair, delta for the second
-  int64_t line;                       // first row of the head in [B*H*T]
-  int row, t, member;                 // the warp's first key; the tile's first query
-
-  __device__ int query(int, int n, int i) const { return t + 8 * n + lane_column() + i % 2; }
-  __device__ int key(int m, int, int i) const { return row + 16 * m + lane_row() + i / 2 * 8; }
-  __device__ float lse(int, int n, int i) const { return i % 2 == 0 ? of_columns[n].x : of_columns[n].y; }
-  __device__ float delta(int m, int n, int i) const { return lse(m, n, i); }
-  __device__ uint32_t visible(int m) const { return visible_queries<N>(v, t, row + 16 * m + lane_row(), member); }
-  __device__ uint32_t kept(int m) const { return keep_queries<N>(Dropout(a.dropout), line + t, row + 16 * m, v.S); }
 };
 
 // The keys of a block, those of the heads from `head` on. In shared memory.
@@ -192,7 +176,7 @@ __global__ void __launch_bounds__(threads, KeyCut<D>::blocks)
         __syncthreads();
       }
       const int h = block.head + step.member;
-      float2 of_columns[N / 8];
+      float2 of_columns[N / 8];  // the lse for the first of a pair, delta for the second
       const int64_t line = (int64_t(block.batch) * a.H + h) * a.T;
       const RowsAreKeys<M, N> place{v, a, of_columns, line, block.first + of_pair, step.tile * N, step.member};
       const Asked asked(a, partial);
@@ -247,7 +231,11 @@ __global__ void __launch_bounds__(threads, KeyCut<D>::blocks)
 
 template <class T>
 void attention_bwd_key(const BackwardArguments& a, const TensorView& key, const Launch& launch) {
-  by_head_width("attention_bwd", std::max(a.query.width, a.value.width), [&](auto width) {
+  const int widest = std::max(a.query.width, a.value.width);
+#ifdef PYTRANSFORMER_HOPPER
+  if (widest > 32 && widest <= 128 && compute_capability() == 90) return attention_bwd_key_sm90<T>(a, key, launch);
+#endif
+  by_head_width("attention_bwd", widest, [&](auto width) {
     using Cut = KeyCut<width()>;
     const int64_t blocks = ceil_div(a.S, Cut::keys) * a.B * (a.H / a.group);
     start("attention_bwd: key", key, attention_bwd_key_kernel<T, width()>,

@@ -13,47 +13,37 @@ namespace pytransformer::cuda {
 namespace {
 
 template <int D>
-using HopperQuery = HopperCut<D, D <= 128 ? 64 : 32, 3, 2>;
+using HopperQuery = HopperCut<KeysPass, D, D <= 128 ? 64 : 32, 3, 2, 2>;
 
 // The queries of one warpgroup, in one block.
 template <class T, int D>
-__device__ inline void attend(float (&sum)[1][D / 8][4], const BackwardArguments& a, HopperBlock& block,
+__device__ inline void attend(float (&sum)[1][D / 8][4], const BackwardArguments& a, HopperBlock<HopperQuery<D>>& block,
                               HopperTiles<HopperQuery<D>> tiles, bool careful, HopperProgress& progress) {
   using Cut = HopperQuery<D>;
-  constexpr int N = Cut::keys;
-  const auto role = [&]() -> const HopperRole& { return block.roles[2 + group_now()]; };
+  constexpr int N = Cut::tile_rows;
+  const auto role = [&]() -> const auto& { return block.roles[2 + group_now()]; };
   const auto row = [&] { return first_row(role()) + thread_of_group() % 32 / 4; };
   float p[1][N / 8][4], ds[1][N / 8][4];  // products, and then weights and gradients
   uint32_t weights[N / 16][4];            // of keys, for dQ: dS, rounded
 
   // Of the tile `ahead` of that whose keys are next to be freed.
-  const auto keys = [&](int ahead) { return tiles.keys((progress.keys + ahead) % Cut::key_stages); };
+  const auto keys = [&](int ahead) { return tiles.first(progress.first + ahead); };
   const auto next_tile = [&](int ahead) {
-    const int use = progress.keys + ahead, stage = use % Cut::key_stages;
-    block.keys[stage].wait_until_full(use / Cut::key_stages % 2);
-    return block.tile[stage];
+    block.first.wait_until_full(progress.first + ahead);
+    return block.tile[block.first.of(progress.first + ahead)];
   };
-  const auto release_keys = [&] { block.keys[progress.keys++ % Cut::key_stages].tell_free(); };
-  // Keys that are not finite are set to 0, by both warpgroups before either multiplies by them.
-  const auto clean_keys = [&](int ahead) {
-    const int thread = int(threadIdx.x) - 2 * Cut::loaders;
-    ptx::barrier(of_computing, Cut::computing);
-    clean_tile<T, N>(keys(ahead), nullptr, thread, Cut::computing);
-    ptx::fence_for_products();
-    ptx::barrier(of_computing, Cut::computing);
-  };
+  const auto release_keys = [&] { block.first.tell_free(progress.first++); };
   const auto begin_scores = [&](int ahead) {
-    const int stage = progress.values % Cut::value_stages;
-    block.values[stage].wait_until_full(progress.values / Cut::value_stages % 2);
+    block.second.wait_until_full(progress.second);
     ptx::begin_products();
-    begin_products_of_rows<T, N>(p[0], tiles.queries(group_now()), keys(ahead));
-    begin_products_of_rows<T, N>(ds[0], tiles.queries(group_now(), 1), tiles.values(stage));
+    begin_products_of_rows<T, N>(p[0], tiles.own(group_now()), keys(ahead));
+    begin_products_of_rows<T, N>(ds[0], tiles.own(group_now(), 1), tiles.second(progress.second));
     ptx::commit_products();
   };
   const auto scores_are_here = [&] {
     ptx::held(p[0]);
     ptx::held(ds[0]);
-    block.values[progress.values++ % Cut::value_stages].tell_free();
+    block.second.tell_free(progress.second++);
   };
   const auto begin_sum = [&] {
     ptx::held(weights);
@@ -78,7 +68,7 @@ __device__ inline void attend(float (&sum)[1][D / 8][4], const BackwardArguments
   set_zero<1, D>(sum);
   int tile = next_tile(0);
   if (tile < 0) return release_keys();
-  if (careful && tile & 1) clean_keys(0);
+  if (careful && tile & 1) clean_together<T, Cut>(keys(0), nullptr);
   begin_scores(0);
   ptx::wait_for_products<0>();
   scores_are_here();
@@ -89,7 +79,7 @@ __device__ inline void attend(float (&sum)[1][D / 8][4], const BackwardArguments
     if (caps) {  // the products once more: P has been used
       ptx::held(p[0]);
       ptx::begin_products();
-      begin_products_of_rows<T, N>(p[0], tiles.queries(group_now()), keys(first ? 0 : 1));
+      begin_products_of_rows<T, N>(p[0], tiles.own(group_now()), keys(first ? 0 : 1));
       ptx::commit_products();
     }
     ptx::wait_for_products<0>();  // of the tile before
@@ -101,7 +91,7 @@ __device__ inline void attend(float (&sum)[1][D / 8][4], const BackwardArguments
     round_weights<T, N>(weights, ds[0]);
     tile = next_tile(1);
     if (tile < 0) break;
-    if (careful && tile & 1) clean_keys(1);
+    if (careful && tile & 1) clean_together<T, Cut>(keys(1), nullptr);
     ptx::barrier(turn + group_now(), Cut::computing);
     begin_scores(1);
     begin_sum();
@@ -126,13 +116,17 @@ __device__ inline void load_statistics(const BackwardArguments& a, const BlockRo
 
 // One pass of a warpgroup over all blocks.
 template <class T, int D>
-__device__ inline void attend_all(const BackwardArguments& a, HopperBlock& block, HopperTiles<HopperQuery<D>> tiles,
-                                  bool careful, HopperProgress& progress) {
+__device__ inline void attend_all(const BackwardArguments& a, HopperBlock<HopperQuery<D>>& block,
+                                  HopperTiles<HopperQuery<D>> tiles, bool careful, HopperProgress& progress) {
   using Cut = HopperQuery<D>;
   while (next_block<Cut>(block, 2 + group_now(), a, thread_of_group(), Cut::group)) {
     const BlockRows<false>& rows = block.roles[2 + group_now()].rows;
-    load_queries<Cut>(a, a.query, rows, tiles.queries(group_now()));
-    load_queries<Cut>(a, a.grad_out, rows, tiles.queries(group_now(), 1));
+    const auto load = [&](const Heads& x, int which) {
+      const int64_t offset = a.of_queries(x, rows.batch, rows.head);
+      load_own<Cut>(x, offset, rows.first, rows.end, tiles.own(group_now(), which));
+    };
+    load(a.query, 0);
+    load(a.grad_out, 1);
     load_statistics(a, rows, block.of_rows);
     finish_copies();
     ptx::barrier(of_role + 2 + group_now(), Cut::group);
@@ -140,10 +134,10 @@ __device__ inline void attend_all(const BackwardArguments& a, HopperBlock& block
     attend<T, D>(sum, a, block, tiles, careful, progress);
     if (has_nan<1, D>(sum)) atomicOr(&block.unclean, 1u);
     multiply_all<1, D>(sum, a.scale);
-    const HopperRole& role = block.roles[2 + group_now()];
+    const auto& role = block.roles[2 + group_now()];
     const int64_t offset = a.of_queries(a.grad_query, role.rows.batch, role.rows.head);
-    store_rows<T, 1>(sum, tiles.queries(group_now()), thread_of_group() / 32 * 16, a.grad_query, offset,
-                     first_row(role), role.rows.end);
+    store_rows<T, 1>(sum, tiles.own(group_now()), thread_of_group() / 32 * 16, a.grad_query, offset, first_row(role),
+                     role.rows.end);
   }
 }
 
@@ -159,8 +153,8 @@ __global__ void __launch_bounds__(HopperQuery<D>::threads, 1)
 template <class T, int D>
 void backward(BackwardArguments a, const TensorView& query, const Launch& launch) {
   using Cut = HopperQuery<D>;
-  constexpr size_t shared_bytes = Cut::tiles_bytes + sizeof(HopperBlock);
-  a.blocks = int(ceil_div(a.T, Cut::queries) * a.B * a.H);
+  constexpr size_t shared_bytes = Cut::tiles_bytes + sizeof(HopperBlock<Cut>);
+  a.blocks = int(ceil_div(a.T, Cut::block_rows) * a.B * a.H);
   const Shape shape{dim3(unsigned(std::min(a.blocks, multiprocessors()))), dim3(Cut::threads), shared_bytes};
   start("attention_bwd: query", query, attention_bwd_query_sm90_kernel<T, D>, shape, launch, a);
 }

@@ -12,8 +12,8 @@ constexpr const char* name = "attention_fwd";
 template <class T, int D>
 void forward(ForwardArguments& a, const AttentionForward& p, const Launch& launch) {
   using Cut = HopperForward<D>;
-  constexpr size_t shared_bytes = Cut::tiles_bytes + sizeof(HopperBlock);
-  a.blocks = int(ceil_div(a.T, Cut::queries) * a.B * a.H);
+  constexpr size_t shared_bytes = Cut::tiles_bytes + sizeof(HopperBlock<Cut>);
+  a.blocks = int(ceil_div(a.T, Cut::block_rows) * a.B * a.H);
   const Shape shape{dim3(unsigned(std::min(a.blocks, multiprocessors()))), dim3(Cut::threads), shared_bytes};
   start(name, p.query, attention_fwd_sm90_kernel<T, D>, shape, launch, a);
 }

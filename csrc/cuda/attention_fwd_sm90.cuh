@@ -37,51 +37,38 @@ constexpr int hopper_forward_keys(int D) {
   return D <= 128 ? 128 : D <= 192 ? 64 : 32;
 }
 template <int D>
-using HopperForward = HopperCut<D, hopper_forward_keys(D), 2, 1>;
+using HopperForward = HopperCut<KeysPass, D, hopper_forward_keys(D), 2, 2, 1>;
 
 // The queries of one warpgroup, in one block: results in `softmax`.
 template <class T, int D>
-__device__ inline void attend(RunningSoftmax<1, D>& softmax, const ForwardArguments& a, HopperBlock& block,
-                              HopperTiles<HopperForward<D>> tiles, bool careful, HopperProgress& progress) {
+__device__ inline void attend(RunningSoftmax<1, D>& softmax, const ForwardArguments& a,
+                              HopperBlock<HopperForward<D>>& block, HopperTiles<HopperForward<D>> tiles, bool careful,
+                              HopperProgress& progress) {
   using Cut = HopperForward<D>;
-  constexpr int N = Cut::keys;
-  const auto role = [&]() -> const HopperRole& { return block.roles[2 + group_now()]; };
+  constexpr int N = Cut::tile_rows;
+  const auto role = [&]() -> const auto& { return block.roles[2 + group_now()]; };
   const auto row = [&] { return first_row(role()) + thread_of_group() % 32 / 4; };
   float x[1][N / 8][4];         // scores, and then weights relative to the largest score
   uint32_t weights[N / 16][4];  // the same, rounded
   float (&total)[D / 8][4] = softmax.total[0];
   const auto next_tile = [&] {
-    const int stage = progress.keys % Cut::key_stages;
-    block.keys[stage].wait_until_full(progress.keys / Cut::key_stages % 2);
-    return block.tile[stage];
+    block.first.wait_until_full(progress.first);
+    return block.tile[block.first.of(progress.first)];
   };
-  const auto release_keys = [&] { block.keys[progress.keys++ % Cut::key_stages].tell_free(); };
+  const auto release_keys = [&] { block.first.tell_free(progress.first++); };
   const auto begin_scores = [&] {
     ptx::begin_products();
-    begin_products_of_rows<T, N>(x[0], tiles.queries(group_now()), tiles.keys(progress.keys % Cut::key_stages));
+    begin_products_of_rows<T, N>(x[0], tiles.own(group_now()), tiles.first(progress.first));
     ptx::commit_products();
   };
-  const auto values = [&] { return tiles.values(progress.values % Cut::value_stages); };
-  const auto wait_for_values = [&] {
-    block.values[progress.values % Cut::value_stages].wait_until_full(progress.values / Cut::value_stages % 2);
-  };
+  const auto wait_for_values = [&] { block.second.wait_until_full(progress.second); };
   const auto begin_total = [&] {
     if (!careful) wait_for_values();
     ptx::held(weights);
     ptx::held(total);
     ptx::begin_products();
-    begin_weighted_rows<T, N>(total, weights, values());
+    begin_weighted_rows<T, N>(total, weights, tiles.second(progress.second));
     ptx::commit_products();
-  };
-  // Values that are not finite are set to 0, by both warpgroups before either multiplies by them.
-  const auto clean_values = [&] {
-    const int thread = int(threadIdx.x) - 2 * Cut::loaders;
-    ptx::barrier(of_computing, Cut::computing);  // nobody reads of the tile before any more
-    if (thread < N / 32) block.spoilt[thread] = 0;
-    ptx::barrier(of_computing, Cut::computing);
-    clean_tile<T, N>(values(), block.spoilt, thread, Cut::computing);
-    ptx::fence_for_products();
-    ptx::barrier(of_computing, Cut::computing);
   };
 
   softmax.reset();
@@ -98,7 +85,7 @@ __device__ inline void attend(RunningSoftmax<1, D>& softmax, const ForwardArgume
     if (careful) wait_for_values();
     if (asked.shapes) shape_scores<T, 1, N>(x, a, role().rows, row(), s);
     if (asked.hides) {
-      if (careful) clean_values();
+      if (careful) clean_together<T, Cut>(tiles.second(progress.second), block.spoilt);
       seeing = hide_scores<1, N>(x, role().visibility, role().rows, row(), s, careful ? block.spoilt : nullptr);
     }
     float rescale[1][2];
@@ -113,7 +100,7 @@ __device__ inline void attend(RunningSoftmax<1, D>& softmax, const ForwardArgume
     ptx::wait_for_products<0>();  // of the tile before
     ptx::held(total);
     ptx::held(weights);
-    if (!first) block.values[(progress.values - 1) % Cut::value_stages].tell_free();
+    if (!first) block.second.tell_free(progress.second - 1);
     if (raised) softmax.multiply_total(rescale);
     if (seeing != 0) softmax.spoil(seeing);
     round_weights<T, N>(weights, x[0]);
@@ -126,21 +113,19 @@ __device__ inline void attend(RunningSoftmax<1, D>& softmax, const ForwardArgume
     ptx::wait_for_products<1>();  // of the scores
     ptx::held(x[0]);
     release_keys();
-    ++progress.values;
+    ++progress.second;
   }
   release_keys();
   begin_total();
   ptx::wait_for_products<0>();
   ptx::held(total);
-  block.values[progress.values++ % Cut::value_stages].tell_free();
+  block.second.tell_free(progress.second++);
 }
 
 // Writes what a warpgroup has found, by way of where its queries were.
 template <class T, int D>
-__device__ inline void store_results(RunningSoftmax<1, D>& softmax, const ForwardArguments& a, const HopperRole& role,
-                                     Panels<64, D> queries) {
-  const BlockRows<false>& rows = role.rows;
-  const int first = first_row(role);
+__device__ inline void store_results(RunningSoftmax<1, D>& softmax, const ForwardArguments& a,
+                                     const BlockRows<false>& rows, int first, Panels<64, D> queries) {
   const int64_t of_head = rows.batch * a.lse_batch + rows.head * a.lse_head + a.before_queries(rows.batch);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -154,17 +139,20 @@ __device__ inline void store_results(RunningSoftmax<1, D>& softmax, const Forwar
 
 // One pass of a warpgroup over all blocks.
 template <class T, int D>
-__device__ inline void attend_all(const ForwardArguments& a, HopperBlock& block, HopperTiles<HopperForward<D>> tiles,
-                                  bool careful, HopperProgress& progress) {
+__device__ inline void attend_all(const ForwardArguments& a, HopperBlock<HopperForward<D>>& block,
+                                  HopperTiles<HopperForward<D>> tiles, bool careful, HopperProgress& progress) {
   using Cut = HopperForward<D>;
   while (next_block<Cut>(block, 2 + group_now(), a, thread_of_group(), Cut::group)) {
-    load_queries<Cut>(a, a.query, block.roles[2 + group_now()].rows, tiles.queries(group_now()));
+    const BlockRows<false>& rows = block.roles[2 + group_now()].rows;
+    const int64_t offset = a.of_queries(a.query, rows.batch, rows.head);
+    load_own<Cut>(a.query, offset, rows.first, rows.end, tiles.own(group_now()));
     finish_copies();
     ptx::barrier(of_role + 2 + group_now(), Cut::group);
     RunningSoftmax<1, D> softmax;
     attend<T, D>(softmax, a, block, tiles, careful, progress);
     if (has_nan<1, D>(softmax.total)) atomicOr(&block.unclean, 1u);
-    store_results<T, D>(softmax, a, block.roles[2 + group_now()], tiles.queries(group_now()));
+    const auto& role = block.roles[2 + group_now()];
+    store_results<T, D>(softmax, a, role.rows, first_row(role), tiles.own(group_now()));
   }
 }
 

@@ -1,11 +1,16 @@
 // How the kernels of attention that use Hopper's own instructions are organised, and what they share: blocks of threads
-// with four roles, which live as long as the kernel, one a multiprocessor.
+// with four roles, which live as long as the kernel, one a multiprocessor. A block of threads takes one block of rows
+// after the other, 128 queries of a head, or keys; over these pass tiles of the other kind.
 //
-//     64 threads copy keys      into one of two or three stages, by cp.async, and tell that it is full; then they wait
-//     64 threads copy values    until the next is free. They run ahead, into the next block of queries, too.
-//     two warpgroups compute    64 queries each, over the same tiles. Those that copy leave their registers to them.
+//     64 threads copy one operand      of each tile into a stage of shared memory, by cp.async, and tell that it is
+//     full; 64 threads copy the other        then they wait until the next is free. They run ahead, into the next
+//     block, too. two warpgroups compute           64 rows each, over the same tiles. Those that copy leave their
+//     registers to them.
 //
 // Copies are written by the generic proxy and read by the async one: who has copied fences before it tells.
+//
+// What passes by is up to a `Stream`: KeysPass here, keys and values for blocks of queries; in
+// attention_bwd_key_sm90.cu queries and gradients for blocks of keys.
 #pragma once
 
 #include "attention_scores.cuh"
@@ -13,33 +18,34 @@
 
 namespace pytransformer::cuda {
 
-// How a head width is cut: tiles of KEYS keys, of which KEY_STAGES are here at a time, and OPERANDS operands of
-// products that have a row for each query. Of the registers that all threads are launched with, those that copy leave
-// some to the others.
-template <int WIDTH, int KEYS, int KEY_STAGES, int OPERANDS>
-struct HopperCut {
-  static constexpr int D = WIDTH, keys = KEYS, key_stages = KEY_STAGES, value_stages = 2;
-  static constexpr int rows = 64, groups = 2, queries = rows * groups;  // of each warpgroup that computes
-  static constexpr int loaders = 64, group = 128;  // threads that copy keys, or values; of a warpgroup that computes
+// How a head width is cut: a Stream of tiles of TILE_ROWS rows, of whose two operands FIRST and SECOND are here at a
+// time, and OPERANDS operands of products that have a row for each row of a block. Of the registers that all threads
+// are launched with, those that copy leave some to the others.
+template <class Stream, int WIDTH, int TILE_ROWS, int FIRST, int SECOND, int OPERANDS>
+struct HopperCut : Stream {
+  static constexpr int D = WIDTH, tile_rows = TILE_ROWS, first_stages = FIRST, second_stages = SECOND;
+  static constexpr int rows = 64, groups = 2, block_rows = rows * groups;  // of each warpgroup that computes
+  static constexpr int loaders = 64, group = 128;  // threads that copy one operand; of a warpgroup that computes
   static constexpr int computing = groups * group, threads = 2 * loaders + computing;
   static constexpr int loader_registers = 56, group_registers = 224;
-  static constexpr int operands_bytes = 2 * D * OPERANDS * queries;
-  static constexpr int tiles_bytes =
-      operands_bytes + 2 * D * keys * (key_stages + value_stages);  // a HopperBlock lies behind them
+  static constexpr int operands_bytes = 2 * D * OPERANDS * block_rows;
+  // A HopperBlock lies behind them.
+  static constexpr int tiles_bytes = operands_bytes + 2 * D * tile_rows * (first_stages + second_stages);
 };
 
 // Named barriers; 0 is that of __syncthreads().
 enum HopperBarrier {
-  of_role = 1,  // one each: who copies keys, values, and each warpgroup that computes
+  of_role = 1,  // one each: who copies, and each warpgroup that computes
   of_computing = 5,
   turn = 6,  // of either warpgroup, to begin products
 };
 
-// What those of one role know of the block of queries that they are at.
+// What those of one role know of the block of rows that they are at.
+template <class Rows>
 struct HopperRole {
   int round;  // each multiprocessor takes one block a round
   bool more;  // there is one
-  BlockRows<false> rows;
+  Rows rows;
   Visibility visibility;
 
   // Blocks come with the longest first. Every other round is dealt out in reverse, so that nobody has all long ones.
@@ -70,14 +76,31 @@ struct HopperStage {
   }
 };
 
+// The stages of one operand, by how often they have been used.
+template <int COUNT>
+struct HopperStages {
+  HopperStage stage[COUNT];
+
+  __device__ static int of(int use) { return use % COUNT; }
+  __device__ void wait_until_full(int use) { stage[of(use)].wait_until_full(use / COUNT % 2); }
+  __device__ void wait_until_free(int use) { stage[of(use)].wait_until_free(use / COUNT % 2); }
+  __device__ void tell_full(int use) { stage[of(use)].tell_full(); }
+  __device__ void tell_free(int use) { stage[of(use)].tell_free(); }
+};
+
 // In shared memory, behind the tiles.
+template <class Cut>
 struct HopperBlock {
-  HopperRole roles[4];
-  HopperStage keys[3], values[2];
-  int tile[3];          // in a stage: its first key, plus 1 where it is partial; -1: this block of queries has no more
-  float2 of_rows[128];  // of each query, in the backward: lse and delta
-  uint32_t unclean;     // not 0: some result held a NaN
-  uint32_t spoilt[4];   // a bit for each key of a tile whose values had to be cleaned
+  HopperRole<typename Cut::Rows> roles[4];
+  HopperStages<Cut::first_stages> first;
+  HopperStages<Cut::second_stages> second;
+  int tile[Cut::first_stages];  // in a stage: its first row, plus 1 where it is partial; -1: this block has no more
+  int member[Cut::first_stages];
+  uint32_t unclean;    // not 0: some result held a NaN
+  uint32_t spoilt[4];  // a bit for each row of a tile that had to be cleaned
+  // Of queries, in the backward, lse and delta: of a block's rows, or of a tile's.
+  float2 of_rows[Cut::block_rows];
+  float of_tile[Cut::first_stages][2][Cut::tile_rows];
 };
 
 template <class Cut>
@@ -86,13 +109,18 @@ struct HopperTiles {
   uint32_t memory;
 
   // Of operand `which`, the rows of one warpgroup.
-  __device__ Panels<Cut::rows, Cut::D> queries(int group, int which = 0) const {
-    return {memory + row_bytes * (which * Cut::queries + group * Cut::rows)};
+  __device__ Panels<Cut::rows, Cut::D> own(int group, int which = 0) const {
+    return {memory + row_bytes * (which * Cut::block_rows + group * Cut::rows)};
   }
-  __device__ Panels<Cut::keys, Cut::D> keys(int stage) const {
-    return {memory + Cut::operands_bytes + row_bytes * stage * Cut::keys};
+  __device__ Panels<Cut::tile_rows, Cut::D> first(int use) const { return stage(use % Cut::first_stages); }
+  __device__ Panels<Cut::tile_rows, Cut::D> second(int use) const {
+    return stage(Cut::first_stages + use % Cut::second_stages);
   }
-  __device__ Panels<Cut::keys, Cut::D> values(int stage) const { return keys(Cut::key_stages + stage); }
+
+ private:
+  __device__ Panels<Cut::tile_rows, Cut::D> stage(int i) const {
+    return {memory + Cut::operands_bytes + row_bytes * i * Cut::tile_rows};
+  }
 };
 
 // What thread `thread` of those that copy a head copies first of its row 0.
@@ -128,16 +156,40 @@ __device__ inline void finish_copies() {
   ptx::fence_for_products();
 }
 
-// The next block of queries that has any, for the `count` threads of role `number`; false after the last one.
+// Keys and values, for blocks of queries.
+struct KeysPass {
+  using Rows = BlockRows<false>;
+
+  // f(member, tile, partial) for each tile that a block sees some of.
+  template <class Cut, class F>
+  __device__ static void each_tile(const AttentionArguments& a, const Rows& rows, const Visibility& v, const F& f) {
+    const Range range = key_tiles<Cut::block_rows, Cut::tile_rows>(v, rows.first);
+    for (int tile = range.tile; tile < range.end; ++tile) {
+      const TileKind kind =
+          tile_kind<Cut::block_rows, Cut::tile_rows>(a, v, range.inside(tile), rows.first, tile * Cut::tile_rows);
+      if (kind != TileKind::empty) f(0, tile, kind == TileKind::partial);
+    }
+  }
+  __device__ static const Heads& streamed(const AttentionArguments& a, bool second) { return second ? a.value : a.key; }
+  __device__ static int64_t offset(const AttentionArguments& a, const Heads& x, const Rows& rows, int) {
+    return a.of_keys(x, rows.batch, rows.head / a.group);
+  }
+  __device__ static int end(const Visibility& v) { return v.length; }
+  template <class Block>
+  __device__ static void copy_statistics(const AttentionArguments&, Block&, const Rows&, int, int, int, int, int) {}
+};
+
+// The next block that has any rows, for the `count` threads of role `number`; false after the last one.
 template <class Cut>
-__device__ inline bool next_block(HopperBlock& block, int number, const AttentionArguments& a, int thread, int count) {
-  HopperRole& role = block.roles[number];
+__device__ inline bool next_block(HopperBlock<Cut>& block, int number, const AttentionArguments& a, int thread,
+                                  int count) {
+  auto& role = block.roles[number];
   ptx::barrier(of_role + number, count);  // nobody looks at the last one any more
   if (thread == 0) {
     do {
       ++role.round;
       role.more = role.index() < a.blocks;
-      if (role.more) role.rows = BlockRows<false>(a, Cut::queries, role.index());
+      if (role.more) role.rows = typename Cut::Rows(a, Cut::block_rows, role.index());
     } while (role.more && role.rows.first >= role.rows.end);
     if (role.more) role.visibility = Visibility(a, role.rows.batch, role.rows.head);
     if (!role.more) role.round = -1;  // there may be a second pass
@@ -146,50 +198,50 @@ __device__ inline bool next_block(HopperBlock& block, int number, const Attentio
   return role.more;
 }
 
-// Copies the keys, or the values, of one pass over all blocks of queries. `uses` counts the stages filled.
-template <class Cut, bool Values>
-__device__ inline void load_all(const AttentionArguments& a, HopperBlock& block, HopperTiles<Cut> tiles, int& uses) {
-  const BlockRows<false>& rows = block.roles[Values].rows;
-  const Visibility& v = block.roles[Values].visibility;
-  const Heads& from = Values ? a.value : a.key;
+// Copies one operand of all tiles of one pass over all blocks. `uses` counts the stages filled.
+template <class Cut, bool Second, class Arguments>
+__device__ inline void load_all(const Arguments& a, HopperBlock<Cut>& block, HopperTiles<Cut> tiles, int& uses) {
+  const auto& role = block.roles[Second];
+  const Heads& from = Cut::streamed(a, Second);
   const int thread = threadIdx.x % Cut::loaders;
-  HopperStage* stages = Values ? block.values : block.keys;
-  constexpr int count = Values ? Cut::value_stages : Cut::key_stages;
-  const auto next_stage = [&] {
-    const int stage = uses % count;
-    stages[stage].wait_until_free(uses / count % 2);
-    ++uses;
-    return stage;
-  };
-  const auto tell = [&](int stage, int tile) {
-    if (!Values && thread == 0) block.tile[stage] = tile;
-  };
-  while (next_block<Cut>(block, Values, a, thread, Cut::loaders)) {
-    const uint16_t* first = first_chunk(from, a.of_keys(from, rows.batch, rows.head / a.group), thread);
-    const Range range = key_tiles<Cut::queries, Cut::keys>(v, rows.first);
-    for (int tile = range.tile; tile < range.end; ++tile) {
-      const TileKind kind = tile_kind<Cut::queries, Cut::keys>(a, v, range.inside(tile), rows.first, tile * Cut::keys);
-      if (kind == TileKind::empty) continue;
-      const int stage = next_stage();
-      load_panels<Cut::loaders>(Values ? tiles.values(stage) : tiles.keys(stage), thread, first, from.row,
-                                tile * Cut::keys, v.length, from.width);
-      tell(stage, tile * Cut::keys + (kind == TileKind::partial));
-      finish_copies();
-      stages[stage].tell_full();
+  const auto stages = [&]() -> auto& {
+    if constexpr (Second) {
+      return block.second;
+    } else {
+      return block.first;
     }
-    if (Values) continue;
-    const int stage = next_stage();
-    tell(stage, -1);
-    stages[stage].tell_full();
+  };
+  const auto tell = [&](int tile, int member) {
+    if (Second || thread != 0) return;
+    block.tile[stages().of(uses)] = tile;
+    block.member[stages().of(uses)] = member;
+  };
+  while (next_block<Cut>(block, Second, a, thread, Cut::loaders)) {
+    const int end = Cut::end(role.visibility);
+    Cut::template each_tile<Cut>(a, role.rows, role.visibility, [&](int member, int tile, bool partial) {
+      const uint16_t* first = first_chunk(from, Cut::offset(a, from, role.rows, member), thread);
+      const int row = tile * Cut::tile_rows;
+      stages().wait_until_free(uses);
+      load_panels<Cut::loaders>(Second ? tiles.second(uses) : tiles.first(uses), thread, first, from.row, row, end,
+                                from.width);
+      if (!Second) Cut::copy_statistics(a, block, role.rows, stages().of(uses), member, row, end, thread);
+      tell(row + partial, member);
+      finish_copies();
+      stages().tell_full(uses++);
+    });
+    if (Second) continue;
+    stages().wait_until_free(uses);
+    tell(-1, 0);
+    stages().tell_full(uses++);
   }
 }
 
-template <class Cut, bool Values>
-__device__ inline void load(const AttentionArguments& a, HopperBlock& block, HopperTiles<Cut> tiles) {
+template <class Cut, bool Second, class Arguments>
+__device__ inline void load(const Arguments& a, HopperBlock<Cut>& block, HopperTiles<Cut> tiles) {
   int uses = 0;
 #pragma unroll 1
   for (bool careful = false;; careful = true) {
-    load_all<Cut, Values>(a, block, tiles, uses);
+    load_all<Cut, Second>(a, block, tiles, uses);
     __syncthreads();
     if (careful || block.unclean == 0) break;
   }
@@ -203,23 +255,36 @@ __device__ inline int thread_of_group() {
   return ptx::thread_now() % 128;
 }
 
-// How many tiles a warpgroup has been through.
+// How many tiles a warpgroup is through with, of either operand.
 struct HopperProgress {
-  int keys = 0, values = 0;
+  int first = 0, second = 0;
 };
 
-// The first of this warp's 16 queries.
-__device__ inline int first_row(const HopperRole& role) {
+// The first of this warp's 16 rows.
+template <class Role>
+__device__ inline int first_row(const Role& role) {
   return role.rows.first + 64 * group_now() + thread_of_group() / 32 * 16;
 }
 
-// Begins to copy this warpgroup's rows of a tensor that lies like the queries.
+// Begins to copy this warpgroup's rows of a head; zeros from row `end` on.
 template <class Cut>
-__device__ inline void load_queries(const AttentionArguments& a, const Heads& from, const BlockRows<false>& rows,
-                                    Panels<Cut::rows, Cut::D> to) {
+__device__ inline void load_own(const Heads& from, int64_t head_offset, int first, int end,
+                                Panels<Cut::rows, Cut::D> to) {
   const int thread = thread_of_group();
-  const uint16_t* first = first_chunk(from, a.of_queries(from, rows.batch, rows.head), thread);
-  load_panels<Cut::group>(to, thread, first, from.row, rows.first + Cut::rows * group_now(), rows.end, from.width);
+  load_panels<Cut::group>(to, thread, first_chunk(from, head_offset, thread), from.row, first + Cut::rows * group_now(),
+                          end, from.width);
+}
+
+// Sets to 0 what is not finite, before either warpgroup multiplies by it: the work of both.
+template <class T, class Cut>
+__device__ inline void clean_together(Panels<Cut::tile_rows, Cut::D> tile, uint32_t* spoilt) {
+  const int thread = int(threadIdx.x) - 2 * Cut::loaders;
+  ptx::barrier(of_computing, Cut::computing);  // nobody reads of the tile before any more
+  if (spoilt != nullptr && thread < Cut::tile_rows / 32) spoilt[thread] = 0;
+  ptx::barrier(of_computing, Cut::computing);
+  clean_tile<T, Cut::tile_rows>(tile, spoilt, thread, Cut::computing);
+  ptx::fence_for_products();
+  ptx::barrier(of_computing, Cut::computing);
 }
 
 // sum (+)= a b^T, begun: the 64 rows of `a` by all N of `b`.
@@ -258,15 +323,15 @@ __device__ inline void round_weights(uint32_t (&to)[N / 16][4], const float (&x)
 }
 
 // The roles of a kernel, of which `pass(block, tiles, careful, progress)` is what a warpgroup that computes does, over
-// all blocks of queries: a second time, with values (or keys) cleaned, where block.unclean was set.
-template <class Cut, class Pass>
-__device__ inline void play_roles(const AttentionArguments& a, unsigned char* shared, const Pass& pass) {
+// all blocks: a second time, with an operand cleaned, where block.unclean was set.
+template <class Cut, class Arguments, class Pass>
+__device__ inline void play_roles(const Arguments& a, unsigned char* shared, const Pass& pass) {
   const HopperTiles<Cut> tiles{ptx::shared_address(shared)};
-  auto& block = *reinterpret_cast<HopperBlock*>(shared + Cut::tiles_bytes);
+  auto& block = *reinterpret_cast<HopperBlock<Cut>*>(shared + Cut::tiles_bytes);
   if (threadIdx.x == 0) {
-    for (HopperRole& role : block.roles) role.round = -1;
-    for (HopperStage& stage : block.keys) stage.make(Cut::loaders / 32, Cut::computing / 32);
-    for (HopperStage& stage : block.values) stage.make(Cut::loaders / 32, Cut::computing / 32);
+    for (auto& role : block.roles) role.round = -1;
+    for (HopperStage& stage : block.first.stage) stage.make(Cut::loaders / 32, Cut::computing / 32);
+    for (HopperStage& stage : block.second.stage) stage.make(Cut::loaders / 32, Cut::computing / 32);
     block.unclean = 0;
   }
   __syncthreads();

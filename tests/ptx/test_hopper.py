@@ -1,8 +1,8 @@
-"""Attention's forward by Hopper's own instructions (``csrc/cuda/attention_fwd_sm90.cuh``) under the detectors.
+"""Attention by Hopper's own instructions (``csrc/cuda/attention_hopper.cuh``) under the detectors.
 
-A block there takes one block of queries after the other and has four roles that hand tiles on through named barriers,
-so what matters is more blocks of queries than multiprocessors (the runner has eight), tiles enough to go around the
-stages, and sequences and masks by which a role finds nothing to do. The backward is that of every other GPU.
+A block of threads there takes one block of rows after the other and has four roles that hand tiles on through barriers
+in shared memory, so what matters is more blocks of rows than multiprocessors (the runner has eight), tiles enough to go
+around the stages, and sequences and masks by which a role finds nothing to do.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_forward(hopper, name):
+def test_forward_and_backward(hopper, name):
     tensors, options = attention_tensors(*CASES[name])
     check("attention", tensors, options, hopper)
 
@@ -59,15 +59,28 @@ def test_end_to_end(hopper, options):
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf], ids=str)
 @pytest.mark.parametrize("mask", ["lengths", "padding", "causal"])
-def test_values_that_nobody_sees_never_leak(hopper, mask, poison):
-    """A weight of 0 does not hide them: the second pass, with values cleaned, runs for all blocks."""
+def test_what_nobody_sees_never_leaks(hopper, mask, poison):
+    """A weight of 0 does not hide it: the second pass, with values or keys cleaned, runs for all blocks."""
     sizes = B, H, G, T, S, _, _ = 2, 3, 3, 200, 270, 64, 64
     tensors, options = attention_tensors(sizes, mask, BF16, {})
     unseen = ~attention_cases.visible(B, 1, T, S, options).any(2)
-    hidden = torch.where(unseen[..., None], poison, tensors["value"])
-    harmless = tensors | {"value": torch.where(unseen[..., None], 0, tensors["value"])}
-    assert hidden.isfinite().logical_not().any()
-    check("attention", tensors | {"value": hidden}, options, hopper, harmless=harmless)
+    assert unseen.any()
+    hidden, harmless = (
+        tensors | {name: torch.where(unseen[..., None], x, tensors[name]) for name in ("key", "value")}
+        for x in (poison, 0)
+    )
+    check("attention", hidden, options, hopper, harmless=harmless)
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf], ids=str)
+def test_queries_that_see_nothing_never_leak(hopper, poison):
+    """Into the gradients of keys: the queries of partial tiles are cleaned."""
+    tensors = attention_cases.qkv(1, 3, 1, 150, 300, 64, 64, dtype=BF16)
+    options = {"attn_mask": torch.rand(1, 1, 150, 300) < 0.5, "enable_gqa": True}
+    options["attn_mask"][:, :, 40:50] = False
+    hidden, harmless = (tensors | {"query": tensors["query"].clone()} for _ in range(2))
+    hidden["query"][:, :, 40:50], harmless["query"][:, :, 40:50] = poison, 0
+    check("attention", hidden, options, hopper, harmless=harmless)
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf], ids=str)

@@ -1,0 +1,247 @@
+// dK and dV by Hopper's own instructions: the roles of attention_hopper.cuh with tiles of queries that pass by blocks
+// of keys, the queries of all heads that share them, head after head. Tiles of scores are transposed
+// (attention_bwd.cuh).
+//
+//     S^T = K Q^T,  dP^T = V dOut^T    both operands in shared memory
+//     dV += P^T dOut,  dK += dS^T Q    weights in registers
+//
+// A warpgroup has 64 keys and sums both for them, which up to 128 columns registers hold: 2 D / 2 of a thread. While
+// the sums take in one tile, the scores of the next are made; so a tile's operands are read twice, and three stages are
+// in use.
+#include <algorithm>
+
+#include "attention_bwd.cuh"
+#include "attention_hopper.cuh"
+#include "device.h"
+
+namespace pytransformer::cuda {
+namespace {
+
+// Keys [first, end) of a head, or those of them that a block has, for the query heads from `head` on.
+struct KeyRows {
+  int batch, key_head, head, first, end;
+
+  KeyRows() = default;
+  __device__ KeyRows(const AttentionArguments& a, int keys, int index) {
+    const int blocks = (a.S + keys - 1) / keys, key_heads = a.H / a.group;
+    const Turn turn(index, blocks, a.B * key_heads, a.key_rows_together);
+    first = turn.block * keys;
+    batch = turn.row / key_heads;
+    key_head = turn.row % key_heads;
+    head = key_head * a.group;
+    end = a.keys_in(batch);
+  }
+};
+
+// Queries and gradients of the output, for blocks of keys.
+struct QueriesPass {
+  using Rows = KeyRows;
+
+  template <class Cut, class F>
+  __device__ static void each_tile(const AttentionArguments& a, const Rows& rows, const Visibility& v, const F& f) {
+    const Range range = query_tiles<Cut::tile_rows, Cut::block_rows>(v, rows.first);
+    for (int member = 0; member < a.group; ++member) {
+      for (int tile = range.tile; tile < range.end; ++tile) {
+        const int t = tile * Cut::tile_rows;
+        const TileKind kind =
+            tile_kind<Cut::tile_rows, Cut::block_rows>(a, v, range.inside(tile), t, rows.first, member);
+        if (kind != TileKind::empty) f(member, tile, kind == TileKind::partial);
+      }
+    }
+  }
+  __device__ static const Heads& streamed(const BackwardArguments& a, bool second) {
+    return second ? a.grad_out : a.query;
+  }
+  __device__ static int64_t offset(const AttentionArguments& a, const Heads& x, const Rows& rows, int member) {
+    return a.of_queries(x, rows.batch, rows.head + member);
+  }
+  __device__ static int end(const Visibility& v) { return v.T; }
+
+  // The lse and delta of a tile, by two threads a query or four.
+  template <class Block>
+  __device__ static void copy_statistics(const BackwardArguments& a, Block& block, const Rows& rows, int stage,
+                                         int member, int first, int end, int thread) {
+    constexpr int N = sizeof(block.of_tile[0][0]) / sizeof(float);
+#pragma unroll
+    for (int i = thread; i < 2 * N; i += 64) {
+      const int row = first + i % N;
+      const float* from = (i < N ? a.lse_in_log2 : a.delta) + a.of_rows(rows.batch, rows.head + member) + row;
+      ptx::copy_4_async(ptx::shared_address(&block.of_tile[stage][i / N][i % N]), from, row < end);
+    }
+  }
+};
+
+template <int D>
+using HopperKey = HopperCut<QueriesPass, D, D <= 64 ? 64 : 32, 3, 3, 2>;
+
+// The keys of one warpgroup, in one block.
+template <class T, int D>
+__device__ inline void attend(float (&grad_key)[1][D / 8][4], float (&grad_value)[1][D / 8][4],
+                              const BackwardArguments& a, HopperBlock<HopperKey<D>>& block,
+                              HopperTiles<HopperKey<D>> tiles, bool careful, HopperProgress& progress) {
+  using Cut = HopperKey<D>;
+  constexpr int N = Cut::tile_rows;
+  const auto role = [&]() -> const auto& { return block.roles[2 + group_now()]; };
+  float p[1][N / 8][4], ds[1][N / 8][4];              // products, and then weights and gradients
+  uint32_t for_value[N / 16][4], for_key[N / 16][4];  // the same, rounded
+  int member = 0;
+  // Of the tile `ahead` of that which is next to be freed.
+  const auto queries = [&](int ahead) { return tiles.first(progress.first + ahead); };
+  const auto grad_outs = [&](int ahead) { return tiles.second(progress.first + ahead); };
+  const auto next_tile = [&](int ahead) {
+    block.first.wait_until_full(progress.first + ahead);
+    member = block.member[block.first.of(progress.first + ahead)];
+    return block.tile[block.first.of(progress.first + ahead)];
+  };
+  const auto release = [&] {
+    block.first.tell_free(progress.first);
+    block.second.tell_free(progress.second++);
+    ++progress.first;
+  };
+  const auto begin_scores = [&](int ahead) {
+    block.second.wait_until_full(progress.second + ahead);
+    ptx::begin_products();
+    begin_products_of_rows<T, N>(p[0], tiles.own(group_now()), queries(ahead));
+    begin_products_of_rows<T, N>(ds[0], tiles.own(group_now(), 1), tiles.second(progress.second + ahead));
+    ptx::commit_products();
+  };
+  const auto begin_sums = [&] {
+    ptx::held(for_value);
+    ptx::held(for_key);
+    ptx::held(grad_value[0]);
+    ptx::held(grad_key[0]);
+    ptx::begin_products();
+    begin_weighted_rows<T, N>(grad_value[0], for_value, tiles.second(progress.second));
+    begin_weighted_rows<T, N>(grad_key[0], for_key, queries(0));
+    ptx::commit_products();
+  };
+  const auto sums_are_here = [&] {
+    ptx::wait_for_products<0>();
+    ptx::held(for_value);
+    ptx::held(for_key);
+    ptx::held(grad_value[0]);
+    ptx::held(grad_key[0]);
+  };
+  const auto to_gradients = [&](int t, int ahead, const Asked& asked) {
+    const auto& rows = role().rows;
+    const int h = rows.head + member, stage = block.first.of(progress.first + ahead);
+    const int64_t line = (int64_t(rows.batch) * a.H + h) * a.T;
+    float2 of_columns[N / 8];
+    const auto take = [&](int which) {
+#pragma unroll
+      for (int n = 0; n < N / 8; ++n) {
+        of_columns[n] = *reinterpret_cast<const float2*>(&block.of_tile[stage][which][8 * n + lane_column()]);
+      }
+    };
+    const RowsAreKeys<1, N> place{role().visibility, a, of_columns, line, first_row(role()), t, member};
+    TileBits<1> bits;
+    if (asked.anything()) bits = TileBits<1>(place, asked);
+    take(0);
+    score_weights<T, 1, N>(p, a, place, bits, asked, rows.batch * a.bias.batch + h * a.bias.head);
+    take(1);
+    score_gradients<1, N>(ds, p, a.dropout, place, bits, asked);
+    if (asked.drops) keep<1, N>(p, bits.kept, a.dropout.scale);
+  };
+
+  set_zero<1, D>(grad_key);
+  set_zero<1, D>(grad_value);
+  int tile = next_tile(0);
+  if (tile < 0) return block.first.tell_free(progress.first++);
+  if (careful && tile & 1) clean_together<T, Cut>(queries(0), nullptr);
+  begin_scores(0);
+  ptx::wait_for_products<0>();
+  ptx::held(p[0]);
+  ptx::held(ds[0]);
+  for (bool first = true;; first = false) {
+    const Asked asked(a, tile & 1);
+    asked.anything() ? to_gradients(tile & ~1, first ? 0 : 1, asked) : to_gradients(tile & ~1, first ? 0 : 1, {});
+    sums_are_here();  // of the tile before
+    if (!first) release();
+    round_weights<T, N>(for_value, p[0]);
+    if (asked.shapes && a.softcap > 0) {  // the products once more
+      ptx::held(p[0]);
+      ptx::begin_products();
+      begin_products_of_rows<T, N>(p[0], tiles.own(group_now()), queries(0));
+      ptx::commit_products();
+      ptx::wait_for_products<0>();
+      ptx::held(p[0]);
+      cap_gradients<1, N>(ds, p, a);
+    }
+    round_weights<T, N>(for_key, ds[0]);
+    tile = next_tile(1);
+    if (tile < 0) break;
+    if (careful && tile & 1) clean_together<T, Cut>(queries(1), nullptr);
+    ptx::barrier(turn + group_now(), Cut::computing);
+    begin_scores(1);
+    begin_sums();
+    ptx::arrive(turn + 1 - group_now(), Cut::computing);
+    ptx::wait_for_products<1>();  // of the scores
+    ptx::held(p[0]);
+    ptx::held(ds[0]);
+  }
+  begin_sums();
+  sums_are_here();
+  release();
+  block.first.tell_free(progress.first++);  // where there were none
+}
+
+// One pass of a warpgroup over all blocks.
+template <class T, int D>
+__device__ inline void attend_all(const BackwardArguments& a, HopperBlock<HopperKey<D>>& block,
+                                  HopperTiles<HopperKey<D>> tiles, bool careful, HopperProgress& progress) {
+  using Cut = HopperKey<D>;
+  while (next_block<Cut>(block, 2 + group_now(), a, thread_of_group(), Cut::group)) {
+    const auto load = [&](const Heads& x, int which) {
+      const auto& role = block.roles[2 + group_now()];
+      const int64_t offset = a.of_keys(x, role.rows.batch, role.rows.key_head);
+      load_own<Cut>(x, offset, role.rows.first, role.visibility.length, tiles.own(group_now(), which));
+    };
+    load(a.key, 0);
+    load(a.value, 1);
+    finish_copies();
+    ptx::barrier(of_role + 2 + group_now(), Cut::group);
+    float grad_key[1][D / 8][4], grad_value[1][D / 8][4];
+    attend<T, D>(grad_key, grad_value, a, block, tiles, careful, progress);
+    if (has_nan<1, D>(grad_key)) atomicOr(&block.unclean, 1u);
+    multiply_all<1, D>(grad_key, a.scale);
+    const auto store = [&](const float (&sum)[1][D / 8][4], const Heads& to, int which) {
+      const auto& role = block.roles[2 + group_now()];
+      const int64_t offset = a.of_keys(to, role.rows.batch, role.rows.key_head);
+      store_rows<T, 1>(sum, tiles.own(group_now(), which), thread_of_group() / 32 * 16, to, offset, first_row(role),
+                       role.rows.end);
+    };
+    store(grad_key, a.grad_key, 0);
+    store(grad_value, a.grad_value, 1);
+  }
+}
+
+template <class T, int D>
+__global__ void __launch_bounds__(HopperKey<D>::threads, 1)
+    attention_bwd_key_sm90_kernel(const __grid_constant__ BackwardArguments a) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  play_roles<HopperKey<D>>(a, shared, [&](auto& block, auto tiles, bool careful, auto& progress) {
+    attend_all<T, D>(a, block, tiles, careful, progress);
+  });
+}
+
+template <class T, int D>
+void backward(BackwardArguments a, const TensorView& key, const Launch& launch) {
+  using Cut = HopperKey<D>;
+  constexpr size_t shared_bytes = Cut::tiles_bytes + sizeof(HopperBlock<Cut>);
+  a.blocks = int(ceil_div(a.S, Cut::block_rows) * a.B * (a.H / a.group));
+  const Shape shape{dim3(unsigned(std::min(a.blocks, multiprocessors()))), dim3(Cut::threads), shared_bytes};
+  start("attention_bwd: key", key, attention_bwd_key_sm90_kernel<T, D>, shape, launch, a);
+}
+
+}  // namespace
+
+template <class T>
+void attention_bwd_key_sm90(const BackwardArguments& a, const TensorView& key, const Launch& launch) {
+  if (std::max(a.query.width, a.value.width) <= 64) return backward<T, 64>(a, key, launch);
+  backward<T, 128>(a, key, launch);
+}
+
+template void attention_bwd_key_sm90<__half>(const BackwardArguments&, const TensorView&, const Launch&);
+template void attention_bwd_key_sm90<__nv_bfloat16>(const BackwardArguments&, const TensorView&, const Launch&);
+
+}  // namespace pytransformer::cuda
