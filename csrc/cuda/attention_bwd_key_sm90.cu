@@ -237,8 +237,8 @@ void backward(BackwardArguments a, const TensorView& key, const Launch& launch) 
 
 template <class T>
 void attention_bwd_key_sm90(const BackwardArguments& a, const TensorView& key, const Launch& launch) {
-  if (std::max(a.query.width, a.value.width) <= 64) return backward<T, 64>(a, key, launch);
-  backward<T, 128>(a, key, launch);
+  by_panels<128>("attention_bwd", std::max(a.query.width, a.value.width),
+                 [&](auto width) { backward<T, width()>(a, key, launch); });
 }
 
 template void attention_bwd_key_sm90<__half>(const BackwardArguments&, const TensorView&, const Launch&);

@@ -356,14 +356,16 @@ __device__ inline void play_roles(const Arguments& a, unsigned char* shared, con
   }
 }
 
-// As by_head_width, for the widths whose panels are whole.
-template <class Body>
+// As by_head_width, for the widths whose panels are whole, up to WIDEST.
+template <int WIDEST = 256, class Body>
 void by_panels(const char* name, int64_t width, const Body& body) {
   if (width <= 64) return body(std::integral_constant<int, 64>());
   if (width <= 128) return body(std::integral_constant<int, 128>());
-  if (width <= 192) return body(std::integral_constant<int, 192>());
-  if (width <= 256) return body(std::integral_constant<int, 256>());
-  fail(name, ": head dims go up to 256, got ", width);
+  if constexpr (WIDEST > 128) {
+    if (width <= 192) return body(std::integral_constant<int, 192>());
+    if (width <= 256) return body(std::integral_constant<int, 256>());
+  }
+  fail(name, ": head dims go up to ", WIDEST, ", got ", width);
 }
 
 }  // namespace pytransformer::cuda

@@ -164,7 +164,7 @@ def replaced(ptx: str) -> Iterator[None]:
     What stands in an anonymous namespace has a made-up part in its name: here that of the library's file.
     """
     emulated = module()
-    tags = _tags("".join(emulated.ptx["80"]))
+    tags = _tags("".join(text for texts in emulated.ptx.values() for text in texts))
     for file, tag in _tags(ptx).items():
         ptx = ptx.replace(tag, tags.get(file, tag))
     outer = emulated.images, emulated.ptx

@@ -100,7 +100,9 @@ CALLS: dict[str, Callable[[str], None]] = {
 FULL = "__syncthreads();  // this tile is here, and nobody reads the other buffer any more"
 ARRIVED = f"ptx::wait_for_copies<0>();\n{{}}{FULL}"
 FWD, FWD_H = "attention_fwd.cu", "attention_fwd_sm80.cuh"
-HOPPER, HOPPER_H, WARPGROUP = "attention_fwd_sm90.cu", "attention_fwd_sm90.cuh", "warpgroup.cuh"
+HOPPER, HOPPER_H = "attention_fwd_sm90.cu", "attention_fwd_sm90.cuh"
+HOPPER_QUERY, HOPPER_KEY = "attention_bwd_query_sm90.cu", "attention_bwd_key_sm90.cu"
+ROLES, WARPGROUP = "attention_hopper.cuh", "warpgroup.cuh"
 TILE, SCORES, MASKS = "attention_tile.cuh", "attention_scores.cuh", "attention_masks.cu"
 KEY, QUERY, DECODE = "attention_bwd_key.cu", "attention_bwd_query.cu", "attention_decode.cu"
 ARGUMENTS = "attention_arguments.h"
@@ -141,29 +143,38 @@ FAULTS = [
           "S : cu_seq_k[batch + 1] - cu_seq_k[batch]", "S : S", "result"),
     Fault("attention, end to end", KEY, ARGUMENTS, "queries beyond the end of their sequence",
           "T : cu_seq_q[batch + 1] - cu_seq_q[batch]", "T : T", "result"),
-    Fault("hopper", HOPPER, HOPPER_H, "copies that tensor cores are not shown",
+    Fault("hopper", HOPPER, ROLES, "copies that tensor cores are not shown",
           "ptx::wait_for_copies<0>();\n  ptx::fence_for_products();", "ptx::wait_for_copies<0>();", "proxy"),
-    Fault("hopper", HOPPER, HOPPER_H, "the copies are not waited for", "ptx::wait_for_copies<0>();", "", "race"),
-    Fault("hopper", HOPPER, HOPPER_H, "a warp that tells for lanes that are not there yet",
+    Fault("hopper", HOPPER, ROLES, "the copies are not waited for", "ptx::wait_for_copies<0>();", "", "race"),
+    Fault("hopper", HOPPER, ROLES, "a warp that tells for lanes that are not there yet",
           "__syncwarp();\n    if (lane() == 0)", "if (lane() == 0)", "race"),
-    Fault("hopper", HOPPER, HOPPER_H, "a stage filled before it is free",
-          "stages[stage].wait_until_free(uses / Cut::stages % 2);", "", "race"),
-    Fault("hopper", HOPPER, HOPPER_H, "the other phase",
-          "full(progress.values / Cut::stages % 2)", "full(progress.values / Cut::stages % 2 ^ 1)",
-          "(race|uninitialised|deadlock)"),
+    Fault("hopper", HOPPER, ROLES, "a stage filled before it is free",
+          "stages().wait_until_free(uses);\n      load", "load", "race"),
+    Fault("hopper", HOPPER, ROLES, "the other phase", "wait_until_full(use / COUNT % 2)",
+          "wait_until_full(use / COUNT % 2 ^ 1)", "(race|uninitialised|deadlock)"),
     Fault("hopper", HOPPER, HOPPER_H, "keys freed before they are read",
           "ptx::wait_for_products<1>();  // of the scores", "", "race"),
     Fault("hopper", HOPPER, HOPPER_H, "values freed before they are read",
           "ptx::wait_for_products<0>();  // of the tile before", "", "race"),
-    Fault("hopper", HOPPER, HOPPER_H, "nobody has the first turn",
+    Fault("hopper", HOPPER, ROLES, "nobody has the first turn",
           "if (group_now() == 1) ptx::arrive", "if (group_now() == 2) ptx::arrive", "deadlock"),
-    Fault("hopper, poison", HOPPER, HOPPER_H, "cleaned values that tensor cores are not shown",
-          "thread, Cut::computing);\n    ptx::fence_for_products();", "thread, Cut::computing);", "proxy"),
+    Fault("hopper, poison", HOPPER, ROLES, "cleaned values that tensor cores are not shown",
+          "thread, Cut::computing);\n  ptx::fence_for_products();", "thread, Cut::computing);", "proxy"),
+    Fault("hopper, poison", HOPPER, ROLES, "what is unclean forgotten while it is read",
+          "ptx::barrier(of_computing, Cut::computing);  // nobody reads of the tile before any more", "", "race"),
     Fault("hopper", HOPPER, WARPGROUP, "chunks that are not permuted", "(index ^ row) & 7", "index & 7", "result"),
     Fault("hopper", HOPPER, WARPGROUP, "groups of rows too close", "group_bytes / 16;", "group_bytes / 32;",
           "(race|result)"),
     Fault("hopper", HOPPER, WARPGROUP, "more registers than there are", "setmaxnreg.dec.sync.aligned.u32 %0",
           "setmaxnreg.inc.sync.aligned.u32 %0", "(setmaxnreg|deadlock)"),
+    Fault("hopper", HOPPER_QUERY, HOPPER_QUERY, "keys freed before they are read",
+          "ptx::wait_for_products<0>();  // of the tile before", "", "race"),
+    Fault("hopper", HOPPER_QUERY, HOPPER_QUERY, "values that are not waited for",
+          "block.second.wait_until_full(progress.second);", "", "race"),
+    Fault("hopper", HOPPER_KEY, HOPPER_KEY, "queries freed before they are read",
+          "sums_are_here();  // of the tile before", "", "race"),
+    Fault("hopper", HOPPER_KEY, HOPPER_KEY, "the lse of another tile",
+          "stage = block.first.of(progress.first + ahead)", "stage = block.first.of(progress.first)", "result"),
     Fault("decode", DECODE, FWD_H, "a share of one tile", "from + (rows.block + 1) * share);",
           "from + rows.block * share + 1);", "result"),
     Fault("layer_norm, wide", NORM, REDUCE, "no barrier before the sums are read",
@@ -195,7 +206,7 @@ def narrowed(text: str, width: int) -> str:
     """For one dtype and one head width."""
     text = re.sub(r"by_dtype<(?:\w+, )+\w+>", "by_dtype<__half>", text)
     text = re.sub(r"^template void \w+<__nv_bfloat16>.*;\n", "", text, flags=re.M)
-    return re.sub(rf"^  if \(width <= (?!{width}\)).*\n", "", text, flags=re.M)
+    return re.sub(rf"^ +if \(width <= (?!{width}\)).*\n", "", text, flags=re.M)
 
 
 def source(file: str) -> str:
@@ -208,7 +219,7 @@ def wrong(name: str, unit: str, file: str, old: str, new: str, counts: bool = Fa
 
     text = source(file)
     assert old in text, f"{file} has no {old!r}"
-    arch, width = ("90a", HOPPER_WIDTH) if unit == HOPPER else ("80", WIDTH)
+    arch, width = ("90a", HOPPER_WIDTH) if build.is_hopper(build.ROOT / unit) else ("80", WIDTH)
     ptx = build.ptx_of_edited(unit, {file: text.replace(old, new, 1)}, lambda text: narrowed(text, width), arch)
     with backend.installed(arch, races=True, counts=counts) as installed, backend.replaced(ptx), unwritten_is_nan():
         try:
