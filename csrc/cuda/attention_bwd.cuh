@@ -38,6 +38,22 @@ struct BackwardArguments : AttentionArguments {
   }
 };
 
+// The keys [first, end) of a head that block `index` has, which the query heads from `head` on share.
+struct KeyRows {
+  int batch, key_head, head, first, end;
+
+  KeyRows() = default;
+  __device__ KeyRows(const AttentionArguments& a, int keys, int index) {
+    const int blocks = (a.S + keys - 1) / keys, key_heads = a.H / a.group;
+    const Turn turn(index, blocks, a.B * key_heads, a.key_rows_together);
+    first = turn.block * keys;
+    batch = turn.row / key_heads;
+    key_head = turn.row % key_heads;
+    head = key_head * a.group;
+    end = a.keys_in(batch);
+  }
+};
+
 // Starts the kernels that own queries and keys.
 template <class T>
 void attention_bwd_query(const BackwardArguments& a, const TensorView& query, const Launch& launch);

@@ -83,23 +83,14 @@ struct KeyCut {
       tile_bytes<D>(2 * keys + 2 * stages * queries) + stages * statistics_bytes + pairs * exchange_bytes;
 };
 
-// The keys of a block, those of the heads from `head` on. In shared memory.
-struct KeyBlock {
+// The keys of a block. In shared memory.
+struct KeyBlock : KeyRows {
   Visibility visibility;
   int64_t of_rows;  // of the lse
-  int batch, key_head, head, first;
 
   KeyBlock() = default;
-  __device__ KeyBlock(const BackwardArguments& a, int keys, int index) {
-    const int blocks = (a.S + keys - 1) / keys, key_heads = a.H / a.group;
-    const Turn turn(index, blocks, a.B * key_heads, a.key_rows_together);
-    first = turn.block * keys;
-    batch = turn.row / key_heads;
-    key_head = turn.row % key_heads;
-    head = key_head * a.group;
-    of_rows = a.of_rows(batch, head);
-    visibility = Visibility(a, batch, head);
-  }
+  __device__ KeyBlock(const BackwardArguments& a, int keys, int index)
+      : KeyRows(a, keys, index), visibility(a, batch, head), of_rows(a.of_rows(batch, head)) {}
 };
 
 // A tile of queries of one of the heads.
@@ -218,7 +209,7 @@ __global__ void __launch_bounds__(threads, KeyCut<D>::blocks)
     ptx::wait_for_copies<0>();  // of the operands that stay, where no tile was visited
     if (!__syncthreads_or(!is_first && has_nan<M, D>(sum)) || careful) break;
   }
-  const int first = block.first + of_pair, end = a.keys_in(block.batch);
+  const int first = block.first + of_pair, end = block.end;
   if (is_first) {
     store_rows<T, M>(sum, values, of_pair, a.grad_value, of_keys(a.grad_value), first, end);
   } else {

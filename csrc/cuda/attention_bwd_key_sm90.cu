@@ -8,30 +8,11 @@
 // A warpgroup has 64 keys and sums both for them, which up to 128 columns registers hold: 2 D / 2 of a thread. While
 // the sums take in one tile, the scores of the next are made; so a tile's operands are read twice, and three stages are
 // in use.
-#include <algorithm>
-
 #include "attention_bwd.cuh"
 #include "attention_hopper.cuh"
-#include "device.h"
 
 namespace pytransformer::cuda {
 namespace {
-
-// Keys [first, end) of a head, or those of them that a block has, for the query heads from `head` on.
-struct KeyRows {
-  int batch, key_head, head, first, end;
-
-  KeyRows() = default;
-  __device__ KeyRows(const AttentionArguments& a, int keys, int index) {
-    const int blocks = (a.S + keys - 1) / keys, key_heads = a.H / a.group;
-    const Turn turn(index, blocks, a.B * key_heads, a.key_rows_together);
-    first = turn.block * keys;
-    batch = turn.row / key_heads;
-    key_head = turn.row % key_heads;
-    head = key_head * a.group;
-    end = a.keys_in(batch);
-  }
-};
 
 // Queries and gradients of the output, for blocks of keys.
 struct QueriesPass {
@@ -224,21 +205,15 @@ __global__ void __launch_bounds__(HopperKey<D>::threads, 1)
   });
 }
 
-template <class T, int D>
-void backward(BackwardArguments a, const TensorView& key, const Launch& launch) {
-  using Cut = HopperKey<D>;
-  constexpr size_t shared_bytes = Cut::tiles_bytes + sizeof(HopperBlock<Cut>);
-  a.blocks = int(ceil_div(a.S, Cut::block_rows) * a.B * (a.H / a.group));
-  const Shape shape{dim3(unsigned(std::min(a.blocks, multiprocessors()))), dim3(Cut::threads), shared_bytes};
-  start("attention_bwd: key", key, attention_bwd_key_sm90_kernel<T, D>, shape, launch, a);
-}
-
 }  // namespace
 
 template <class T>
 void attention_bwd_key_sm90(const BackwardArguments& a, const TensorView& key, const Launch& launch) {
-  by_panels<128>("attention_bwd", std::max(a.query.width, a.value.width),
-                 [&](auto width) { backward<T, width()>(a, key, launch); });
+  by_panels<128>("attention_bwd", std::max(a.query.width, a.value.width), [&](auto width) {
+    using Cut = HopperKey<width()>;
+    const int64_t blocks = ceil_div(a.S, Cut::block_rows) * a.B * (a.H / a.group);
+    start_roles<Cut>("attention_bwd: key", key, attention_bwd_key_sm90_kernel<T, width()>, a, blocks, launch);
+  });
 }
 
 template void attention_bwd_key_sm90<__half>(const BackwardArguments&, const TensorView&, const Launch&);

@@ -3,11 +3,8 @@
 //
 // A tile's keys are read by two products: of the scores, and, once dS is known, for dQ. While the second runs, the
 // scores and dP of the next tile are made, so that three stages of keys are in use.
-#include <algorithm>
-
 #include "attention_bwd.cuh"
 #include "attention_hopper.cuh"
-#include "device.h"
 
 namespace pytransformer::cuda {
 namespace {
@@ -150,21 +147,15 @@ __global__ void __launch_bounds__(HopperQuery<D>::threads, 1)
   });
 }
 
-template <class T, int D>
-void backward(BackwardArguments a, const TensorView& query, const Launch& launch) {
-  using Cut = HopperQuery<D>;
-  constexpr size_t shared_bytes = Cut::tiles_bytes + sizeof(HopperBlock<Cut>);
-  a.blocks = int(ceil_div(a.T, Cut::block_rows) * a.B * a.H);
-  const Shape shape{dim3(unsigned(std::min(a.blocks, multiprocessors()))), dim3(Cut::threads), shared_bytes};
-  start("attention_bwd: query", query, attention_bwd_query_sm90_kernel<T, D>, shape, launch, a);
-}
-
 }  // namespace
 
 template <class T>
 void attention_bwd_query_sm90(const BackwardArguments& a, const TensorView& query, const Launch& launch) {
-  by_panels("attention_bwd", std::max(a.query.width, a.value.width),
-            [&](auto width) { backward<T, width()>(a, query, launch); });
+  by_panels("attention_bwd", std::max(a.query.width, a.value.width), [&](auto width) {
+    using Cut = HopperQuery<width()>;
+    const int64_t blocks = ceil_div(a.T, Cut::block_rows) * a.B * a.H;
+    start_roles<Cut>("attention_bwd: query", query, attention_bwd_query_sm90_kernel<T, width()>, a, blocks, launch);
+  });
 }
 
 template void attention_bwd_query_sm90<__half>(const BackwardArguments&, const TensorView&, const Launch&);

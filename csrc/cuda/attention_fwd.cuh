@@ -36,7 +36,7 @@ struct ForwardArguments : AttentionArguments {
 };
 
 // The forward by Hopper's own instructions; head dims from 33 to 256.
-void attention_fwd_sm90(ForwardArguments& arguments, const AttentionForward& problem, const Launch& launch);
+void attention_fwd_sm90(const ForwardArguments& arguments, const AttentionForward& problem, const Launch& launch);
 
 template <int M, int D>
 struct RunningSoftmax {

@@ -13,7 +13,11 @@
 // attention_bwd_key_sm90.cu queries and gradients for blocks of keys.
 #pragma once
 
+#include <algorithm>
+
 #include "attention_scores.cuh"
+#include "device.h"
+#include "launch.h"
 #include "warpgroup.cuh"
 
 namespace pytransformer::cuda {
@@ -354,6 +358,16 @@ __device__ inline void play_roles(const Arguments& a, unsigned char* shared, con
     }
     if (group_now() == 0) ptx::barrier(turn, Cut::computing);
   }
+}
+
+// Starts a kernel that plays roles, of which there are so many `blocks` of rows.
+template <class Cut, class Arguments>
+void start_roles(const char* name, const TensorView& of, void (*kernel)(Arguments), Arguments a, int64_t blocks,
+                 const Launch& launch) {
+  a.blocks = int(blocks);
+  const Shape shape{dim3(unsigned(std::min(a.blocks, multiprocessors()))), dim3(Cut::threads),
+                    Cut::tiles_bytes + sizeof(HopperBlock<Cut>)};
+  start(name, of, kernel, shape, launch, a);
 }
 
 // As by_head_width, for the widths whose panels are whole, up to WIDEST.
