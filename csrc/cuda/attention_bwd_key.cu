@@ -84,13 +84,16 @@ struct KeyCut {
 };
 
 // The keys of a block. In shared memory.
-struct KeyBlock : KeyRows {
+struct KeyBlock {
   Visibility visibility;
   int64_t of_rows;  // of the lse
+  KeyRows rows;
 
   KeyBlock() = default;
-  __device__ KeyBlock(const BackwardArguments& a, int keys, int index)
-      : KeyRows(a, keys, index), visibility(a, batch, head), of_rows(a.of_rows(batch, head)) {}
+  __device__ KeyBlock(const BackwardArguments& a, int keys, int index) : rows(a, keys, index) {
+    of_rows = a.of_rows(rows.batch, rows.head);
+    visibility = Visibility(a, rows.batch, rows.head);
+  }
 };
 
 // A tile of queries of one of the heads.
@@ -118,21 +121,21 @@ __global__ void __launch_bounds__(threads, KeyCut<D>::blocks)
   const Visibility& v = block.visibility;
   if (threadIdx.x == 0) block = KeyBlock(a, Cut::keys, int(blockIdx.x));
   __syncthreads();
-  if (a.cu_seq_k != nullptr && block.first >= v.length) return;  // of a sequence that is shorter than the longest
-  const Range range = query_tiles<N, Cut::keys>(v, block.first);
+  if (a.cu_seq_k != nullptr && block.rows.first >= v.length) return;  // of a sequence that is shorter than the longest
+  const Range range = query_tiles<N, Cut::keys>(v, block.rows.first);
   TileKind kind = TileKind::empty;  // of the step found last
   const auto find = [&](Step step) {
     for (; step.member < a.group; step = {step.member + 1, range.tile}) {
       for (; step.tile < range.end; ++step.tile) {
         const int t = step.tile * N;
-        kind = tile_kind<N, Cut::keys>(a, v, range.inside(step.tile), t, block.first, step.member);
+        kind = tile_kind<N, Cut::keys>(a, v, range.inside(step.tile), t, block.rows.first, step.member);
         if (kind != TileKind::empty) return step;
       }
     }
     return step;
   };
-  const HeadRows<N, D> of_queries(a.query, a.of_queries(a.query, block.batch, block.head));
-  const HeadRows<N, D> of_grad_outs(a.grad_out, a.of_queries(a.grad_out, block.batch, block.head));
+  const HeadRows<N, D> of_queries(a.query, a.of_queries(a.query, block.rows.batch, block.rows.head));
+  const HeadRows<N, D> of_grad_outs(a.grad_out, a.of_queries(a.grad_out, block.rows.batch, block.rows.head));
   // Queries of a step and what goes with them, or zeros where there is none.
   const auto load = [&](Step step, int stage) {
     const TileCopy<D> copy;
@@ -145,9 +148,9 @@ __global__ void __launch_bounds__(threads, KeyCut<D>::blocks)
     if (i < 2 * N) ptx::copy_4_async(of_statistics + stage * Cut::statistics_bytes + 4 * i, from, row < end);
     ptx::commit_copies();
   };
-  const auto of_keys = [&](const Heads& x) { return a.of_keys(x, block.batch, block.key_head); };
-  HeadRows<Cut::keys, D>(a.key, of_keys(a.key)).load({}, keys, block.first, v.length);
-  HeadRows<Cut::keys, D>(a.value, of_keys(a.value)).load({}, values, block.first, v.length);
+  const auto of_keys = [&](const Heads& x) { return a.of_keys(x, block.rows.batch, block.rows.key_head); };
+  HeadRows<Cut::keys, D>(a.key, of_keys(a.key)).load({}, keys, block.rows.first, v.length);
+  HeadRows<Cut::keys, D>(a.value, of_keys(a.value)).load({}, values, block.rows.first, v.length);
 
   const int of_pair = 16 * M * pair;
   float sum[M][D / 8][4];  // of dV or dK
@@ -166,10 +169,10 @@ __global__ void __launch_bounds__(threads, KeyCut<D>::blocks)
         clean_tile<T, N>(queries, nullptr);
         __syncthreads();
       }
-      const int h = block.head + step.member;
+      const int h = block.rows.head + step.member;
       float2 of_columns[N / 8];  // the lse for the first of a pair, delta for the second
-      const int64_t line = (int64_t(block.batch) * a.H + h) * a.T;
-      const RowsAreKeys<M, N> place{v, a, of_columns, line, block.first + of_pair, step.tile * N, step.member};
+      const int64_t line = (int64_t(block.rows.batch) * a.H + h) * a.T;
+      const RowsAreKeys<M, N> place{v, a, of_columns, line, block.rows.first + of_pair, step.tile * N, step.member};
       const Asked asked(a, partial);
       TileBits<M> bits;
       if (is_first && asked.anything()) bits = TileBits<M>(place, asked);
@@ -183,7 +186,7 @@ __global__ void __launch_bounds__(threads, KeyCut<D>::blocks)
       }
       load(next, stage ^ 1);  // while tensor cores are busy
       const auto to_weights = [&](const Asked& asked) {
-        score_weights<T, M, N>(x, a, place, bits, asked, block.batch * a.bias.batch + h * a.bias.head);
+        score_weights<T, M, N>(x, a, place, bits, asked, block.rows.batch * a.bias.batch + h * a.bias.head);
         exchange.put(x);  // of the last tile nobody takes any more: all have met since
         if (asked.hides || asked.drops) exchange.put(bits);
         ptx::arrive(1 + pair, 64);
@@ -209,7 +212,7 @@ __global__ void __launch_bounds__(threads, KeyCut<D>::blocks)
     ptx::wait_for_copies<0>();  // of the operands that stay, where no tile was visited
     if (!__syncthreads_or(!is_first && has_nan<M, D>(sum)) || careful) break;
   }
-  const int first = block.first + of_pair, end = block.end;
+  const int first = block.rows.first + of_pair, end = block.rows.end;
   if (is_first) {
     store_rows<T, M>(sum, values, of_pair, a.grad_value, of_keys(a.grad_value), first, end);
   } else {
