@@ -68,7 +68,7 @@ __device__ inline void attend(float (&grad_key)[1][D / 8][4], float (&grad_value
   int member = 0;
   // Of the tile `ahead` of that which is next to be freed.
   const auto queries = [&](int ahead) { return tiles.first(progress.first + ahead); };
-  const auto grad_outs = [&](int ahead) { return tiles.second(progress.first + ahead); };
+  const auto grad_outs = [&](int ahead) { return tiles.second(progress.second + ahead); };
   const auto next_tile = [&](int ahead) {
     block.first.wait_until_full(progress.first + ahead);
     member = block.member[block.first.of(progress.first + ahead)];
@@ -83,7 +83,7 @@ __device__ inline void attend(float (&grad_key)[1][D / 8][4], float (&grad_value
     block.second.wait_until_full(progress.second + ahead);
     ptx::begin_products();
     begin_products_of_rows<T, N>(p[0], tiles.own(group_now()), queries(ahead));
-    begin_products_of_rows<T, N>(ds[0], tiles.own(group_now(), 1), tiles.second(progress.second + ahead));
+    begin_products_of_rows<T, N>(ds[0], tiles.own(group_now(), 1), grad_outs(ahead));
     ptx::commit_products();
   };
   const auto begin_sums = [&] {
@@ -92,7 +92,7 @@ __device__ inline void attend(float (&grad_key)[1][D / 8][4], float (&grad_value
     ptx::held(grad_value[0]);
     ptx::held(grad_key[0]);
     ptx::begin_products();
-    begin_weighted_rows<T, N>(grad_value[0], for_value, tiles.second(progress.second));
+    begin_weighted_rows<T, N>(grad_value[0], for_value, grad_outs(0));
     begin_weighted_rows<T, N>(grad_key[0], for_key, queries(0));
     ptx::commit_products();
   };

@@ -5,20 +5,14 @@
 // Here neither need be: a product takes its operands from shared memory by itself, so that one warpgroup's products and
 // another's exponentials share a scheduler.
 //
-// A block of threads has four roles and lives as long as the kernel, one a multiprocessor:
-//
-//     64 threads copy keys      into either of two stages, by cp.async, and tell that it is full; then they wait until
-//     64 threads copy values    the other is free. They run ahead, into the next block of queries, too.
-//     two warpgroups compute    64 queries each, over the same tiles. Those that copy leave their registers to them.
-//
-// A warpgroup goes through a tile in this order (Shah et al., "FlashAttention-3", 2024, sec. 3):
+// Who copies keys and values, and how it is handed on, stands in attention_hopper.cuh. A warpgroup that computes goes
+// through a tile in this order (Shah et al., "FlashAttention-3", 2024, sec. 3):
 //
 //     begin  the scores of tile i + 1, and behind them the weighted values of tile i
 //     wait   for the scores; the keys' stage is free. Their softmax, while tensor cores are at the values
 //     wait   for the values; their stage is free. Rescale the total, where a larger score has turned up, round weights
 //
-// and the two take turns at the first step, so that one is at its softmax while the other's products run. The copies
-// are written by the generic proxy and read by the async one: who has copied fences before it tells.
+// and the two take turns at the first step, so that one is at its softmax while the other's products run.
 //
 // Tiles are cut, masked and skipped as there: registers hold scores just as mma.sync leaves them, so the same functions
 // see to masks, bias and dropout. A NaN in a result likewise has values cleaned in a second pass, here over all blocks
@@ -33,6 +27,7 @@
 
 namespace pytransformer::cuda {
 
+// As many keys as leave registers for D sums of a row.
 constexpr int hopper_forward_keys(int D) {
   return D <= 128 ? 128 : D <= 192 ? 64 : 32;
 }

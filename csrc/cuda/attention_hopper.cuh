@@ -1,16 +1,15 @@
 // How the kernels of attention that use Hopper's own instructions are organised, and what they share: blocks of threads
 // with four roles, which live as long as the kernel, one a multiprocessor. A block of threads takes one block of rows
-// after the other, 128 queries of a head, or keys; over these pass tiles of the other kind.
+// after the other, 128 queries of a head, or keys; by these pass tiles of the other kind.
 //
-//     64 threads copy one operand      of each tile into a stage of shared memory, by cp.async, and tell that it is
-//     full; 64 threads copy the other        then they wait until the next is free. They run ahead, into the next
-//     block, too. two warpgroups compute           64 rows each, over the same tiles. Those that copy leave their
-//     registers to them.
+//     copying     64 threads for each of a tile's two operands, by cp.async into one of two or three stages. They tell
+//                 that a stage is full, wait until the next is free, and run ahead, into the next block, too.
+//     computing   two warpgroups, 64 rows each, over the same tiles. The others leave most of their registers to them.
 //
 // Copies are written by the generic proxy and read by the async one: who has copied fences before it tells.
 //
-// What passes by is up to a `Stream`: KeysPass here, keys and values for blocks of queries; in
-// attention_bwd_key_sm90.cu queries and gradients for blocks of keys.
+// What passes by is up to a `Stream`: KeysPass here, keys and values for blocks of queries; QueriesPass in
+// attention_bwd_key_sm90.cu, queries and gradients for blocks of keys.
 #pragma once
 
 #include <algorithm>
