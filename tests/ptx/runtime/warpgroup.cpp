@@ -1,5 +1,5 @@
 // wgmma: products of the 128 threads of a warpgroup, whose operands lie in shared memory and are read in their own
-// time.
+// time; and setmaxnreg, by which they leave registers to other warpgroups.
 //
 // A matrix descriptor says where an operand of 64 rows (or N columns) by 32 bytes of K begins, how it is swizzled and
 // how its pieces lie apart (PTX ISA, "Asynchronous Warpgroup Level Matrix Shared Memory Layout"). Rows of K are
