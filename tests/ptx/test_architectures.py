@@ -18,7 +18,7 @@ def test_the_kernels_differ_in_one_instruction():
     of_80, *others = build.module()[1].values()
     for other in others:
         assert any("cvt.f32.bf16" in text for text in other), "nothing is left to rewrite"
-        for old, new in zip(of_80, other, strict=False):  # behind them stand kernels that only the other has
+        for old, new in zip(of_80, other[: len(of_80)], strict=True):  # behind them, what only the other has
             pairs = enumerate(zip(old.splitlines(), build.in_words_of_80(new).splitlines(), strict=True), 1)
             assert not [(number, *pair) for number, pair in pairs if pair[0] != pair[1]][:1]
 
