@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention.h"
+#include "device.h"
 #include "philox.cuh"
 
 namespace pytransformer::cuda {
@@ -58,7 +59,7 @@ struct AttentionArguments {
   int lower, upper;       // of the band; far beyond any position where it is open
   int query_rows_together, key_rows_together;  // heads whose blocks of queries, or of keys, take turns: see Turn
   float scale, softcap;
-  int blocks = 0;  // of queries, where a block of threads takes one after the other
+  int blocks = 0;  // of queries or of keys, where a block of threads takes one after the other
 
   __host__ __device__ bool shapes_scores() const { return bias.data != nullptr || softcap > 0; }
 
@@ -132,6 +133,18 @@ inline void check_workspace(const char* name, const Launch& launch, int64_t byte
 
 // The view of a [B,H,T,D] tensor whose rows are whole chunks of 16 bytes and start at multiples of these, or an error.
 Heads heads(const char* name, const char* argument, const TensorView& view);
+
+// Whether the kernels of Hopper's own instructions (attention_hopper.cuh) are in this build.
+#ifdef PYTRANSFORMER_HOPPER
+constexpr bool hopper_built = true;
+#else
+constexpr bool hopper_built = false;
+#endif
+
+// Whether they serve heads of `width` columns on this GPU. Of 32 columns half of a panel would be zeros.
+inline bool hopper_serves(int64_t width) {
+  return width > 32 && compute_capability() == 90;
+}
 
 // body(integral_constant<int, D>) for the narrowest compiled head width D that holds `width` columns.
 template <class Body>

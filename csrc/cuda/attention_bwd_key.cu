@@ -12,7 +12,6 @@
 #include <algorithm>
 
 #include "attention_bwd.cuh"
-#include "device.h"
 
 namespace pytransformer::cuda {
 namespace {
@@ -226,9 +225,9 @@ __global__ void __launch_bounds__(threads, KeyCut<D>::blocks)
 template <class T>
 void attention_bwd_key(const BackwardArguments& a, const TensorView& key, const Launch& launch) {
   const int widest = std::max(a.query.width, a.value.width);
-#ifdef PYTRANSFORMER_HOPPER
-  if (widest > 32 && widest <= 128 && compute_capability() == 90) return attention_bwd_key_sm90<T>(a, key, launch);
-#endif
+  if constexpr (hopper_built) {
+    if (widest <= 128 && hopper_serves(widest)) return attention_bwd_key_sm90<T>(a, key, launch);
+  }
   by_head_width("attention_bwd", widest, [&](auto width) {
     using Cut = KeyCut<width()>;
     const int64_t blocks = ceil_div(a.S, Cut::keys) * a.B * (a.H / a.group);

@@ -38,7 +38,7 @@ struct QueriesPass {
   }
   __device__ static int end(const Visibility& v) { return v.T; }
 
-  // The lse and delta of a tile, by two threads a query or four.
+  // The lse and delta of a tile, by the threads that copy its queries.
   template <class Block>
   __device__ static void copy_statistics(const BackwardArguments& a, Block& block, const Rows& rows, int stage,
                                          int member, int first, int end, int thread) {

@@ -4,7 +4,6 @@
 #include <algorithm>
 
 #include "attention_bwd.cuh"
-#include "device.h"
 
 namespace pytransformer::cuda {
 namespace {
@@ -22,17 +21,11 @@ struct QueryCut {
 // The queries of a block. In shared memory.
 struct QueryBlock {
   Visibility visibility;
-  int line, batch, head, first;
+  BlockRows<false> rows;
 
   QueryBlock() = default;
-  __device__ QueryBlock(const BackwardArguments& a, int queries, int index) {
-    const int blocks = (a.T + queries - 1) / queries;
-    const Turn turn(index, blocks, a.B * a.H, a.query_rows_together);
-    first = (blocks - 1 - turn.block) * queries;  // of causal the long rows first
-    line = turn.row;
-    batch = line / a.H;
-    head = line % a.H;
-    visibility = Visibility(a, batch, head);
+  __device__ QueryBlock(const BackwardArguments& a, int queries, int index) : rows(a, queries, index) {
+    visibility = Visibility(a, rows.batch, rows.head);
   }
 };
 
@@ -49,18 +42,18 @@ __global__ void __launch_bounds__(threads, 2) attention_bwd_query_kernel(const _
   const Visibility& v = block.visibility;
   if (threadIdx.x == 0) block = QueryBlock(a, Cut::queries, int(blockIdx.x));
   __syncthreads();
-  if (block.first >= v.T) return;  // of a sequence that is shorter than the longest
-  const Range range = key_tiles<Cut::queries, N>(v, block.first);
+  if (block.rows.first >= v.T) return;  // of a sequence that is shorter than the longest
+  const Range range = key_tiles<Cut::queries, N>(v, block.rows.first);
   TileKind kind = TileKind::empty;  // of the tile found last
   const auto find = [&](int tile) {
     for (; tile < range.end; ++tile) {
-      kind = tile_kind<Cut::queries, N>(a, v, range.inside(tile), block.first, tile * N);
+      kind = tile_kind<Cut::queries, N>(a, v, range.inside(tile), block.rows.first, tile * N);
       if (kind != TileKind::empty) break;
     }
     return tile;
   };
-  const HeadRows<N, D> of_keys(a.key, a.of_keys(a.key, block.batch, block.head / a.group));
-  const HeadRows<N, D> of_values(a.value, a.of_keys(a.value, block.batch, block.head / a.group));
+  const HeadRows<N, D> of_keys(a.key, a.of_keys(a.key, block.rows.batch, block.rows.head / a.group));
+  const HeadRows<N, D> of_values(a.value, a.of_keys(a.value, block.rows.batch, block.rows.head / a.group));
   const int length = v.length;
   // Keys and values of a tile, or zeros where there is none.
   const auto load = [&](int tile, int stage) {
@@ -70,9 +63,9 @@ __global__ void __launch_bounds__(threads, 2) attention_bwd_query_kernel(const _
     of_values.load(copy, buffer(2 * stage + 1), tile * N, end);
     ptx::commit_copies();
   };
-  const auto of_queries = [&](const Heads& x) { return a.of_queries(x, block.batch, block.head); };
-  HeadRows<Cut::queries, D>(a.query, of_queries(a.query)).load({}, queries, block.first, v.T);
-  HeadRows<Cut::queries, D>(a.grad_out, of_queries(a.grad_out)).load({}, grad_outs, block.first, v.T);
+  const auto of_queries = [&](const Heads& x) { return a.of_queries(x, block.rows.batch, block.rows.head); };
+  HeadRows<Cut::queries, D>(a.query, of_queries(a.query)).load({}, queries, block.rows.first, v.T);
+  HeadRows<Cut::queries, D>(a.grad_out, of_queries(a.grad_out)).load({}, grad_outs, block.rows.first, v.T);
   ptx::commit_copies();
   if constexpr (Cut::held) {
     ptx::wait_for_copies<0>();
@@ -81,12 +74,12 @@ __global__ void __launch_bounds__(threads, 2) attention_bwd_query_kernel(const _
 
   const int of_warp = 16 * M * warp();
   // The first row of a thread.
-  const auto row_of = [&](int thread) { return block.first + thread / 32 * 16 * M + thread % 32 / 4; };
+  const auto row_of = [&](int thread) { return block.rows.first + thread / 32 * 16 * M + thread % 32 / 4; };
   float2 of_rows[M][2];
 #pragma unroll
   for (int i = 0; i < 2 * M; ++i) {
     const int row = row_of(threadIdx.x) + 8 * i;
-    const int64_t at = a.of_rows(block.batch, block.head) + row;
+    const int64_t at = a.of_rows(block.rows.batch, block.rows.head) + row;
     of_rows[i / 2][i % 2] = row < v.T ? float2{a.lse_in_log2[at], a.delta[at]} : float2{0, 0};
   }
 
@@ -108,7 +101,7 @@ __global__ void __launch_bounds__(threads, 2) attention_bwd_query_kernel(const _
         clean_tile<T, N>(keys, nullptr);
         __syncthreads();
       }
-      const int64_t first = int64_t(block.line) * a.T;
+      const int64_t first = int64_t(block.rows.line) * a.T;
       const RowsAreQueries<M, N> place{v, a, of_rows, first, row_of(ptx::thread_now()), tile * N};
       const Asked asked(a, partial);
       TileBits<M> bits;
@@ -118,7 +111,8 @@ __global__ void __launch_bounds__(threads, 2) attention_bwd_query_kernel(const _
       multiply_rows<T, M, N>(ds, grad_out_rows, values);
       const auto to_gradients = [&](const Asked& asked) {
         load(next, stage ^ 1);  // while tensor cores are busy
-        score_weights<T, M, N>(p, a, place, bits, asked, block.batch * a.bias.batch + block.head * a.bias.head);
+        score_weights<T, M, N>(p, a, place, bits, asked,
+                               block.rows.batch * a.bias.batch + block.rows.head * a.bias.head);
         score_gradients<M, N>(ds, p, a.dropout, place, bits, asked);
         if (asked.shapes && a.grad_bias != nullptr) store_grad_bias<M, N>(ds, place, a.grad_bias + first * a.S);
         if (asked.shapes && a.softcap > 0) {
@@ -136,19 +130,18 @@ __global__ void __launch_bounds__(threads, 2) attention_bwd_query_kernel(const _
   }
   multiply_all<M, D>(sum, a.scale);
   const int64_t offset = of_queries(a.grad_query);
-  store_rows<T, M>(sum, queries, of_warp, a.grad_query, offset, block.first + of_warp, v.T);
+  store_rows<T, M>(sum, queries, of_warp, a.grad_query, offset, block.rows.first + of_warp, v.T);
 }
 
 }  // namespace
 
 template <class T>
 void attention_bwd_query(const BackwardArguments& a, const TensorView& query, const Launch& launch) {
-#ifdef PYTRANSFORMER_HOPPER
-  if (std::max(a.query.width, a.value.width) > 32 && compute_capability() == 90) {
-    return attention_bwd_query_sm90<T>(a, query, launch);
+  const int widest = std::max(a.query.width, a.value.width);
+  if constexpr (hopper_built) {
+    if (hopper_serves(widest)) return attention_bwd_query_sm90<T>(a, query, launch);
   }
-#endif
-  by_head_width("attention_bwd", std::max(a.query.width, a.value.width), [&](auto width) {
+  by_head_width("attention_bwd", widest, [&](auto width) {
     using Cut = QueryCut<width()>;
     const int64_t blocks = ceil_div(a.T, Cut::queries) * a.B * a.H;
     start("attention_bwd: query", query, attention_bwd_query_kernel<T, width()>,

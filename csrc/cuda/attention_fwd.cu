@@ -1,7 +1,6 @@
 #include <algorithm>
 
 #include "attention_fwd_sm80.cuh"
-#include "device.h"
 
 namespace pytransformer::cuda {
 namespace {
@@ -34,9 +33,9 @@ void attention_fwd(const AttentionForward& p, const Launch& launch) {
   a.lse_batch = p.lse.stride[0];
   a.lse_head = p.lse.stride[1];
   const int64_t widest = std::max(p.query.shape[3], p.value.shape[3]);
-#ifdef PYTRANSFORMER_HOPPER
-  if (widest > 32 && compute_capability() == 90) return attention_fwd_sm90(a, p, launch);
-#endif
+  if constexpr (hopper_built) {
+    if (hopper_serves(widest)) return attention_fwd_sm90(a, p, launch);
+  }
   by_dtype<__half, __nv_bfloat16>(name, p.query.dtype, [&](auto zero) {
     by_head_width(name, widest, [&](auto width) { forward<decltype(zero), width()>(a, p, launch); });
   });
