@@ -73,6 +73,7 @@ FAULTS = [
     Fault("matmul_warpgroup", "no fence before the products", '    asm volatile("wgmma.fence', "    // ", "wgmma"),
     Fault("matmul_warpgroup", "products not committed", '    asm volatile("wgmma.commit', "    // ", "race"),
     Fault("matmul_warpgroup", "products not waited for", "sync.aligned 1;", "sync.aligned 2;", "race"),
+    Fault("matmul_warpgroup", "sums stored before they are there", "sync.aligned 0;", "sync.aligned 1;", "result"),
     Fault("matmul_warpgroup", "copies not waited for", "cp.async.wait_group 0", "cp.async.wait_group 1", "race"),
     Fault("matmul_warpgroup", "no barrier when the stage is full", "__syncthreads();  // the stage", "//", "race"),
     Fault("matmul_warpgroup", "no barrier before it is overwritten", "__syncthreads();  // the prod", "//", "race"),

@@ -54,6 +54,11 @@ struct AsyncCopy {
   uint32_t group;
 };
 
+struct SumUnderWay {  // of a wgmma that has not been waited for
+  float value;
+  uint32_t group;
+};
+
 struct Thread {
   void* stack_pointer = nullptr;
   Dim3 index;
@@ -67,6 +72,7 @@ struct Thread {
   uint32_t copy_group = 0;
   uint32_t products = 0;  // groups of wgmma committed
   bool products_fenced = false;
+  std::vector<SumUnderWay> sums;
   uint32_t registers = 0;  // 0: as many as it was launched with
   uint32_t phase = 0;      // changes at every barrier and collective; accesses of one warp are lined up by it
 };
@@ -142,8 +148,8 @@ struct WarpgroupProduct {  // what one thread brings to a wgmma.mma_async of 64 
 void multiply_warpgroup(const WarpgroupProduct& product, float* d, Line line);
 void products_fence();
 void products_commit();
-void products_wait(uint32_t pending);
-void set_registers(uint32_t count, bool raises, Line line);  // of each thread of the warpgroup
+void products_wait(uint32_t pending, void* const* registers, uint32_t count);  // those in which sums may be
+void set_registers(uint32_t count, bool raises, Line line);                    // of each thread of the warpgroup
 
 // -- async.cpp
 void copy_async(uint32_t to, uint64_t from, uint32_t bytes, uint32_t given, Line line, uint32_t& hint);

@@ -6,6 +6,11 @@
 // contiguous, or with `mn_major` rows of M or N are. The product is made when the last thread of the warpgroup has
 // come, the earliest; for the detectors its reads last until a wait, as those of an agent beside the threads, through
 // the async proxy: what threads wrote must have been fenced for it.
+//
+// Nor are its results there before a wait. Until then a register holds a mark, a signalling NaN (which no arithmetic
+// makes) with the number of a sum under way: another product adds to that sum, and anything else that reads it has a
+// NaN. The wait puts sums in the place of their marks. Sums are made as those of mma.sync (products.h), which no GPU
+// has been asked about.
 #include <algorithm>
 #include <cstring>
 #include <optional>
@@ -14,6 +19,7 @@
 #include "block.h"
 #include "instructions.h"
 #include "order.h"
+#include "products.h"
 
 namespace ptx {
 namespace {
@@ -143,6 +149,35 @@ void check_agreement(const Group& group, const WarpgroupProduct& p, Line line) {
   }
 }
 
+// d (+)= A B of all threads, eight columns at a time: a row of these is held by four lanes.
+template <int K>
+void add_products(const Group& group, const Operand& A, const Operand& B) {
+  const WarpgroupProduct& p = *group.brought[0].product;
+  const int lowest = p.type == WarpgroupType::f16 ? -14 : -126;
+  std::vector<products::Row<K>> rows;
+  for (uint32_t m = 0; m < 64; ++m) {
+    float row[K];
+    for (uint32_t k = 0; k < K; ++k) row[k] = A[m * K + k] * p.a_sign * p.b_sign;
+    rows.push_back(products::row(row, lowest));
+  }
+  for (uint32_t n = 0; n < p.columns; n += 8) {
+    products::Row<8> columns[K];
+    for (uint32_t k = 0; k < K; ++k) {
+      float row[8];
+      for (uint32_t i = 0; i < 8; ++i) row[i] = B[(n + i) * K + k];
+      columns[k] = products::row(row, lowest);
+    }
+    for (uint32_t m = 0; m < 64; ++m) {
+      const Brought* const lanes = &group.brought[m / 16 * 32 + m % 8 * 4];
+      const uint32_t first = n / 2 + m % 16 / 8 * 2;
+      float c[8], d[8];
+      for (uint32_t i = 0; i < 8; ++i) c[i] = p.accumulate ? lanes[i / 2].d[first + i % 2] : 0.0f;
+      products::add(rows[m], columns, products::row(c, -126), d);
+      for (uint32_t i = 0; i < 8; ++i) lanes[i / 2].d[first + i % 2] = d[i];
+    }
+  }
+}
+
 void make(const Group& group, uint32_t number, Line line) {
   const WarpgroupProduct& p = *group.brought[0].product;
   check_agreement(group, p, line);
@@ -152,21 +187,39 @@ void make(const Group& group, uint32_t number, Line line) {
   const Operand A = p.a != nullptr ? from_registers(group, p.type)
                                    : from_shared(p.a_descriptor, p.a_mn_major, 64, true, p.type, readers, line);
   const Operand B = from_shared(p.b_descriptor, p.b_mn_major, p.columns, false, p.type, readers, line);
-  const uint32_t k_count = uint32_t(A.size()) / 64, n_count = p.columns;
-  std::vector<float> turned(B.size());  // [k][n], for long rows in the innermost loop
-  for (uint32_t n = 0; n < n_count; ++n)
-    for (uint32_t k = 0; k < k_count; ++k) turned[k * n_count + n] = B[n * k_count + k] * p.b_sign * p.a_sign;
-  std::vector<double> D(64 * n_count);
-  for (uint32_t m = 0; m < 64; ++m)
-    for (uint32_t k = 0; k < k_count; ++k)
-      for (uint32_t n = 0; n < n_count; ++n)
-        D[m * n_count + n] += double(A[m * k_count + k]) * double(turned[k * n_count + n]);
-  for (uint32_t t = 0; t < threads_of_group; ++t) {
-    for (uint32_t i = 0; i < n_count / 2; ++i) {
-      const uint32_t row = t / 32 * 16 + t % 32 / 4 + 8 * (i / 2 % 2), column = i / 4 * 8 + t % 4 * 2 + i % 2;
-      float& d = group.brought[t].d[i];
-      d = float((p.accumulate ? double(d) : 0.0) + D[row * n_count + column]);
+  p.type == WarpgroupType::tf32 ? add_products<8>(group, A, B) : add_products<16>(group, A, B);
+}
+
+// Sums under way are numbered by the lower bits of their marks.
+constexpr uint32_t mark = 0xffa00000, number_of_mark = 0x001fffff;
+
+// The sum under way that a mark stands for; null of any other value, and of a mark that was read too early.
+SumUnderWay* sum_of(uint32_t word) {
+  const bool marked = (word & ~number_of_mark) == mark && (word & number_of_mark) < current->sums.size();
+  return marked ? &current->sums[word & number_of_mark] : nullptr;
+}
+
+// Leaves in `d` what to add to, and tells the numbers of the sums.
+std::vector<uint32_t> take_up_sums(float* d, uint32_t count) {
+  std::vector<SumUnderWay>& sums = current->sums;
+  std::vector<uint32_t> numbers(count);
+  for (uint32_t i = 0; i < count; ++i) {
+    const SumUnderWay* const sum = sum_of(bits<uint32_t>(d[i]));
+    numbers[i] = uint32_t(sum ? sum - sums.data() : sums.size());
+    if (sum != nullptr) {
+      d[i] = sum->value;
+    } else {
+      sums.push_back({});
     }
+  }
+  return numbers;
+}
+
+void leave_marks(float* d, const std::vector<uint32_t>& numbers, Line line) {
+  if (current->sums.size() > number_of_mark) report("wgmma", line, "more sums under way than there are marks for");
+  for (size_t i = 0; i < numbers.size(); ++i) {
+    current->sums[numbers[i]] = {d[i], current->products + 1};
+    d[i] = bits<float>(mark | numbers[i]);
   }
 }
 
@@ -215,18 +268,20 @@ void multiply_warpgroup(const WarpgroupProduct& product, float* d, Line line) {
     report("wgmma", line, "thread %u belongs to no whole warpgroup", thread.number);
     return;
   }
-  if (!thread.products_fenced) report("wgmma", line, "no wgmma.fence before the first product of a thread");
+  if (!thread.products_fenced) report("wgmma", line, "no wgmma.fence before the first product behind a wait");
   ++thread.phase;
+  const std::vector<uint32_t> sums = take_up_sums(d, product.columns / 2);
   Group& group = group_of[number];
   group.brought[thread.number % threads_of_group] = {&product, d};
   if (group.waiting.size() + 1 < threads_of_group) {
     group.waiting.push_back(thread.number);
     wait_for("wgmma", line);
-    return;
+  } else {
+    make(group, number, line);
+    for (const uint32_t other : group.waiting) wake(other);
+    group.waiting.clear();
   }
-  make(group, number, line);
-  for (const uint32_t other : group.waiting) wake(other);
-  group.waiting.clear();
+  leave_marks(d, sums, line);
 }
 
 void products_fence() {
@@ -237,10 +292,19 @@ void products_commit() {
   ++current->products;
 }
 
-void products_wait(uint32_t pending) {
-  const Thread& thread = *current;
-  if (!options.races) return;
+void products_wait(uint32_t pending, void* const* registers, uint32_t count) {
+  Thread& thread = *current;
   const uint32_t done = thread.products > pending ? thread.products - pending : 0;
+  for (uint32_t i = 0; i < count; ++i) {
+    uint32_t word;
+    std::memcpy(&word, registers[i], sizeof word);
+    const SumUnderWay* const sum = sum_of(word);
+    if (sum != nullptr && sum->group <= done) std::memcpy(registers[i], &sum->value, sizeof sum->value);
+  }
+  const auto is_done = [done](const SumUnderWay& sum) { return sum.group <= done; };
+  if (std::all_of(thread.sums.begin(), thread.sums.end(), is_done)) thread.sums.clear();
+  thread.products_fenced = false;  // who has waited may write to registers of products
+  if (!options.races) return;
   uint32_t& known = order::knowledge_of(thread.number).clocks[order::products_of(thread.warp)];
   known = std::max(known, done);
 }

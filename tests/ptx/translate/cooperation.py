@@ -149,7 +149,7 @@ def warpgroup(f: Function, i: Instruction) -> None:
     elif i.has("commit_group"):
         f.emit("products_commit();")
     elif i.has("wait_group"):
-        f.emit(f"products_wait({f.read(i.args[0], 'u32')});")
+        _wait_for_products(f, i)
     else:
         _warpgroup_product(f, i)
 
@@ -171,6 +171,19 @@ def mbarrier(f: Function, i: Instruction) -> None:
 @opcode("setmaxnreg")
 def set_registers(f: Function, i: Instruction) -> None:
     f.emit(f"set_registers({f.read(i.args[0], 'u32')}, {str(i.has('inc')).lower()}, {i.line});")
+
+
+def _wait_for_products(f: Function, i: Instruction) -> None:
+    """The runtime is told the registers in which sums may be: that a product writes, or that these were moved to."""
+    moves = [s.operands for s in f.kernel.body if s.opcode.startswith("mov.")]
+    sums: set[str] = set()
+    found = {name for s in f.kernel.body if s.opcode.startswith("wgmma.mma") for name in f.vector(s.operands[0])}
+    while found:
+        sums |= found
+        found = {to for to, source in moves if source in sums} - sums
+    registers = [f"&{register[0]}" for name in sorted(sums) if (register := f.register(name))]
+    f.emit(f"{{ void* const sums[] = {{{', '.join(registers) or 'nullptr'}}};")
+    f.emit(f"products_wait({f.read(i.args[0], 'u32')}, sums, {len(registers)}); }}")
 
 
 def _warpgroup_product(f: Function, i: Instruction) -> None:
