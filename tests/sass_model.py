@@ -23,7 +23,6 @@ from sass import NO_SCOREBOARD, Code, Instruction, kernel, shortest_loop
 
 ARCH, MULTIPROCESSORS, CLOCK = "sm_90a", 132, 1.755e9
 WARPS, REGISTERS, SHARED = 4, 65536, 227 * 1024  # of a block; of a multiprocessor
-OF_HOPPER = 8  # warps that compute, of the kernels that use wgmma
 PRODUCT = 16 * 8 * 16  # multiply-adds of an HMMA
 OF_WARPGROUP = 0.5  # clocks of 16 rows by one column and 16 terms of wgmma, whose rate is the peak
 COPY, BARRIER, QUEUE = 700, 16, 24  # clocks; the last: how much shared memory takes on before a warp has to wait
@@ -65,15 +64,15 @@ class Warp:
 
 
 class Multiprocessor:
-    def __init__(self, paths: list[Code], blocks: int, warps: int = WARPS):
+    def __init__(self, paths: list[Code], blocks: int, warps: int = WARPS, taking_turns: bool = False):
         self.busy: dict[tuple[str, int], float] = defaultdict(float)  # until when a unit is
-        self.met: dict[tuple[int, str], list[Warp]] = defaultdict(list)
+        self.met: dict[tuple[int, str], list[Warp | None]] = defaultdict(list)  # at a barrier; None: does not wait
         self.warps = [
             Warp(b, w, paths[w % len(paths)], ready=131 * b + 3 * w) for b in range(blocks) for w in range(warps)
         ]
-        self.blocks, self.of_block = blocks, warps
-        if warps == OF_HOPPER:  # the first turn is that of the first warpgroup
-            self.met[0, "turn 0"] += self.warps[4:]
+        self.blocks, self.of_block, self.taking_turns = blocks, warps, taking_turns
+        if taking_turns:  # the first is that of the first warpgroup, which the last one gives
+            self.met[0, "turn 0"] += [None] * 4
 
     def run(self) -> float:
         """Clocks in which every block makes one step."""
@@ -150,15 +149,14 @@ class Multiprocessor:
             return
         if name.startswith("R"):
             name = f"pair {warp.number // 2}"
-            if self.of_block == OF_HOPPER:  # two warpgroups: one waits for its turn, and gives the other's
-                name = f"turn {warp.number // 4 if kind == 'SYNC' else 1 - warp.number // 4}"
+            if self.taking_turns:  # a warpgroup waits for its turn, and gives the next one's
+                name = f"turn {(warp.number // 4 + (kind != 'SYNC')) % (self.of_block // 4)}"
         met = self.met[warp.block, name]
-        met.append(warp)
         warp.at_barrier = kind == "SYNC"
+        met.append(warp if warp.at_barrier else None)
         if len(met) == (int(threads, 16) // 32 if threads else self.of_block):
-            for other in met:
-                if other.at_barrier:
-                    other.at_barrier, other.ready = False, max(other.ready, clock + BARRIER)
+            for waiting in filter(None, met):
+                waiting.at_barrier, waiting.ready = False, max(waiting.ready, clock + BARRIER)
             met.clear()
 
 
@@ -167,6 +165,12 @@ def columns(x: Instruction) -> int:
     found = re.search(r"64x(\d+)x16", x.text)
     assert found is not None, x.text
     return int(found[1])
+
+
+def computing_warps(code: Code) -> int:
+    """Of a kernel of Hopper's: whole warpgroups, which take over nearly all registers."""
+    (taken,) = [int(x.text.split()[-1], 16) for x in code if x.opcode.startswith("USETMAXREG.TRY_ALLOC")]
+    return REGISTERS // (128 * taken) * 4
 
 
 def _width(x: Instruction) -> int:
@@ -180,7 +184,9 @@ def loops(name: str) -> list[list[Instruction]]:
     code = kernel(ARCH, name)
     if any(x.unit == "HGMMA" for x in code):  # through the wait with products of the next step under way
         (wait,) = [x for x in code if x.text.startswith("WARPGROUP.DEPBAR.LE gsb0, 0x1")]
-        return [shortest_loop(code, wait)]
+        way = shortest_loop(code, wait)
+        begin = 1 + max(i for i, x in enumerate(way) if x.opcode.startswith("BAR.ARV"))  # where the turn was given
+        return [way[begin:] + way[:begin]]
     barriers = [x for x in code if x.unit == "BAR"]
     ways = [way for x in barriers if (way := shortest_loop(code, x)) and any(y.unit == "HMMA" for y in way)]
     of_pairs = [way for way in ways if re.search(r" R\d+, ", way[0].text)]
@@ -192,8 +198,9 @@ def speed(name: str, products: int, blocks: int) -> tuple[float, float]:
     """Clocks of a multiprocessor for each score and column of a head, and TFLOP/s of its ``products``."""
     paths = loops(name)
     if any(x.unit == "HGMMA" for x in paths[0]):
-        work = sum(16 * 16 * columns(x) for x in paths[0] if x.unit == "HGMMA") * OF_HOPPER / products
-        clocks = Multiprocessor(paths, blocks, OF_HOPPER).run() / work
+        warps = computing_warps(kernel(ARCH, name))
+        work = sum(16 * 16 * columns(x) for x in paths[0] if x.unit == "HGMMA") * warps / products
+        clocks = Multiprocessor(paths, blocks, warps, taking_turns=True).run() / work
     else:
         work = sum(x.unit == "HMMA" for path in paths for x in path) / len(paths) * WARPS * PRODUCT / products
         clocks = Multiprocessor(paths, blocks).run() / (blocks * work)

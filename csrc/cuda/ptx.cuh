@@ -20,8 +20,8 @@ __device__ inline uint32_t shared_address(const void* pointer) {
 }
 
 // threadIdx.x, read anew where this stands: no register keeps what follows from it until then.
-__device__ inline int thread_now() {
-  int x;
+__device__ inline uint32_t thread_now() {
+  uint32_t x;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
   return x;
 }

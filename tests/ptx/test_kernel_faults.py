@@ -171,6 +171,8 @@ FAULTS = [
           "(race|result)"),
     Fault("hopper", HOPPER, WARPGROUP, "more registers than there are", "setmaxnreg.dec.sync.aligned.u32 %0",
           "setmaxnreg.inc.sync.aligned.u32 %0", "(setmaxnreg|deadlock)"),
+    Fault("hopper", HOPPER, ROLES, "more registers than were left", "group_registers = 224", "group_registers = 232",
+          "deadlock"),
     Fault("hopper", HOPPER_QUERY, HOPPER_QUERY, "keys freed before they are read",
           "ptx::wait_for_products<0>();  // of the tile before", "", "race"),
     Fault("hopper", HOPPER_QUERY, HOPPER_QUERY, "values that are not waited for",

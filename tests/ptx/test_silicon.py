@@ -44,9 +44,15 @@ def recording(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
+def missing(path: Path) -> set[str]:
+    return vectors.KERNELS.keys() - recording(path)["kernels"].keys()
+
+
 @cache
 def of_silicon(path: Path, name: str) -> Tensor:
     """The recorded words, [slots, threads]."""
+    if name in missing(path):
+        pytest.skip("no GPU has been at hand since this kernel was written: tests/ptx/silicon/record.py")
     record, kernel = recording(path)["kernels"][name], vectors.KERNELS[name]
     assert record["inputs"] == vectors.digest(kernel.words), "recorded with other inputs: record again"
     assert record["instructions"] == {str(slot): text for slot, text in vectors.instructions(name).items()}
@@ -73,7 +79,8 @@ def of_runner(name: str) -> Tensor:
 
 def test_everything_is_recorded(path):
     assert not recording(path)["failed"]
-    assert recording(path)["kernels"].keys() == vectors.KERNELS.keys()
+    assert missing(path) <= vectors.AWAITED
+    assert recording(path)["kernels"].keys() <= vectors.KERNELS.keys()
 
 
 # -- words
@@ -134,6 +141,66 @@ def test_words_are_equal(path, kernel):
 )
 def test_correctly_rounded_words_are_equal(path, kernel, slot, instruction):
     assert not difference(path, kernel, slot, instruction)
+
+
+# -- where the operands of a warpgroup's products lie
+
+
+def along_k(i: int, k: int, row: int, leading: int, stride: int) -> int:
+    """Where element k of row i of a left operand, or of column i of a right one, lies before the swizzle.
+
+    ``row``: bytes among which chunks are permuted; 16: they are not.
+    """
+    chunk = k // 8 * (leading if row == 16 else 16)
+    return i // 8 * stride + i % 8 * row + chunk + k % 8 * 2
+
+
+def across_k(i: int, k: int, row: int, leading: int, stride: int) -> int:
+    """The same of operands that lie turned: rows of K's terms hold what differs in i."""
+    group, inside = divmod(i, row // 2)
+    of_group, of_k = (stride, leading) if row == 16 else (leading, stride)
+    return group * of_group + inside * 2 + k // 8 * of_k + k % 8 * row
+
+
+def swizzled(place: int, row: int) -> int:
+    """Rows of 128 bytes: chunk c of row r of eight lies at c ^ r; of 64, c ^ r / 2 of four; of 32, c ^ r / 4 of two."""
+    chunks = row // 16
+    r, c = place // row % 8, place % row // 16
+    return place // row * row + (c ^ r * chunks // 8) * 16 + place % 16
+
+
+LAYOUTS = {  # slot: (place, begin, bytes of a row, leading, stride) as vectors.cu has it
+    0: (along_k, 0, 16, 2048, 128),
+    64: (along_k, 0, 32, 16, 256),
+    128: (along_k, 32, 64, 16, 512),
+    192: (along_k, 96, 128, 16, 1024),
+    256: (across_k, 0, 16, 2048, 128),
+    320: (across_k, 0, 32, 512, 256),
+    384: (across_k, 0, 64, 1024, 512),
+    448: (across_k, 2048, 128, 4096, 1024),
+    512: (along_k, 64, 128, 16, 1024),
+    520: (across_k, 0, 128, 16, 1024),
+    528: (across_k, 0, 64, 1024, 512),
+}
+
+
+def read_operand(words: Tensor, slot: int) -> Tensor:
+    """The operand of a slot, [rows or columns, k], as its product with the identity matrix."""
+    columns = 128 if slot < 512 else 16
+    lanes = words[slot : slot + columns // 2].view(torch.float32).view(columns // 8, 2, 2, 4, 8, 4)
+    product = lanes.permute(3, 1, 4, 0, 5, 2).reshape(64, columns)  # [warp, half, row of eight; group, lane, column]
+    return product[:16].T if slot < 512 else product
+
+
+@pytest.mark.parametrize("slot", LAYOUTS)
+@pytest.mark.parametrize("of_whom", [of_silicon, lambda path, name: of_runner(name)], ids=["silicon", "runner"])
+def test_operands_lie_as_the_ptx_isa_says(path, of_whom, slot):
+    """ "Asynchronous Warpgroup Level Matrix Shared Memory Layout"."""
+    place, begin, row, leading, stride = LAYOUTS[slot]
+    found = read_operand(of_whom(path, "operands"), slot)
+    places = [[swizzled(begin + place(i, k, row, leading, stride), row) for k in range(16)] for i in range(len(found))]
+    memory = given("operands").flatten().view(torch.float16)
+    assert torch.equal(found, memory[torch.tensor(places) // 2].float())
 
 
 # -- approximate functions

@@ -223,12 +223,12 @@ void leave_marks(float* d, const std::vector<uint32_t>& numbers, Line line) {
   }
 }
 
-// Registers of a multiprocessor, which one block has for itself.
-constexpr uint32_t all_registers = 65536;
+// What a block has, and its threads can pass on, is what it was launched with: of a multiprocessor's registers, which
+// it has for itself, as many eights as there are for each of its threads.
 std::vector<uint32_t> waiting_for_registers;
 
 uint32_t registers_at_launch() {
-  return all_registers / block.image->max_threads / 8 * 8;
+  return 65536 / block.image->max_threads / 8 * 8;
 }
 
 uint32_t registers_taken() {
@@ -251,7 +251,7 @@ void set_registers(uint32_t count, bool raises, Line line) {
   if (raises ? count < before : count > before) {
     report("setmaxnreg", line, "%s from %u to %u registers", raises ? "an increase" : "a decrease", before, count);
   }
-  while (raises && registers_taken() - before + count > all_registers) {
+  while (raises && registers_taken() - before + count > registers_at_launch() * block.threads) {
     waiting_for_registers.push_back(thread.number);
     wait_for("setmaxnreg", line);
   }

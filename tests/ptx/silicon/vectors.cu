@@ -431,6 +431,104 @@ extern "C" __global__ void multiply_tf32(const uint32_t* in, uint32_t* out) {
   MULTIPLY_SMALL(4, "mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32");
 }
 
+// Products of a warpgroup. Input slots as above, for four warps, which share the B of the first: in shared memory,
+// eight columns of 16 bytes of K, then the next 16 bytes.
+__device__ uint64_t descriptor(const void* begin, int leading, int stride, int swizzle) {
+  return uint64_t(shared_address(begin) / 16) | uint64_t(leading / 16) << 16 | uint64_t(stride / 16) << 32 |
+         uint64_t(swizzle) << 62;
+}
+#define WGMMA_BEGIN "wgmma.fence.sync.aligned; "
+#define WGMMA_END "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;"
+#define MULTIPLY_WARPGROUP(slot, name, how)                                                                    \
+  do {                                                                                                         \
+    __shared__ __align__(128) uint32_t b[64];                                                                  \
+    for (int i = 0; i < 2; ++i)                                                                                \
+      if (threadIdx.x < 32) b[32 * i + threadIdx.x] = slots[4 + i];                                            \
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");                                               \
+    __syncthreads();                                                                                           \
+    float d[4];                                                                                                \
+    for (int i = 0; i < 4; ++i) d[i] = __uint_as_float(slots[6 + i]);                                          \
+    asm volatile(WGMMA_BEGIN name " {%0, %1, %2, %3}, {%4, %5, %6, %7}, %8, " how "; " WGMMA_END               \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                              \
+                 : "r"(slots[0]), "r"(slots[1]), "r"(slots[2]), "r"(slots[3]), "l"(descriptor(b, 128, 128, 0)) \
+                 : "memory");                                                                                  \
+    for (int i = 0; i < 4; ++i) *slots.at(slot + i) = __float_as_uint(d[i]);                                   \
+  } while (0)
+
+extern "C" __global__ void __launch_bounds__(128) multiply_warpgroup_bf16(const uint32_t* in, uint32_t* out) {
+  const Slots slots(in, out);
+  MULTIPLY_WARPGROUP(0, "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16", "1, 1, 1, 0");
+}
+
+extern "C" __global__ void __launch_bounds__(128) multiply_warpgroup_f16(const uint32_t* in, uint32_t* out) {
+  const Slots slots(in, out);
+  MULTIPLY_WARPGROUP(0, "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16", "1, 1, 1, 0");
+}
+
+extern "C" __global__ void __launch_bounds__(128) multiply_warpgroup_tf32(const uint32_t* in, uint32_t* out) {
+  const Slots slots(in, out);
+  MULTIPLY_WARPGROUP(0, "wgmma.mma_async.sync.aligned.m64n8k8.f32.tf32.tf32", "1, 1, 1");
+}
+
+// Where the elements of operands lie: 16 KB of shared memory hold numbers that are all different, and the other operand
+// is an identity matrix, so that the product is the operand as it was read. All start at a multiple of 1,024 and then
+// `begin` bytes; see vectors.py.
+#define NAMES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define NAMES_64                                                                                                  \
+  NAMES_8                                                                                                         \
+  ", %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29," \
+  "%30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51," \
+  "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define SUMS_8(i)                                                                                             \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
+      "+f"(d[i + 7])
+#define SUMS_32(i) SUMS_8(i), SUMS_8(i + 8), SUMS_8(i + 16), SUMS_8(i + 24)
+#define RIGHT(slot, name, turned, begin, leading, stride, swizzle)                                              \
+  do {                                                                                                          \
+    float d[64] = {};                                                                                           \
+    asm volatile(WGMMA_BEGIN name " {" NAMES_64 "}, {%64, %65, %65, %64}, %66, 0, 1, 1, " turned "; " WGMMA_END \
+                 : SUMS_32(0), SUMS_32(32)                                                                      \
+                 : "r"(diagonal), "r"(0), "l"(descriptor(memory + begin, leading, stride, swizzle))             \
+                 : "memory");                                                                                   \
+    for (int i = 0; i < 64; ++i) *slots.at(slot + i) = __float_as_uint(d[i]);                                   \
+  } while (0)
+#define LEFT(slot, name, turned, begin, leading, stride, swizzle)                                                    \
+  do {                                                                                                               \
+    float d[8] = {};                                                                                                 \
+    asm volatile(WGMMA_BEGIN name " {" NAMES_8 "}, %8, %9, 0, 1, 1, " turned ", 0; " WGMMA_END                       \
+                 : SUMS_8(0)                                                                                         \
+                 : "l"(descriptor(memory + begin, leading, stride, swizzle)), "l"(descriptor(identity, 128, 256, 0)) \
+                 : "memory");                                                                                        \
+    for (int i = 0; i < 8; ++i) *slots.at(slot + i) = __float_as_uint(d[i]);                                         \
+  } while (0)
+
+extern "C" __global__ void __launch_bounds__(128) operands(const uint32_t* in, uint32_t* out) {
+  __shared__ __align__(1024) uint8_t memory[16384];
+  __shared__ __align__(128) uint16_t identity[2][2][8][8];  // of columns, of K
+  const Slots slots(in, out);
+  constexpr uint16_t one = 0x3c00;
+  for (int i = 0; i < 32; ++i) reinterpret_cast<uint32_t*>(memory)[128 * i + threadIdx.x] = slots[i];
+  for (int i = 0; i < 2; ++i) {
+    const int row = threadIdx.x / 8 % 8, column = threadIdx.x % 8, of_k = threadIdx.x / 64;
+    identity[i][of_k][row][column] = i == of_k && row == column ? one : 0;
+  }
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  __syncthreads();
+  const uint32_t row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+  const uint32_t diagonal = row == column ? one : row == column + 1 ? uint32_t(one) << 16 : 0;
+  RIGHT(0, "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16", "0", 0, 2048, 128, 0);
+  RIGHT(64, "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16", "0", 0, 16, 256, 3);
+  RIGHT(128, "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16", "0", 32, 16, 512, 2);
+  RIGHT(192, "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16", "0", 96, 16, 1024, 1);
+  RIGHT(256, "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16", "1", 0, 2048, 128, 0);
+  RIGHT(320, "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16", "1", 0, 512, 256, 3);
+  RIGHT(384, "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16", "1", 0, 1024, 512, 2);
+  RIGHT(448, "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16", "1", 2048, 4096, 1024, 1);
+  LEFT(512, "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16", "0", 64, 16, 1024, 1);
+  LEFT(520, "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16", "1", 0, 16, 1024, 1);
+  LEFT(528, "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16", "1", 0, 1024, 512, 2);
+}
+
 // The first 16 bytes of a slot of shared memory: what was there, then a copy of which some bytes are given.
 #define COPIED(slot, name, bytes, given)                                                                          \
   do {                                                                                                            \

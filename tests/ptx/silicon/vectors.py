@@ -337,6 +337,12 @@ def _element(block: int, place: int, matrix: str) -> float:
     )
 
 
+def _numbers_of_shared_memory() -> list[Words]:
+    """Two float16 a word, normal and all different, in the order of memory."""
+    number = [2 * i + 1024 | (2 * i + 1025) << 16 for i in range(4096)]
+    return [number[128 * i : 128 * (i + 1)] for i in range(32)]
+
+
 def _copies() -> list[Words]:
     data = [[hashed(32 * i + lane, 400) for lane in range(64)] for i in range(4)]
     sizes = [[lane % (bytes + 1) for lane in range(64)] for bytes in (4, 8, 16)]
@@ -374,6 +380,13 @@ KERNELS: dict[str, Vectors] = {
     "multiply_bf16": Vectors(lambda: _fragments(bf16, 2), 8),
     "multiply_f16": Vectors(lambda: _fragments(f16, 2), 8),
     "multiply_tf32": Vectors(lambda: _fragments(f32, 1), 8),
+    "multiply_warpgroup_bf16": Vectors(lambda: _fragments(bf16, 2), 4, 128),
+    "multiply_warpgroup_f16": Vectors(lambda: _fragments(f16, 2), 4, 128),
+    "multiply_warpgroup_tf32": Vectors(lambda: _fragments(f32, 1), 4, 128),
+    "operands": Vectors(_numbers_of_shared_memory, 536, 128),
     "copies": Vectors(_copies, 16),
     "atomics": Vectors(_atomics, 41, 128),
 }
+
+# Those that were written when no GPU was at hand: recordings from before do not have them.
+AWAITED = {"multiply_warpgroup_bf16", "multiply_warpgroup_f16", "multiply_warpgroup_tf32", "operands"}
