@@ -38,15 +38,37 @@ def test_two_warpgroups_that_take_turns_fill_tensor_cores():
     softmax = ["FFMA R0, R1, R2, R3"] * 400
     turn, end = loop("BAR.SYNC R2, 0x100", "BAR.ARV R0, 0x100"), "WARPGROUP.DEPBAR.LE gsb0, 0x0"
     path = [turn[0], *loop(*[product] * 15, f"{product}, gsb0"), turn[1], *loop(*softmax, end)]
-    clocks = sass_model.Multiprocessor([path], 1, sass_model.OF_HOPPER).run()
+    clocks = sass_model.Multiprocessor([path], 1, warps=8, taking_turns=True).run()
     assert clocks == pytest.approx(2 * 16 * 64, rel=0.05), "a softmax beside the other's products"
     alone = [x for x in path if x.unit != "BAR"]
     assert sass_model.Multiprocessor([alone], 1).run() == pytest.approx(16 * 64, rel=0.05), "of one warpgroup"
 
 
+@pytest.mark.parametrize("groups", [2, 3])
+def test_warpgroups_that_take_turns_are_never_at_it_together(groups):
+    turn = loop("BAR.SYNC R2, 0x100", "BAR.ARV R0, 0x100")
+    path = [turn[0], *loop(*["FFMA R0, R1, R2, R3"] * 200, stall=4), turn[1]]
+    clocks = sass_model.Multiprocessor([path], 1, warps=4 * groups, taking_turns=True).run()
+    assert clocks == pytest.approx(groups * 200 * 4, rel=0.05)
+
+
+def test_who_has_given_a_turn_still_waits_for_its_own():
+    wait, give = loop("BAR.SYNC R2, 0x100", "BAR.ARV R0, 0x100")
+    model = sass_model.Multiprocessor([[wait, give]], 1, warps=8, taking_turns=True)
+    first, second = model.warps[:4], model.warps[4:]
+    model.met.clear()
+    for warps, instruction in ((second, give), (second, wait), (first, wait)):
+        for warp in warps:
+            model._meet(warp, instruction, 0)
+    assert not any(warp.at_barrier for warp in first)
+    assert all(warp.at_barrier for warp in second)
+
+
 @pytest.mark.skipif(cuda_table.missing() is not None, reason=str(cuda_table.missing()))
 def test_the_loop_of_warpgroups_is_found():
-    (found,) = sass_model.loops("attention_fwd_sm90_kernel<bf16, 128>")
+    name = "attention_fwd_sm90_kernel<bf16, 128>"
+    assert sass_model.computing_warps(sass.kernel(sass_model.ARCH, name)) == 8
+    (found,) = sass_model.loops(name)
     assert sum(sass_model.columns(x) for x in found if x.unit == "HGMMA") == 128 * (128 + 128) / 16
     assert sum(x.unit == "MUFU" for x in found) == 64 + 2  # of 128 keys and two rows, and what rescales
 
