@@ -13,7 +13,6 @@ under ``tests/ptx``, as compiled for each architecture. ``make test-ptx`` runs i
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -24,17 +23,13 @@ import pytransformer
 
 sys.path.insert(0, str(Path(__file__).parent))  # helpers.py and compare.py, under importlib's import mode
 
+from helpers import EMULATED, INTERPRETED, ON_GPU
+
 from pytransformer import backends
 from pytransformer._parity import unwritten_is_nan
 from pytransformer.backends import cpu
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-EMULATED = os.environ.get("PYTRANSFORMER_PTX") == "1"
 ISAS = cpu.isa_status() if backends.unavailable("cpu") is None else {}
-ON_GPU = [
-    name for name in ("cuda", "triton")
-    if torch.cuda.is_available() and not (INTERPRETED or EMULATED) and backends.unavailable(name) is None
-]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

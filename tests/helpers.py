@@ -25,6 +25,10 @@ Tensors = Mapping[str, "Tensor | None"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the session of the Triton kernels
 EMULATED = os.environ.get("PYTRANSFORMER_PTX") == "1"  # the session of the CUDA kernels on the PTX runner
+ON_GPU = [
+    name for name in ("cuda", "triton")
+    if torch.cuda.is_available() and not (INTERPRETED or EMULATED) and backends.unavailable(name) is None
+]  # fmt: skip
 
 
 def skip_unless_served(backend: str, op: str) -> None:

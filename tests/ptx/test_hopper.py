@@ -1,8 +1,8 @@
-"""Attention by Hopper's own instructions (``csrc/cuda/attention_hopper.cuh``) under the detectors.
+"""Attention by Hopper's own instructions (``csrc/cuda/attention_hopper.cuh``) under the detectors; and on such a GPU.
 
 A block of threads there takes one block of rows after the other and has four roles that hand tiles on through barriers
-in shared memory, so what matters is more blocks of rows than multiprocessors (the runner has eight), tiles enough to go
-around the stages, and sequences and masks by which a role finds nothing to do.
+in shared memory, so what matters is more blocks of rows than multiprocessors (the runner has eight, an H200 132), tiles
+enough to go around the stages, and sequences and masks by which a role finds nothing to do.
 """
 
 from __future__ import annotations
@@ -11,23 +11,29 @@ import pytest
 import test_attention as attention_cases
 import test_attention_varlen as varlen_cases
 import torch
-from helpers import check
+from helpers import ON_GPU, check
 
 from ptx import build
 from ptx.test_ops import attention_tensors, dropped
 from pytransformer import ops
 from pytransformer._parity import unwritten_is_nan
 
-pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=str(build.unavailable()))
-
 BF16, FP16 = torch.bfloat16, torch.float16
+ON_HOPPER = "cuda" in ON_GPU and torch.cuda.get_device_capability() == (9, 0)
 
 
-@pytest.fixture(params=[1, 2], ids=["detectors-1", "detectors-2"])
+@pytest.fixture(params=["detectors-1", "detectors-2", *(["gpu"] if ON_HOPPER else [])])
 def hopper(request):
+    """The name of a backend."""
+    if request.param == "gpu":
+        with torch.device("cuda"), unwritten_is_nan():
+            yield "cuda"
+        return
+    if build.unavailable() is not None:
+        pytest.skip(build.unavailable())
     from ptx import backend
 
-    with backend.installed("90a", races=True, seed=request.param) as name, unwritten_is_nan():
+    with backend.installed("90a", races=True, seed=int(request.param[-1])) as name, unwritten_is_nan():
         yield name
 
 
@@ -47,7 +53,10 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_forward_and_backward(hopper, name):
-    tensors, options = attention_tensors(*CASES[name])
+    (B, *sizes), *rest = CASES[name]
+    if hopper == "cuda" and "blocks" in name:
+        B *= 32
+    tensors, options = attention_tensors((B, *sizes), *rest)
     check("attention", tensors, options, hopper)
 
 
