@@ -298,8 +298,11 @@ def _combine(
         check_floating("attention", "bias", added)
         check_broadcasts("attention", "bias", added, full, _LETTERS)
         check_device("attention", "bias", added, "query", query)
-    if is_causal or window is not None or key_lengths is not None:
-        mask = mask & Mask(causal=bool(is_causal)) & _window(window) & _lengths(key_lengths)
+    if is_causal or window is not None:
+        left, right = check_window("attention", window)
+        mask = _and(mask, Mask(bool(is_causal), left, right, mask.align or causal_align))
+    if key_lengths is not None:
+        mask = _and(mask, _lengths(key_lengths))
     for name, x, wanted in (("attn_mask", mask.keep, full), ("key_lengths", mask.key_lengths, full[:1])):
         if x is not None:
             check_device("attention", name, x, "query", query)
@@ -308,16 +311,11 @@ def _combine(
     return mask.aligned(causal_align) if open_end else mask, added
 
 
-def _window(window: Any) -> Mask:
-    if window is None:
-        return Mask()
-    left, right = check_window("attention", window)
-    return Mask(left=left, right=right)
+def _and(mask: Mask, other: Mask) -> Mask:
+    return other if mask is _NO_MASK else mask & other
 
 
-def _lengths(key_lengths: Tensor | None) -> Mask:
-    if key_lengths is None:
-        return Mask()
+def _lengths(key_lengths: Tensor) -> Mask:
     check_tensor("attention", "key_lengths", key_lengths)
     if key_lengths.dtype not in (torch.int32, torch.int64) or key_lengths.dim() != 1:
         raise TypeError(f"attention: key_lengths must be integer [B], got {describe(key_lengths)}")
