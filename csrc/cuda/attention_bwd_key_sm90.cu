@@ -179,6 +179,7 @@ __device__ inline void attend_all(const BackwardArguments& a, HopperBlock<Hopper
     };
     load(a.key, 0);
     load(a.value, 1);
+    ptx::commit_copies();
     finish_copies();
     ptx::barrier(of_role + 2 + group_now(), Cut::group);
     float grad_key[1][D / 8][4], grad_value[1][D / 8][4];

@@ -125,6 +125,7 @@ __device__ inline void attend_all(const BackwardArguments& a, HopperBlock<Hopper
     load(a.query, 0);
     load(a.grad_out, 1);
     load_statistics(a, rows, block.of_rows);
+    ptx::commit_copies();
     finish_copies();
     ptx::barrier(of_role + 2 + group_now(), Cut::group);
     float sum[1][D / 8][4];

@@ -141,6 +141,7 @@ __device__ inline void attend_all(const ForwardArguments& a, HopperBlock<HopperF
     const BlockRows<false>& rows = block.roles[2 + group_now()].rows;
     const int64_t offset = a.of_queries(a.query, rows.batch, rows.head);
     load_own<Cut>(a.query, offset, rows.first, rows.end, tiles.own(group_now()));
+    ptx::commit_copies();
     finish_copies();
     ptx::barrier(of_role + 2 + group_now(), Cut::group);
     RunningSoftmax<1, D> softmax;

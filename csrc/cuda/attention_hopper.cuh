@@ -2,8 +2,9 @@
 // with four roles, which live as long as the kernel, one a multiprocessor. A block of threads takes one block of rows
 // after the other, 128 queries of a head, or keys; by these pass tiles of the other kind.
 //
-//     copying     64 threads for each of a tile's two operands, by cp.async into one of two or three stages. They tell
-//                 that a stage is full, wait until the next is free, and run ahead, into the next block, too.
+//     copying     64 threads for each of a tile's two operands, by cp.async into two or three stages, the next tile
+//                 while one is under way. They wait until a stage is free, tell that it is full, and run ahead, into
+//                 the next block, too.
 //     computing   two warpgroups, 64 rows each, over the same tiles. The others leave most of their registers to them.
 //
 // Copies are written by the generic proxy and read by the async one: who has copied fences before it tells.
@@ -69,6 +70,10 @@ struct HopperStage {
   }
   __device__ void wait_until_full(int parity) { ptx::wait_for_phase(ptx::shared_address(&full), parity); }
   __device__ void wait_until_free(int parity) { ptx::wait_for_phase(ptx::shared_address(&free), parity ^ 1); }
+  // To all lanes of a warp.
+  __device__ bool is_free(int parity) const {
+    return __all_sync(all_lanes, ptx::phase_is_over(ptx::shared_address(&free), parity ^ 1));
+  }
   __device__ void tell_full() { arrive(full); }
   __device__ void tell_free() { arrive(free); }
 
@@ -87,6 +92,7 @@ struct HopperStages {
   __device__ static int of(int use) { return use % COUNT; }
   __device__ void wait_until_full(int use) { stage[of(use)].wait_until_full(use / COUNT % 2); }
   __device__ void wait_until_free(int use) { stage[of(use)].wait_until_free(use / COUNT % 2); }
+  __device__ bool is_free(int use) const { return stage[of(use)].is_free(use / COUNT % 2); }
   __device__ void tell_full(int use) { stage[of(use)].tell_full(); }
   __device__ void tell_free(int use) { stage[of(use)].tell_free(); }
 };
@@ -152,10 +158,10 @@ __device__ inline void load_panels(Panels<ROWS, D> tile, int thread, const uint1
   }
 }
 
-// What this thread has copied is there, for tensor cores too.
+// What this thread has copied is there, for tensor cores too; not yet that of the last LATER groups of copies.
+template <int LATER = 0>
 __device__ inline void finish_copies() {
-  ptx::commit_copies();
-  ptx::wait_for_copies<0>();
+  ptx::wait_for_copies<LATER>();
   ptx::fence_for_products();
 }
 
@@ -202,6 +208,10 @@ __device__ inline bool next_block(HopperBlock<Cut>& block, int number, const Att
 }
 
 // Copies one operand of all tiles of one pass over all blocks. `uses` counts the stages filled.
+//
+// A tile takes longer to come than to be asked for, and about as long as the backward takes to use one up: so the next
+// is asked for before this one is waited for. Only where there is no room for the next yet this one is waited for, and
+// told of, at once: those who compute may need it to make room.
 template <class Cut, bool Second, class Arguments>
 __device__ inline void load_all(const Arguments& a, HopperBlock<Cut>& block, HopperTiles<Cut> tiles, int& uses) {
   const auto& role = block.roles[Second];
@@ -219,19 +229,33 @@ __device__ inline void load_all(const Arguments& a, HopperBlock<Cut>& block, Hop
     block.tile[stages().of(uses)] = tile;
     block.member[stages().of(uses)] = member;
   };
+  bool under_way = false;  // the tile asked for last
+  const auto finish = [&] {
+    if (!under_way) return;
+    finish_copies();
+    stages().tell_full(uses - 1);
+    under_way = false;
+  };
   while (next_block<Cut>(block, Second, a, thread, Cut::loaders)) {
     const int end = Cut::end(role.visibility);
     Cut::template each_tile<Cut>(a, role.rows, role.visibility, [&](int member, int tile, bool partial) {
       const uint16_t* first = first_chunk(from, Cut::offset(a, from, role.rows, member), thread);
       const int row = tile * Cut::tile_rows;
+      if (under_way && !stages().is_free(uses)) finish();
       stages().wait_until_free(uses);
       load_panels<Cut::loaders>(Second ? tiles.second(uses) : tiles.first(uses), thread, first, from.row, row, end,
                                 from.width);
       if (!Second) Cut::copy_statistics(a, block, role.rows, stages().of(uses), member, row, end, thread);
       tell(row + partial, member);
-      finish_copies();
-      stages().tell_full(uses++);
+      ptx::commit_copies();
+      if (under_way) {
+        finish_copies<1>();
+        stages().tell_full(uses - 1);
+      }
+      under_way = true;
+      ++uses;
     });
+    finish();
     if (Second) continue;
     stages().wait_until_free(uses);
     tell(-1, 0);

@@ -101,6 +101,15 @@ __device__ inline void wait_for_phase(uint32_t barrier, int parity) {
   } while (!over);
 }
 
+__device__ inline bool phase_is_over(uint32_t barrier, int parity) {
+  int over;
+  asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
+               : "=r"(over)
+               : "r"(barrier), "r"(parity)
+               : "memory");
+  return over;
+}
+
 // How many registers each thread of this warpgroup has from here on. Of those at the launch, others' can be taken over.
 template <int N>
 __device__ inline void take_registers() {

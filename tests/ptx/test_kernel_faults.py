@@ -53,10 +53,10 @@ def hopper(mask: str, *, T: int = 200, S: int = 600) -> Callable[[str], None]:
 
 
 def hopper_poison(backend: str) -> None:
-    """A value of NaN that no query sees, in a tile of which they see the rest."""
-    tensors = attention_cases.qkv(1, 1, 1, 200, 270, HOPPER_WIDTH, HOPPER_WIDTH, dtype=FP16)
+    """A value of NaN that no query sees, in the third tile, of which they see the rest."""
+    tensors = attention_cases.qkv(1, 1, 1, 300, 330, HOPPER_WIDTH, HOPPER_WIDTH, dtype=FP16)
     harmless = tensors | {"value": tensors["value"].clone()}
-    tensors["value"][:, :, 200:], harmless["value"][:, :, 200:] = torch.nan, 0
+    tensors["value"][:, :, 300:], harmless["value"][:, :, 300:] = torch.nan, 0
     check("attention", tensors, {"is_causal": True}, backend, harmless=harmless)
 
 
@@ -144,8 +144,11 @@ FAULTS = [
     Fault("attention, end to end", KEY, ARGUMENTS, "queries beyond the end of their sequence",
           "T : cu_seq_q[batch + 1] - cu_seq_q[batch]", "T : T", "result"),
     Fault("hopper", HOPPER, ROLES, "copies that tensor cores are not shown",
-          "ptx::wait_for_copies<0>();\n  ptx::fence_for_products();", "ptx::wait_for_copies<0>();", "proxy"),
-    Fault("hopper", HOPPER, ROLES, "the copies are not waited for", "ptx::wait_for_copies<0>();", "", "race"),
+          "ptx::wait_for_copies<LATER>();\n  ptx::fence_for_products();", "ptx::wait_for_copies<LATER>();", "proxy"),
+    Fault("hopper", HOPPER, ROLES, "the copies are not waited for", "ptx::wait_for_copies<LATER>();", "", "race"),
+    Fault("hopper", HOPPER, ROLES, "told of before it is there", "finish_copies<1>();", "finish_copies<2>();", "race"),
+    Fault("hopper, poison", HOPPER, ROLES, "a tile not told of by who waits for room",
+          "if (under_way && !stages().is_free(uses)) finish();", "", "deadlock"),
     Fault("hopper", HOPPER, ROLES, "a warp that tells for lanes that are not there yet",
           "__syncwarp();\n    if (lane() == 0)", "if (lane() == 0)", "race"),
     Fault("hopper", HOPPER, ROLES, "a stage filled before it is free",

@@ -36,6 +36,14 @@ Mbarrier* checked(uint32_t address, Line line) {
   return &barrier;
 }
 
+bool is_over(const Mbarrier& barrier, uint32_t parity) {
+  return barrier.phase % 2 != parity % 2;
+}
+
+void learn_from(const Mbarrier& barrier) {
+  if (options.races && barrier.phase > 0) order::learn(current->number, barrier.of_last);
+}
+
 }  // namespace
 
 void reset_mbarriers() {
@@ -74,11 +82,18 @@ void mbarrier_arrive(uint32_t address, Line line) {
 void mbarrier_wait(uint32_t address, uint32_t parity, Line line) {
   Mbarrier* const barrier = checked(address, line);
   if (barrier == nullptr) return;
-  while (barrier->phase % 2 == parity % 2) {
+  while (!is_over(*barrier, parity)) {
     barrier->waiting.push_back(current->number);
     wait_for("mbarrier", line);
   }
-  if (options.races && barrier->phase > 0) order::learn(current->number, barrier->of_last);
+  learn_from(*barrier);
+}
+
+bool mbarrier_test(uint32_t address, uint32_t parity, Line line) {
+  const Mbarrier* const barrier = checked(address, line);
+  if (barrier == nullptr || !is_over(*barrier, parity)) return false;
+  learn_from(*barrier);
+  return true;
 }
 
 }  // namespace ptx

@@ -164,6 +164,9 @@ def mbarrier(f: Function, i: Instruction) -> None:
     elif i.has("try_wait") and i.has("parity"):
         f.emit(f"mbarrier_wait({f.address(i.args[1], shared=True)}, {f.read(i.args[2], 'u32')}, {i.line});")
         f.write(i.args[0], "true")
+    elif i.has("test_wait") and i.has("parity"):
+        where, parity = f.address(i.args[1], shared=True), f.read(i.args[2], "u32")
+        f.write(i.args[0], f"mbarrier_test({where}, {parity}, {i.line})")
     else:
         raise UnsupportedError("this form of mbarrier")
 
