@@ -75,7 +75,8 @@ class _Draw:
 
 
 def attention_cases(draw: _Draw) -> Iterator[VerifyCase]:
-    """Each kind of mask, alone and together; T != S; odd and unequal head dims; shared heads."""
+    """Each kind of mask, alone and together; T != S; head dims of every width that kernels are made for, odd and
+    unequal ones; shared heads; more blocks of queries and keys than a GPU has multiprocessors."""
 
     def qkv(B: int, H: int, T: int, S: int, D: int, G: int = 0, Dv: int = 0) -> dict[str, Tensor | None]:
         G, Dv = G or H, Dv or D
@@ -93,16 +94,19 @@ def attention_cases(draw: _Draw) -> Iterator[VerifyCase]:
     yield case("T=3 S=257 D=17 Dv=33", qkv(1, 2, 3, 257, 17, Dv=33))
     yield case("causal T=S=129", qkv(1, 2, 129, 129, 32), is_causal=True)
     yield case("causal T=40 S=100 bottom right", qkv(1, 2, 40, 100, 32), is_causal=True, causal_align="bottom_right")
-    yield case("window 16", qkv(1, 2, 100, 100, 32), window=16)
+    yield case("causal, 160 heads, 5 a key head", qkv(8, 20, 130, 130, 64, G=4), is_causal=True, enable_gqa=True)
+    yield case("window 16, D=128", qkv(1, 2, 300, 300, 128), window=16)
+    yield case("causal D=160 Dv=192", qkv(1, 2, 140, 150, 160, Dv=192), is_causal=True)
+    yield case("causal D=256 bottom right", qkv(1, 2, 70, 200, 256), is_causal=True, causal_align="bottom_right")
     yield case("key lengths", qkv(2, 2, 65, 127, 64), key_lengths=lengths)
     yield case("left padding", qkv(2, 2, 65, 127, 64), attn_mask=masks.padding(left_padded))
     yield case("causal and lengths", qkv(2, 2, 127, 127, 32), is_causal=True, key_lengths=lengths)
-    yield case("bool mask, rows fully masked", qkv(2, 2, 65, 63, 32), attn_mask=some_rows_masked)
-    yield case("bias [H,T,S]", {**qkv(2, 3, 33, 63, 32), "bias": draw(3, 33, 63)})
+    yield case("bool mask, rows fully masked", qkv(2, 2, 65, 63, 96), attn_mask=some_rows_masked)
+    yield case("bias [H,T,S]", {**qkv(2, 3, 33, 63, 64), "bias": draw(3, 33, 63)})
     yield case("bias [1,S], causal", {**qkv(1, 2, 63, 63, 32), "bias": draw(1, 63)}, is_causal=True)
     yield case("4 query heads a key head", qkv(2, 8, 31, 65, 64, G=2), enable_gqa=True)
-    yield case("softcap", qkv(1, 2, 33, 65, 32), softcap=5.0)
-    yield case("dropout", qkv(1, 2, 33, 65, 32), dropout_p=0.2, seed=7)
+    yield case("softcap", qkv(1, 2, 33, 65, 80), softcap=5.0)
+    yield case("dropout", qkv(1, 2, 33, 65, 64), dropout_p=0.2, seed=7)
 
 
 def layer_norm_cases(draw: _Draw) -> Iterator[VerifyCase]:
