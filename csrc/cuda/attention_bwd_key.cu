@@ -18,57 +18,6 @@ namespace {
 
 constexpr int pairs = warps / 2;
 
-// The weights of a tile of 16 M keys and N queries on their way from one warp to another, and the bits that go with
-// them where some are hidden or dropped.
-template <int M, int N>
-struct Exchange {
-  static constexpr int bytes = (M * N / 8 + 1) * 32 * 16;
-
-  uint32_t base;  // of this lane; steps of 512 bytes
-
-  __device__ void put(const float (&x)[M][N / 8][4]) const {
-#pragma unroll
-    for (int m = 0; m < M; ++m) {
-#pragma unroll
-      for (int n = 0; n < N / 8; ++n) {
-        const float (&group)[4] = x[m][n];
-        const uint4 words{__float_as_uint(group[0]), __float_as_uint(group[1]), __float_as_uint(group[2]),
-                          __float_as_uint(group[3])};
-        ptx::store_shared_16(base + 512 * (m * N / 8 + n), words);
-      }
-    }
-  }
-
-  __device__ void take(float (&x)[M][N / 8][4]) const {
-#pragma unroll
-    for (int m = 0; m < M; ++m) {
-#pragma unroll
-      for (int n = 0; n < N / 8; ++n) {
-        const uint4 words = ptx::load_shared_16(base + 512 * (m * N / 8 + n));
-        float (&group)[4] = x[m][n];
-        group[0] = __uint_as_float(words.x);
-        group[1] = __uint_as_float(words.y);
-        group[2] = __uint_as_float(words.z);
-        group[3] = __uint_as_float(words.w);
-      }
-    }
-  }
-
-  __device__ void put(const TileBits<M>& bits) const {
-    const uint4 words{bits.visible[0], bits.kept[0], bits.visible[M - 1], bits.kept[M - 1]};
-    ptx::store_shared_16(base + 512 * M * N / 8, words);
-  }
-
-  __device__ void take(TileBits<M>& bits) const {
-    static_assert(M <= 2);
-    const uint4 words = ptx::load_shared_16(base + 512 * M * N / 8);
-    bits.visible[0] = words.x;
-    bits.kept[0] = words.y;
-    bits.visible[M - 1] = words.z;
-    bits.kept[M - 1] = words.w;
-  }
-};
-
 template <int D>
 struct KeyCut {
   static constexpr int M = D <= 128 ? 2 : 1;
@@ -226,7 +175,9 @@ template <class T>
 void attention_bwd_key(const BackwardArguments& a, const TensorView& key, const Launch& launch) {
   const int widest = std::max(a.query.width, a.value.width);
   if constexpr (hopper_built) {
-    if (widest <= 128 && hopper_serves(widest)) return attention_bwd_key_sm90<T>(a, key, launch);
+    if (hopper_serves(widest)) {
+      return widest <= 128 ? attention_bwd_key_sm90<T>(a, key, launch) : attention_bwd_wide_key_sm90<T>(a, key, launch);
+    }
   }
   by_head_width("attention_bwd", widest, [&](auto width) {
     using Cut = KeyCut<width()>;

@@ -8,49 +8,10 @@
 // A warpgroup has 64 keys and sums both for them, which up to 128 columns registers hold: 2 D / 2 of a thread. While
 // the sums take in one tile, the scores of the next are made; so a tile's operands are read twice, and three stages are
 // in use.
-#include "attention_bwd.cuh"
-#include "attention_hopper.cuh"
+#include "attention_bwd_key_sm90.cuh"
 
 namespace pytransformer::cuda {
 namespace {
-
-// Queries and gradients of the output, for blocks of keys.
-struct QueriesPass {
-  using Rows = KeyRows;
-
-  template <class Cut, class F>
-  __device__ static void each_tile(const AttentionArguments& a, const Rows& rows, const Visibility& v, const F& f) {
-    const Range range = query_tiles<Cut::tile_rows, Cut::block_rows>(v, rows.first);
-    for (int member = 0; member < a.group; ++member) {
-      for (int tile = range.tile; tile < range.end; ++tile) {
-        const int t = tile * Cut::tile_rows;
-        const TileKind kind =
-            tile_kind<Cut::tile_rows, Cut::block_rows>(a, v, range.inside(tile), t, rows.first, member);
-        if (kind != TileKind::empty) f(member, tile, kind == TileKind::partial);
-      }
-    }
-  }
-  __device__ static const Heads& streamed(const BackwardArguments& a, bool second) {
-    return second ? a.grad_out : a.query;
-  }
-  __device__ static int64_t offset(const AttentionArguments& a, const Heads& x, const Rows& rows, int member) {
-    return a.of_queries(x, rows.batch, rows.head + member);
-  }
-  __device__ static int end(const Visibility& v) { return v.T; }
-
-  // The lse and delta of a tile, by the threads that copy its queries.
-  template <class Block>
-  __device__ static void copy_statistics(const BackwardArguments& a, Block& block, const Rows& rows, int stage,
-                                         int member, int first, int end, int thread) {
-    constexpr int N = sizeof(block.of_tile[0][0]) / sizeof(float);
-#pragma unroll
-    for (int i = thread; i < 2 * N; i += 64) {
-      const int row = first + i % N;
-      const float* from = (i < N ? a.lse_in_log2 : a.delta) + a.of_rows(rows.batch, rows.head + member) + row;
-      ptx::copy_4_async(ptx::shared_address(&block.of_tile[stage][i / N][i % N]), from, row < end);
-    }
-  }
-};
 
 template <int D>
 using HopperKey = HopperCut<QueriesPass, D, D <= 64 ? 64 : 32, 3, 3, 2>;
@@ -114,7 +75,7 @@ __device__ inline void attend(float (&grad_key)[1][D / 8][4], float (&grad_value
         of_columns[n] = *reinterpret_cast<const float2*>(&block.of_tile[stage][which][8 * n + lane_column()]);
       }
     };
-    const RowsAreKeys<1, N> place{role().visibility, a, of_columns, line, first_row(role()), t, member};
+    const RowsAreKeys<1, N> place{role().visibility, a, of_columns, line, first_row<Cut>(role()), t, member};
     TileBits<1> bits;
     if (asked.anything()) bits = TileBits<1>(place, asked);
     take(0);
@@ -152,10 +113,10 @@ __device__ inline void attend(float (&grad_key)[1][D / 8][4], float (&grad_value
     tile = next_tile(1);
     if (tile < 0) break;
     if (careful && tile & 1) clean_together<T, Cut>(queries(1), nullptr);
-    ptx::barrier(turn + group_now(), Cut::computing);
+    wait_for_turn<Cut>();
     begin_scores(1);
     begin_sums();
-    ptx::arrive(turn + 1 - group_now(), Cut::computing);
+    give_turn<Cut>();
     ptx::wait_for_products<1>();  // of the scores
     ptx::held(p[0]);
     ptx::held(ds[0]);
@@ -189,8 +150,8 @@ __device__ inline void attend_all(const BackwardArguments& a, HopperBlock<Hopper
     const auto store = [&](const float (&sum)[1][D / 8][4], const Heads& to, int which) {
       const auto& role = block.roles[2 + group_now()];
       const int64_t offset = a.of_keys(to, role.rows.batch, role.rows.key_head);
-      store_rows<T, 1>(sum, tiles.own(group_now(), which), thread_of_group() / 32 * 16, to, offset, first_row(role),
-                       role.rows.end);
+      store_rows<T, 1>(sum, tiles.own(group_now(), which), thread_of_group() / 32 * 16, to, offset,
+                       first_row<Cut>(role), role.rows.end);
     };
     store(grad_key, a.grad_key, 0);
     store(grad_value, a.grad_value, 1);

@@ -19,7 +19,7 @@ __device__ inline void attend(float (&sum)[1][D / 8][4], const BackwardArguments
   using Cut = HopperQuery<D>;
   constexpr int N = Cut::tile_rows;
   const auto role = [&]() -> const auto& { return block.roles[2 + group_now()]; };
-  const auto row = [&] { return first_row(role()) + thread_of_group() % 32 / 4; };
+  const auto row = [&] { return first_row<Cut>(role()) + thread_of_group() % 32 / 4; };
   float p[1][N / 8][4], ds[1][N / 8][4];  // products, and then weights and gradients
   uint32_t weights[N / 16][4];            // of keys, for dQ: dS, rounded
 
@@ -89,10 +89,10 @@ __device__ inline void attend(float (&sum)[1][D / 8][4], const BackwardArguments
     tile = next_tile(1);
     if (tile < 0) break;
     if (careful && tile & 1) clean_together<T, Cut>(keys(1), nullptr);
-    ptx::barrier(turn + group_now(), Cut::computing);
+    wait_for_turn<Cut>();
     begin_scores(1);
     begin_sum();
-    ptx::arrive(turn + 1 - group_now(), Cut::computing);
+    give_turn<Cut>();
     ptx::wait_for_products<1>();  // of the scores
     scores_are_here();
   }
@@ -134,8 +134,8 @@ __device__ inline void attend_all(const BackwardArguments& a, HopperBlock<Hopper
     multiply_all<1, D>(sum, a.scale);
     const auto& role = block.roles[2 + group_now()];
     const int64_t offset = a.of_queries(a.grad_query, role.rows.batch, role.rows.head);
-    store_rows<T, 1>(sum, tiles.own(group_now()), thread_of_group() / 32 * 16, a.grad_query, offset, first_row(role),
-                     role.rows.end);
+    store_rows<T, 1>(sum, tiles.own(group_now()), thread_of_group() / 32 * 16, a.grad_query, offset,
+                     first_row<Cut>(role), role.rows.end);
   }
 }
 

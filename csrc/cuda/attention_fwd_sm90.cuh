@@ -42,7 +42,7 @@ __device__ inline void attend(RunningSoftmax<1, D>& softmax, const ForwardArgume
   using Cut = HopperForward<D>;
   constexpr int N = Cut::tile_rows;
   const auto role = [&]() -> const auto& { return block.roles[2 + group_now()]; };
-  const auto row = [&] { return first_row(role()) + thread_of_group() % 32 / 4; };
+  const auto row = [&] { return first_row<Cut>(role()) + thread_of_group() % 32 / 4; };
   float x[1][N / 8][4];         // scores, and then weights relative to the largest score
   uint32_t weights[N / 16][4];  // the same, rounded
   float (&total)[D / 8][4] = softmax.total[0];
@@ -101,10 +101,10 @@ __device__ inline void attend(RunningSoftmax<1, D>& softmax, const ForwardArgume
     round_weights<T, N>(weights, x[0]);
     tile = next_tile();
     if (tile < 0) break;
-    ptx::barrier(turn + group_now(), Cut::computing);
+    wait_for_turn<Cut>();
     begin_scores();
     begin_total();
-    ptx::arrive(turn + 1 - group_now(), Cut::computing);
+    give_turn<Cut>();
     ptx::wait_for_products<1>();  // of the scores
     ptx::held(x[0]);
     release_keys();
@@ -148,7 +148,7 @@ __device__ inline void attend_all(const ForwardArguments& a, HopperBlock<HopperF
     attend<T, D>(softmax, a, block, tiles, careful, progress);
     if (has_nan<1, D>(softmax.total)) atomicOr(&block.unclean, 1u);
     const auto& role = block.roles[2 + group_now()];
-    store_results<T, D>(softmax, a, role.rows, first_row(role), tiles.own(group_now()));
+    store_results<T, D>(softmax, a, role.rows, first_row<Cut>(role), tiles.own(group_now()));
   }
 }
 

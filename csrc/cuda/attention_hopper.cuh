@@ -10,7 +10,7 @@
 // Copies are written by the generic proxy and read by the async one: who has copied fences before it tells.
 //
 // What passes by is up to a `Stream`: KeysPass here, keys and values for blocks of queries; QueriesPass in
-// attention_bwd_key_sm90.cu, queries and gradients for blocks of keys.
+// attention_bwd_key_sm90.cuh, queries and gradients for blocks of keys.
 #pragma once
 
 #include <algorithm>
@@ -23,12 +23,13 @@
 namespace pytransformer::cuda {
 
 // How a head width is cut: a Stream of tiles of TILE_ROWS rows, of whose two operands FIRST and SECOND are here at a
-// time, and OPERANDS operands of products that have a row for each row of a block. Of the registers that all threads
-// are launched with, those that copy leave some to the others.
-template <class Stream, int WIDTH, int TILE_ROWS, int FIRST, int SECOND, int OPERANDS>
+// time, and OPERANDS operands of products that have a row for each row of a block. Warpgroups have other rows of it, or
+// the same. Of the registers that all threads are launched with, those that copy leave some to the others.
+template <class Stream, int WIDTH, int TILE_ROWS, int FIRST, int SECOND, int OPERANDS, bool SAME_ROWS = false>
 struct HopperCut : Stream {
   static constexpr int D = WIDTH, tile_rows = TILE_ROWS, first_stages = FIRST, second_stages = SECOND;
-  static constexpr int rows = 64, groups = 2, block_rows = rows * groups;  // of each warpgroup that computes
+  static constexpr int rows = 64, groups = 2;  // of each warpgroup that computes
+  static constexpr int block_rows = SAME_ROWS ? rows : rows * groups, rows_apart = block_rows - rows;
   static constexpr int loaders = 64, group = 128;  // threads that copy one operand; of a warpgroup that computes
   static constexpr int computing = groups * group, threads = 2 * loaders + computing;
   static constexpr int loader_registers = 56, group_registers = 224;
@@ -41,7 +42,7 @@ struct HopperCut : Stream {
 enum HopperBarrier {
   of_role = 1,  // one each: who copies, and each warpgroup that computes
   of_computing = 5,
-  turn = 6,  // of either warpgroup, to begin products
+  turn = 6,  // of either warpgroup, to begin products, or whatever else they take turns at
 };
 
 // What those of one role know of the block of rows that they are at.
@@ -119,7 +120,7 @@ struct HopperTiles {
 
   // Of operand `which`, the rows of one warpgroup.
   __device__ Panels<Cut::rows, Cut::D> own(int group, int which = 0) const {
-    return {memory + row_bytes * (which * Cut::block_rows + group * Cut::rows)};
+    return {memory + row_bytes * (which * Cut::block_rows + group * Cut::rows_apart)};
   }
   __device__ Panels<Cut::tile_rows, Cut::D> first(int use) const { return stage(use % Cut::first_stages); }
   __device__ Panels<Cut::tile_rows, Cut::D> second(int use) const {
@@ -146,7 +147,7 @@ __device__ inline void load_panels(Panels<ROWS, D> tile, int thread, const uint1
   static_assert(step % 8 == 0 && ROWS % step == 0);
   const uint32_t to = tile.chunk(thread / 8, thread % 8);
   const uint16_t* from = first_chunk + stride * first;
-#pragma unroll
+#pragma unroll(D > 128 ? 1 : ROWS / step)
   for (int i = 0; i < ROWS / step; ++i) {
     const bool there = first + thread / 8 + i * step < end;
 #pragma unroll
@@ -216,7 +217,7 @@ template <class Cut, bool Second, class Arguments>
 __device__ inline void load_all(const Arguments& a, HopperBlock<Cut>& block, HopperTiles<Cut> tiles, int& uses) {
   const auto& role = block.roles[Second];
   const Heads& from = Cut::streamed(a, Second);
-  const int thread = threadIdx.x % Cut::loaders;
+  const auto thread = [] { return ptx::thread_now() % Cut::loaders; };
   const auto stages = [&]() -> auto& {
     if constexpr (Second) {
       return block.second;
@@ -225,7 +226,7 @@ __device__ inline void load_all(const Arguments& a, HopperBlock<Cut>& block, Hop
     }
   };
   const auto tell = [&](int tile, int member) {
-    if (Second || thread != 0) return;
+    if (Second || thread() != 0) return;
     block.tile[stages().of(uses)] = tile;
     block.member[stages().of(uses)] = member;
   };
@@ -236,16 +237,15 @@ __device__ inline void load_all(const Arguments& a, HopperBlock<Cut>& block, Hop
     stages().tell_full(uses - 1);
     under_way = false;
   };
-  while (next_block<Cut>(block, Second, a, thread, Cut::loaders)) {
-    const int end = Cut::end(role.visibility);
+  while (next_block<Cut>(block, Second, a, thread(), Cut::loaders)) {
     Cut::template each_tile<Cut>(a, role.rows, role.visibility, [&](int member, int tile, bool partial) {
-      const uint16_t* first = first_chunk(from, Cut::offset(a, from, role.rows, member), thread);
-      const int row = tile * Cut::tile_rows;
+      const uint16_t* first = first_chunk(from, Cut::offset(a, from, role.rows, member), thread());
+      const int row = tile * Cut::tile_rows, end = Cut::end(role.visibility);
       if (under_way && !stages().is_free(uses)) finish();
       stages().wait_until_free(uses);
-      load_panels<Cut::loaders>(Second ? tiles.second(uses) : tiles.first(uses), thread, first, from.row, row, end,
+      load_panels<Cut::loaders>(Second ? tiles.second(uses) : tiles.first(uses), thread(), first, from.row, row, end,
                                 from.width);
-      if (!Second) Cut::copy_statistics(a, block, role.rows, stages().of(uses), member, row, end, thread);
+      if (!Second) Cut::copy_statistics(a, block, role.rows, stages().of(uses), member, row, end, thread());
       tell(row + partial, member);
       ptx::commit_copies();
       if (under_way) {
@@ -282,15 +282,25 @@ __device__ inline int thread_of_group() {
   return ptx::thread_now() % 128;
 }
 
+// The warpgroups that compute take turns.
+template <class Cut>
+__device__ inline void wait_for_turn() {
+  ptx::barrier(turn + group_now(), Cut::computing);
+}
+template <class Cut>
+__device__ inline void give_turn() {
+  ptx::arrive(turn + 1 - group_now(), Cut::computing);
+}
+
 // How many tiles a warpgroup is through with, of either operand.
 struct HopperProgress {
   int first = 0, second = 0;
 };
 
 // The first of this warp's 16 rows.
-template <class Role>
-__device__ inline int first_row(const Role& role) {
-  return role.rows.first + 64 * group_now() + thread_of_group() / 32 * 16;
+template <class Cut>
+__device__ inline int first_row(const HopperRole<typename Cut::Rows>& role) {
+  return role.rows.first + Cut::rows_apart * group_now() + thread_of_group() / 32 * 16;
 }
 
 // Begins to copy this warpgroup's rows of a head; zeros from row `end` on.
@@ -298,8 +308,8 @@ template <class Cut>
 __device__ inline void load_own(const Heads& from, int64_t head_offset, int first, int end,
                                 Panels<Cut::rows, Cut::D> to) {
   const int thread = thread_of_group();
-  load_panels<Cut::group>(to, thread, first_chunk(from, head_offset, thread), from.row, first + Cut::rows * group_now(),
-                          end, from.width);
+  load_panels<Cut::group>(to, thread, first_chunk(from, head_offset, thread), from.row,
+                          first + Cut::rows_apart * group_now(), end, from.width);
 }
 
 // Sets to 0 what is not finite, before either warpgroup multiplies by it: the work of both.

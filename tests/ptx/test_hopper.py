@@ -47,7 +47,9 @@ CASES = {
     "128-dropout": ((1, 2, 2, 130, 270, 128, 104), "window_left", BF16, dropped(0.2)),
     "128-lengths": ((3, 4, 4, 150, 160, 80, 128), "lengths", BF16, {}),
     "192-bias": ((1, 2, 1, 70, 150, 192, 136), "bias_per_head", FP16, {"softcap": 5.0}),
+    "192-capped": ((2, 4, 2, 70, 90, 136, 160), "bool_full", FP16, {"softcap": 3.0}),
     "256-padding": ((1, 2, 1, 140, 200, 256, 256), "causal_padding", BF16, {}),
+    "256-many_blocks": ((3, 3, 3, 100, 200, 200, 256), "window_left", FP16, dropped(0.2)),
 }
 
 
@@ -60,9 +62,10 @@ def test_forward_and_backward(hopper, name):
     check("attention", tensors, options, hopper)
 
 
+@pytest.mark.parametrize("width", [64, 160])
 @pytest.mark.parametrize("options", [{}, {"is_causal": True, **varlen_cases.FROM_THE_END}], ids=["", "at_the_end"])
-def test_end_to_end(hopper, options):
-    case = varlen_cases.Case((5, 0, 170, 1, 140), (170, 3, 170, 140, 0), 2, 1, 64, 48, options)
+def test_end_to_end(hopper, options, width):
+    case = varlen_cases.Case((5, 0, 170, 1, 140), (170, 3, 170, 140, 0), 2, 1, width, 48, options)
     check("attention_varlen", case.tensors(BF16), case.all_options, hopper)
 
 
@@ -81,10 +84,11 @@ def test_what_nobody_sees_never_leaks(hopper, mask, poison):
     check("attention", hidden, options, hopper, harmless=harmless)
 
 
+@pytest.mark.parametrize("width", [64, 192])
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf], ids=str)
-def test_queries_that_see_nothing_never_leak(hopper, poison):
+def test_queries_that_see_nothing_never_leak(hopper, poison, width):
     """Into the gradients of keys: the queries of partial tiles are cleaned."""
-    tensors = attention_cases.qkv(1, 3, 1, 150, 300, 64, 64, dtype=BF16)
+    tensors = attention_cases.qkv(1, 3, 1, 150, 300, width, width, dtype=BF16)
     options = {"attn_mask": torch.rand(1, 1, 150, 300) < 0.5, "enable_gqa": True}
     options["attn_mask"][:, :, 40:50] = False
     hidden, harmless = (tensors | {"query": tensors["query"].clone()} for _ in range(2))

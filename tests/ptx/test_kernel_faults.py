@@ -46,9 +46,8 @@ def attention(mask: str, *, T: int = 40, S: int = 70, **options: float) -> Calla
     return lambda backend: judge_attention(backend, (1, 2, 1, T, S, WIDTH, WIDTH), mask, FP16, options)
 
 
-def hopper(mask: str, *, T: int = 200, S: int = 600) -> Callable[[str], None]:
+def hopper(mask: str, *, T: int = 200, S: int = 600, width: int = HOPPER_WIDTH) -> Callable[[str], None]:
     """More tiles than stages, for both warpgroups."""
-    width = HOPPER_WIDTH
     return lambda backend: judge_attention(backend, (1, 1, 1, T, S, width, width), mask, FP16, {})
 
 
@@ -86,6 +85,7 @@ CALLS: dict[str, Callable[[str], None]] = {
     "attention, end to end": end_to_end((5, 40), (7, 70)),  # of which the last ends where the tensors do
     "hopper": hopper("none"),
     "hopper, poison": hopper_poison,
+    "hopper, wide": hopper("causal", T=200, S=130, width=160),
     "decode": attention("none", T=3, S=520),
     "layer_norm": layer_norm((100, 520)),
     "layer_norm, wide": layer_norm((3, 1032)),
@@ -102,6 +102,7 @@ ARRIVED = f"ptx::wait_for_copies<0>();\n{{}}{FULL}"
 FWD, FWD_H = "attention_fwd.cu", "attention_fwd_sm80.cuh"
 HOPPER, HOPPER_H = "attention_fwd_sm90.cu", "attention_fwd_sm90.cuh"
 HOPPER_QUERY, HOPPER_KEY = "attention_bwd_query_sm90.cu", "attention_bwd_key_sm90.cu"
+HOPPER_WIDE_KEY = "attention_bwd_wide_key_sm90.cu"
 ROLES, WARPGROUP = "attention_hopper.cuh", "warpgroup.cuh"
 TILE, SCORES, MASKS = "attention_tile.cuh", "attention_scores.cuh", "attention_masks.cu"
 KEY, QUERY, DECODE = "attention_bwd_key.cu", "attention_bwd_query.cu", "attention_decode.cu"
@@ -184,6 +185,12 @@ FAULTS = [
           "sums_are_here();  // of the tile before", "", "race"),
     Fault("hopper", HOPPER_KEY, HOPPER_KEY, "the lse of another tile",
           "stage = block.first.of(progress.first + ahead)", "stage = block.first.of(progress.first)", "result"),
+    Fault("hopper, wide", HOPPER_WIDE_KEY, HOPPER_WIDE_KEY, "weights that are not waited for",
+          "wait_for_turn<Cut>();\n      exchange().take(p);", "exchange().take(p);", "(race|uninitialised)"),
+    Fault("hopper, wide", HOPPER_WIDE_KEY, HOPPER_WIDE_KEY, "weights written before the last were read",
+          "wait_for_turn<Cut>();\n      exchange().put(x);", "exchange().put(x);", "(race|barrier|deadlock)"),
+    Fault("hopper, wide", HOPPER_WIDE_KEY, HOPPER_WIDE_KEY, "the queries of another tile",
+          "grad_outs(0) : queries(0)", "grad_outs(0) : queries(1)", "(race|uninitialised|result)"),
     Fault("decode", DECODE, FWD_H, "a share of one tile", "from + (rows.block + 1) * share);",
           "from + rows.block * share + 1);", "result"),
     Fault("layer_norm, wide", NORM, REDUCE, "no barrier before the sums are read",

@@ -1,0 +1,47 @@
+// What passes by blocks of keys in Hopper's kernels: tiles of queries, of all heads that share them.
+#pragma once
+
+#include "attention_bwd.cuh"
+#include "attention_hopper.cuh"
+
+namespace pytransformer::cuda {
+
+// Queries and gradients of the output, for blocks of keys.
+struct QueriesPass {
+  using Rows = KeyRows;
+
+  template <class Cut, class F>
+  __device__ static void each_tile(const AttentionArguments& a, const Rows& rows, const Visibility& v, const F& f) {
+    const Range range = query_tiles<Cut::tile_rows, Cut::block_rows>(v, rows.first);
+    for (int member = 0; member < a.group; ++member) {
+      for (int tile = range.tile; tile < range.end; ++tile) {
+        const int t = tile * Cut::tile_rows;
+        const TileKind kind =
+            tile_kind<Cut::tile_rows, Cut::block_rows>(a, v, range.inside(tile), t, rows.first, member);
+        if (kind != TileKind::empty) f(member, tile, kind == TileKind::partial);
+      }
+    }
+  }
+  __device__ static const Heads& streamed(const BackwardArguments& a, bool second) {
+    return second ? a.grad_out : a.query;
+  }
+  __device__ static int64_t offset(const AttentionArguments& a, const Heads& x, const Rows& rows, int member) {
+    return a.of_queries(x, rows.batch, rows.head + member);
+  }
+  __device__ static int end(const Visibility& v) { return v.T; }
+
+  // The lse and delta of a tile, by the threads that copy its queries.
+  template <class Block>
+  __device__ static void copy_statistics(const BackwardArguments& a, Block& block, const Rows& rows, int stage,
+                                         int member, int first, int end, int thread) {
+    constexpr int N = sizeof(block.of_tile[0][0]) / sizeof(float);
+#pragma unroll
+    for (int i = thread; i < 2 * N; i += 64) {
+      const int row = first + i % N;
+      const float* from = (i < N ? a.lse_in_log2 : a.delta) + a.of_rows(rows.batch, rows.head + member) + row;
+      ptx::copy_4_async(ptx::shared_address(&block.of_tile[stage][i / N][i % N]), from, row < end);
+    }
+  }
+};
+
+}  // namespace pytransformer::cuda
