@@ -158,8 +158,24 @@ def patch_interpreted_functions_once():
     interpreter.InterpretedFunction.__call__ = call
 
 
+def make_interpreted_products_alike():
+    """In float64, rounded once: numpy sums a product's terms in an order that hangs on its shape and on the processor.
+
+    A GPU sums them one after the other, so that the backward's scores are the very bits that the lse was made of.
+    """
+    import numpy as np
+    from triton.runtime import interpreter
+
+    def create_dot(self, a, b, d, *precision):
+        product = np.matmul(a.data, b.data, dtype=np.float64).astype(d.data.dtype)
+        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
 if INTERPRETED and backends.unavailable("triton") is None:
     patch_interpreted_functions_once()
+    make_interpreted_products_alike()
 
 
 def pytest_collection_modifyitems(config, items):

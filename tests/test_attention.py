@@ -147,21 +147,9 @@ PAIRS |= {(list(SHAPES)[(i + 4) % len(SHAPES)], mask) for i, mask in enumerate(M
 PAIRS = sorted(PAIRS)
 
 
-# Found, measured and not mended yet.
-KNOWN_MISSES = {
-    ("triton-interpreted", "one_query", "everything", torch.float32): (
-        "dvalue, 1.6 times the allowed RMS error: the interpreter's products of other shapes sum in another order, so"
-        " the backward's scores are not the bits from which the lse was formed"
-    ),
-}
-
-
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize(("shape", "mask"), PAIRS, ids=["-".join(p) for p in PAIRS])
-def test_against_the_oracle(request, backend_isa, shape, mask, dtype):
-    known = KNOWN_MISSES.get((request.node.callspec.params["backend_isa"], shape, mask, dtype))
-    if known is not None:
-        request.applymarker(pytest.mark.xfail(reason=known))
+def test_against_the_oracle(backend_isa, shape, mask, dtype):
     tensors, options = case(shape, mask, dtype)
     check("attention", tensors, options, backend_isa, magnitudes=cancelled(shape, mask))
 

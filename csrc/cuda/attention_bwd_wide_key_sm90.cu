@@ -12,11 +12,15 @@
 namespace pytransformer::cuda {
 namespace {
 
+// Of the same rows, for both warpgroups.
 template <int D>
-struct HopperWideKey : HopperCut<QueriesPass, D, 32, 3, 3, 2, true> {
-  using Tiles = HopperCut<QueriesPass, D, 32, 3, 3, 2, true>;
-  using Weights = Exchange<1, Tiles::tile_rows>;
-  static constexpr int exchange_at = Tiles::tiles_bytes, tiles_bytes = exchange_at + 4 * Weights::bytes;
+using HopperWideTiles = HopperCut<QueriesPass, D, 32, 3, 3, 2, true>;
+
+// Behind the tiles lie the weights on their way, of four pairs of warps.
+template <int D>
+struct HopperWideKey : HopperWideTiles<D> {
+  using Weights = Exchange<1, HopperWideTiles<D>::tile_rows>;
+  static constexpr int exchange_at = HopperWideTiles<D>::tiles_bytes, tiles_bytes = exchange_at + 4 * Weights::bytes;
 };
 
 // The sum of one warpgroup, in one block: of dV for the first, of dK for the second.
