@@ -26,25 +26,12 @@ __device__ inline void attend(float (&grad_key)[1][D / 8][4], float (&grad_value
   const auto role = [&]() -> const auto& { return block.roles[2 + group_now()]; };
   float p[1][N / 8][4], ds[1][N / 8][4];              // products, and then weights and gradients
   uint32_t for_value[N / 16][4], for_key[N / 16][4];  // the same, rounded
-  int member = 0;
-  // Of the tile `ahead` of that which is next to be freed.
-  const auto queries = [&](int ahead) { return tiles.first(progress.first + ahead); };
-  const auto grad_outs = [&](int ahead) { return tiles.second(progress.second + ahead); };
-  const auto next_tile = [&](int ahead) {
-    block.first.wait_until_full(progress.first + ahead);
-    member = block.member[block.first.of(progress.first + ahead)];
-    return block.tile[block.first.of(progress.first + ahead)];
-  };
-  const auto release = [&] {
-    block.first.tell_free(progress.first);
-    block.second.tell_free(progress.second++);
-    ++progress.first;
-  };
+  QueriesAtHand<Cut> at_hand{block, tiles, progress};
   const auto begin_scores = [&](int ahead) {
     block.second.wait_until_full(progress.second + ahead);
     ptx::begin_products();
-    begin_products_of_rows<T, N>(p[0], tiles.own(group_now()), queries(ahead));
-    begin_products_of_rows<T, N>(ds[0], tiles.own(group_now(), 1), grad_outs(ahead));
+    begin_products_of_rows<T, N>(p[0], tiles.own(group_now()), at_hand.queries(ahead));
+    begin_products_of_rows<T, N>(ds[0], tiles.own(group_now(), 1), at_hand.grad_outs(ahead));
     ptx::commit_products();
   };
   const auto begin_sums = [&] {
@@ -53,8 +40,8 @@ __device__ inline void attend(float (&grad_key)[1][D / 8][4], float (&grad_value
     ptx::held(grad_value[0]);
     ptx::held(grad_key[0]);
     ptx::begin_products();
-    begin_weighted_rows<T, N>(grad_value[0], for_value, grad_outs(0));
-    begin_weighted_rows<T, N>(grad_key[0], for_key, queries(0));
+    begin_weighted_rows<T, N>(grad_value[0], for_value, at_hand.grad_outs(0));
+    begin_weighted_rows<T, N>(grad_key[0], for_key, at_hand.queries(0));
     ptx::commit_products();
   };
   const auto sums_are_here = [&] {
@@ -66,30 +53,24 @@ __device__ inline void attend(float (&grad_key)[1][D / 8][4], float (&grad_value
   };
   const auto to_gradients = [&](int t, int ahead, const Asked& asked) {
     const auto& rows = role().rows;
-    const int h = rows.head + member, stage = block.first.of(progress.first + ahead);
+    const int h = rows.head + at_hand.member;
     const int64_t line = (int64_t(rows.batch) * a.H + h) * a.T;
     float2 of_columns[N / 8];
-    const auto take = [&](int which) {
-#pragma unroll
-      for (int n = 0; n < N / 8; ++n) {
-        of_columns[n] = *reinterpret_cast<const float2*>(&block.of_tile[stage][which][8 * n + lane_column()]);
-      }
-    };
-    const RowsAreKeys<1, N> place{role().visibility, a, of_columns, line, first_row<Cut>(role()), t, member};
+    const RowsAreKeys<1, N> place{role().visibility, a, of_columns, line, first_row<Cut>(role()), t, at_hand.member};
     TileBits<1> bits;
     if (asked.anything()) bits = TileBits<1>(place, asked);
-    take(0);
+    at_hand.template take_statistics<N>(of_columns, ahead, 0);
     score_weights<T, 1, N>(p, a, place, bits, asked, rows.batch * a.bias.batch + h * a.bias.head);
-    take(1);
+    at_hand.template take_statistics<N>(of_columns, ahead, 1);
     score_gradients<1, N>(ds, p, a.dropout, place, bits, asked);
     if (asked.drops) keep<1, N>(p, bits.kept, a.dropout.scale);
   };
 
   set_zero<1, D>(grad_key);
   set_zero<1, D>(grad_value);
-  int tile = next_tile(0);
+  int tile = at_hand.next_tile(0);
   if (tile < 0) return block.first.tell_free(progress.first++);
-  if (careful && tile & 1) clean_together<T, Cut>(queries(0), nullptr);
+  if (careful && tile & 1) clean_together<T, Cut>(at_hand.queries(0), nullptr);
   begin_scores(0);
   ptx::wait_for_products<0>();
   ptx::held(p[0]);
@@ -98,21 +79,21 @@ __device__ inline void attend(float (&grad_key)[1][D / 8][4], float (&grad_value
     const Asked asked(a, tile & 1);
     asked.anything() ? to_gradients(tile & ~1, first ? 0 : 1, asked) : to_gradients(tile & ~1, first ? 0 : 1, {});
     sums_are_here();  // of the tile before
-    if (!first) release();
+    if (!first) at_hand.release();
     round_weights<T, N>(for_value, p[0]);
     if (asked.shapes && a.softcap > 0) {  // the products once more
       ptx::held(p[0]);
       ptx::begin_products();
-      begin_products_of_rows<T, N>(p[0], tiles.own(group_now()), queries(0));
+      begin_products_of_rows<T, N>(p[0], tiles.own(group_now()), at_hand.queries(0));
       ptx::commit_products();
       ptx::wait_for_products<0>();
       ptx::held(p[0]);
       cap_gradients<1, N>(ds, p, a);
     }
     round_weights<T, N>(for_key, ds[0]);
-    tile = next_tile(1);
+    tile = at_hand.next_tile(1);
     if (tile < 0) break;
-    if (careful && tile & 1) clean_together<T, Cut>(queries(1), nullptr);
+    if (careful && tile & 1) clean_together<T, Cut>(at_hand.queries(1), nullptr);
     wait_for_turn<Cut>();
     begin_scores(1);
     begin_sums();
@@ -123,7 +104,7 @@ __device__ inline void attend(float (&grad_key)[1][D / 8][4], float (&grad_value
   }
   begin_sums();
   sums_are_here();
-  release();
+  at_hand.release();
   block.first.tell_free(progress.first++);  // where there were none
 }
 

@@ -44,4 +44,37 @@ struct QueriesPass {
   }
 };
 
+// Where a warpgroup is in what passes by: tiles `ahead` of that which is next to be freed.
+template <class Cut>
+struct QueriesAtHand {
+  HopperBlock<Cut>& block;
+  HopperTiles<Cut> tiles;
+  HopperProgress& progress;
+  int member = 0;  // of the heads, that of the tile found last
+
+  __device__ Panels<Cut::tile_rows, Cut::D> queries(int ahead) const { return tiles.first(progress.first + ahead); }
+  __device__ Panels<Cut::tile_rows, Cut::D> grad_outs(int ahead) const { return tiles.second(progress.second + ahead); }
+
+  __device__ int next_tile(int ahead) {
+    block.first.wait_until_full(progress.first + ahead);
+    member = block.member[block.first.of(progress.first + ahead)];
+    return block.tile[block.first.of(progress.first + ahead)];
+  }
+
+  // The lse, or delta, of the columns of this lane.
+  template <int N>
+  __device__ void take_statistics(float2 (&of_columns)[N / 8], int ahead, int which) const {
+    const int stage = block.first.of(progress.first + ahead);
+#pragma unroll
+    for (int n = 0; n < N / 8; ++n) {
+      of_columns[n] = *reinterpret_cast<const float2*>(&block.of_tile[stage][which][8 * n + lane_column()]);
+    }
+  }
+
+  __device__ void release() {
+    block.first.tell_free(progress.first++);
+    block.second.tell_free(progress.second++);
+  }
+};
+
 }  // namespace pytransformer::cuda

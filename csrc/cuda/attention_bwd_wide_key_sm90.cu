@@ -39,30 +39,19 @@ __device__ inline void attend(float (&sum)[1][D / 8][4], const BackwardArguments
   };
   float x[1][N / 8][4];         // products, and then weights or their gradients
   uint32_t weights[N / 16][4];  // the same, rounded
-  int member = 0;
-  // Of the tile `ahead` of that which is next to be freed.
-  const auto queries = [&](int ahead) { return tiles.first(progress.first + ahead); };
-  const auto grad_outs = [&](int ahead) { return tiles.second(progress.second + ahead); };
-  const auto next_tile = [&](int ahead) {
-    block.first.wait_until_full(progress.first + ahead);
-    member = block.member[block.first.of(progress.first + ahead)];
-    return block.tile[block.first.of(progress.first + ahead)];
-  };
-  const auto release = [&] {
-    block.first.tell_free(progress.first++);
-    block.second.tell_free(progress.second++);
-  };
+  QueriesAtHand<Cut> at_hand{block, tiles, progress};
   const auto begin_scores = [&](int ahead) {
     block.second.wait_until_full(progress.second + ahead);
     ptx::begin_products();
-    begin_products_of_rows<T, N>(x[0], tiles.own(0, group_now()), is_first() ? queries(ahead) : grad_outs(ahead));
+    begin_products_of_rows<T, N>(x[0], tiles.own(0, group_now()),
+                                 is_first() ? at_hand.queries(ahead) : at_hand.grad_outs(ahead));
     ptx::commit_products();
   };
   const auto begin_sum = [&] {
     ptx::held(weights);
     ptx::held(sum[0]);
     ptx::begin_products();
-    begin_weighted_rows<T, N>(sum[0], weights, is_first() ? grad_outs(0) : queries(0));
+    begin_weighted_rows<T, N>(sum[0], weights, is_first() ? at_hand.grad_outs(0) : at_hand.queries(0));
     ptx::commit_products();
   };
   const auto sum_is_here = [&] {
@@ -72,14 +61,11 @@ __device__ inline void attend(float (&sum)[1][D / 8][4], const BackwardArguments
   };
   const auto to_operand = [&](int t, int ahead, const Asked& asked) {
     const auto& rows = role().rows;
-    const int h = rows.head + member, stage = block.first.of(progress.first + ahead);
+    const int h = rows.head + at_hand.member;
     const int64_t line = (int64_t(rows.batch) * a.H + h) * a.T;
     float2 of_columns[N / 8];  // the lse for the first, delta for the second
-#pragma unroll
-    for (int n = 0; n < N / 8; ++n) {
-      of_columns[n] = *reinterpret_cast<const float2*>(&block.of_tile[stage][group_now()][8 * n + lane_column()]);
-    }
-    const RowsAreKeys<1, N> place{role().visibility, a, of_columns, line, first_row<Cut>(role()), t, member};
+    at_hand.template take_statistics<N>(of_columns, ahead, group_now());
+    const RowsAreKeys<1, N> place{role().visibility, a, of_columns, line, first_row<Cut>(role()), t, at_hand.member};
     TileBits<1> bits;
     if (is_first()) {
       if (asked.anything()) bits = TileBits<1>(place, asked);
@@ -99,7 +85,7 @@ __device__ inline void attend(float (&sum)[1][D / 8][4], const BackwardArguments
       if (asked.shapes && a.softcap > 0) {  // the products of the scores once more
         ptx::held(p[0]);
         ptx::begin_products();
-        begin_products_of_rows<T, N>(p[0], tiles.own(0, 0), queries(ahead));
+        begin_products_of_rows<T, N>(p[0], tiles.own(0, 0), at_hand.queries(ahead));
         ptx::commit_products();
         ptx::wait_for_products<0>();
         ptx::held(p[0]);
@@ -109,9 +95,9 @@ __device__ inline void attend(float (&sum)[1][D / 8][4], const BackwardArguments
   };
 
   set_zero<1, D>(sum);
-  int tile = next_tile(0);
+  int tile = at_hand.next_tile(0);
   if (tile < 0) return block.first.tell_free(progress.first++);
-  if (careful && tile & 1) clean_together<T, Cut>(queries(0), nullptr);
+  if (careful && tile & 1) clean_together<T, Cut>(at_hand.queries(0), nullptr);
   begin_scores(0);
   ptx::wait_for_products<0>();
   ptx::held(x[0]);
@@ -119,11 +105,11 @@ __device__ inline void attend(float (&sum)[1][D / 8][4], const BackwardArguments
     const Asked asked(a, tile & 1);
     asked.anything() ? to_operand(tile & ~1, first ? 0 : 1, asked) : to_operand(tile & ~1, first ? 0 : 1, {});
     sum_is_here();  // of the tile before
-    if (!first) release();
+    if (!first) at_hand.release();
     round_weights<T, N>(weights, x[0]);
-    tile = next_tile(1);
+    tile = at_hand.next_tile(1);
     if (tile < 0) break;
-    if (careful && tile & 1) clean_together<T, Cut>(queries(1), nullptr);
+    if (careful && tile & 1) clean_together<T, Cut>(at_hand.queries(1), nullptr);
     begin_scores(1);
     begin_sum();
     ptx::wait_for_products<1>();  // of the scores
@@ -131,7 +117,7 @@ __device__ inline void attend(float (&sum)[1][D / 8][4], const BackwardArguments
   }
   begin_sum();
   sum_is_here();
-  release();
+  at_hand.release();
   block.first.tell_free(progress.first++);  // where there were none
 }
 

@@ -102,7 +102,7 @@ ARRIVED = f"ptx::wait_for_copies<0>();\n{{}}{FULL}"
 FWD, FWD_H = "attention_fwd.cu", "attention_fwd_sm80.cuh"
 HOPPER, HOPPER_H = "attention_fwd_sm90.cu", "attention_fwd_sm90.cuh"
 HOPPER_QUERY, HOPPER_KEY = "attention_bwd_query_sm90.cu", "attention_bwd_key_sm90.cu"
-HOPPER_WIDE_KEY = "attention_bwd_wide_key_sm90.cu"
+HOPPER_KEY_H, HOPPER_WIDE_KEY = "attention_bwd_key_sm90.cuh", "attention_bwd_wide_key_sm90.cu"
 ROLES, WARPGROUP = "attention_hopper.cuh", "warpgroup.cuh"
 TILE, SCORES, MASKS = "attention_tile.cuh", "attention_scores.cuh", "attention_masks.cu"
 KEY, QUERY, DECODE = "attention_bwd_key.cu", "attention_bwd_query.cu", "attention_decode.cu"
@@ -183,14 +183,14 @@ FAULTS = [
           "block.second.wait_until_full(progress.second);", "", "race"),
     Fault("hopper", HOPPER_KEY, HOPPER_KEY, "queries freed before they are read",
           "sums_are_here();  // of the tile before", "", "race"),
-    Fault("hopper", HOPPER_KEY, HOPPER_KEY, "the lse of another tile",
+    Fault("hopper", HOPPER_KEY, HOPPER_KEY_H, "the lse of another tile",
           "stage = block.first.of(progress.first + ahead)", "stage = block.first.of(progress.first)", "result"),
     Fault("hopper, wide", HOPPER_WIDE_KEY, HOPPER_WIDE_KEY, "weights that are not waited for",
           "wait_for_turn<Cut>();\n      exchange().take(p);", "exchange().take(p);", "(race|uninitialised)"),
     Fault("hopper, wide", HOPPER_WIDE_KEY, HOPPER_WIDE_KEY, "weights written before the last were read",
           "wait_for_turn<Cut>();\n      exchange().put(x);", "exchange().put(x);", "(race|barrier|deadlock)"),
     Fault("hopper, wide", HOPPER_WIDE_KEY, HOPPER_WIDE_KEY, "the queries of another tile",
-          "grad_outs(0) : queries(0)", "grad_outs(0) : queries(1)", "(race|uninitialised|result)"),
+          "grad_outs(0) : at_hand.queries(0)", "grad_outs(0) : at_hand.queries(1)", "(race|uninitialised|result)"),
     Fault("decode", DECODE, FWD_H, "a share of one tile", "from + (rows.block + 1) * share);",
           "from + rows.block * share + 1);", "result"),
     Fault("layer_norm, wide", NORM, REDUCE, "no barrier before the sums are read",
