@@ -41,6 +41,8 @@ class Mask:
     def __and__(self, other: Mask) -> Mask:
         if not isinstance(other, Mask):
             return NotImplemented
+        if self is EVERYTHING:
+            return other
         if self.align is not None and other.align is not None and self.align != other.align:
             raise ValueError(f"masks: cannot combine alignments {self.align!r} and {other.align!r}")
         return Mask(
@@ -63,6 +65,9 @@ class Mask:
         lower = None if self.left is None else offset - self.left
         upper = None if right is None else offset + right
         return lower, upper
+
+
+EVERYTHING = Mask()  # every query sees every key
 
 
 def causal(align: str | None = None) -> Mask:

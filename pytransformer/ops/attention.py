@@ -11,7 +11,7 @@ from torch import Tensor
 from pytransformer import reference
 from pytransformer.backends import select
 from pytransformer.backends._arguments import empty_heads
-from pytransformer.masks import ALIGNMENTS, Mask
+from pytransformer.masks import ALIGNMENTS, EVERYTHING, Mask
 from pytransformer.ops._autocast import autocast_off, cast_to
 from pytransformer.ops._bands import check_window
 from pytransformer.ops._checks import (
@@ -34,7 +34,6 @@ from pytransformer.reference.attention import attention_scores, attention_weight
 __all__ = ["attention", "visible_keys"]  # the second for nn, which does not reach below ops
 
 _LETTERS = "[B,H,T,S]"
-_NO_MASK = Mask()
 UNPACKED = (None, None, 0, 0, False)  # the last arguments of a call that is no packed one, nor at the end
 
 
@@ -282,7 +281,7 @@ def _combine(
     full: tuple[int, ...],
 ) -> tuple[Mask, Tensor | None]:
     """Everything that masks as one Mask, and everything that is added to the scores as one tensor."""
-    mask = attn_mask if isinstance(attn_mask, Mask) else _NO_MASK
+    mask = attn_mask if isinstance(attn_mask, Mask) else EVERYTHING
     added = bias
     if isinstance(attn_mask, Tensor):
         check_broadcasts("attention", "attn_mask", attn_mask, full, _LETTERS)
@@ -300,19 +299,15 @@ def _combine(
         check_device("attention", "bias", added, "query", query)
     if is_causal or window is not None:
         left, right = check_window("attention", window)
-        mask = _and(mask, Mask(bool(is_causal), left, right, mask.align or causal_align))
+        mask = mask & Mask(bool(is_causal), left, right, mask.align or causal_align)
     if key_lengths is not None:
-        mask = _and(mask, _lengths(key_lengths))
+        mask = mask & _lengths(key_lengths)
     for name, x, wanted in (("attn_mask", mask.keep, full), ("key_lengths", mask.key_lengths, full[:1])):
         if x is not None:
             check_device("attention", name, x, "query", query)
             check_broadcasts("attention", name, x, wanted, _LETTERS if len(wanted) == 4 else "[B]")
     open_end = mask.align is None and (mask.causal or mask.left is not None or mask.right is not None)
     return mask.aligned(causal_align) if open_end else mask, added
-
-
-def _and(mask: Mask, other: Mask) -> Mask:
-    return other if mask is _NO_MASK else mask & other
 
 
 def _lengths(key_lengths: Tensor) -> Mask:
