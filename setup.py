@@ -56,10 +56,17 @@ INSTRUCTION_SETS: dict[str, dict[str, list[str]]] = {
         "avx2": AVX2,
         "avx512": AVX512,
         "avx512_bf16": [*AVX512, "-mavx512bf16"],
+        "amx_bf16": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
     },
     "aarch64": {"scalar": [], "neon": ["-DPYTRANSFORMER_NEON"]},
 }
-EMULATED_SETS = {"x86_64": {"avx512_bf16_emulated": [*AVX512, "-DPYTRANSFORMER_EMULATE_BF16"]}}
+EMULATED_BF16 = [*AVX512, "-DPYTRANSFORMER_EMULATE_BF16"]
+EMULATED_SETS = {
+    "x86_64": {
+        "avx512_bf16_emulated": EMULATED_BF16,
+        "amx_bf16_emulated": [*EMULATED_BF16, "-DPYTRANSFORMER_EMULATE_AMX"],
+    }
+}
 
 # Kernels of Hopper's own instructions are compiled for it alone, in files that say so.
 HOPPER, HOPPER_FILES = "90a", "*_sm90.cu"

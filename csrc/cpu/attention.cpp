@@ -47,12 +47,8 @@
 namespace pytransformer::PYTRANSFORMER_ISA {
 namespace {
 
-constexpr int64_t least_queries = 6 * tile_rows, most_queries = 6 * least_queries;  // of a block
 constexpr int64_t near_bytes = 512 << 10;  // of a packed head, that stay in L2 beside a block's scores
 constexpr int64_t key_block = 8 * key_chunk;
-// Rows of a score block lie an odd number of cache lines apart. At a power of two they would share a
-// quarter of the sets of L1 and evict the packed panel from there.
-constexpr int64_t score_stride = key_block + lanes;
 constexpr int64_t kept_words = key_block / 64;
 constexpr int64_t value_bytes = 32 << 10;  // of a packed panel of values, for one product
 
@@ -92,6 +88,11 @@ template <class T>
 class Forward : Scoring {
   using Op = operand_t<T>;
   static constexpr bool in_place = sizeof(Op) == sizeof(float);
+  static constexpr int64_t tile_rows = rows_of_tile<Op>;
+  static constexpr int64_t least_queries = (on_unit<Op> ? 4 : 6) * tile_rows, most_queries = 6 * least_queries;
+  // Rows of a score block lie an odd number of cache lines apart. At a power of two they would share a
+  // quarter of the sets of L1 and evict the packed panel from there.
+  static constexpr int64_t score_stride = key_block + lanes * depth_step<Op>;
   static constexpr bool at_once = !in_place;  // weights at once, where a tile is fit for it
   static constexpr int64_t value_chunk = least(key_block, value_bytes / int64_t(panel * sizeof(Op)));
   static_assert(value_chunk % key_chunk == 0 && key_block % value_chunk == 0);

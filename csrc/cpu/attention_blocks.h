@@ -182,10 +182,52 @@ struct Tiles {
   static constexpr auto of = &tile<Op, B, Target, Rows, Vecs>;
 };
 
-// target = a[rows][depth] * one panel b of `columns`; rows <= tile_rows.
+#ifdef PYTRANSFORMER_AMX
+// On AMX the sums are in memory before anything else is done with them.
+template <int Vecs>
+void tile_on_unit(const Left<bfloat16>& a, int rows, const bfloat16* b, int64_t b_stride, int64_t pairs,
+                  const Result& result) {
+  multiply_on_unit<Vecs>(rows, a.data, a.row_stride, b, b_stride, pairs, result.c, result.stride, result.add);
+  for (int i = 0; result.maxima != nullptr && i < rows; ++i) {
+    Vec highest = Vec::load(result.maxima + i * lanes);
+#pragma GCC unroll 4
+    for (int j = 0; j < Vecs; ++j) highest = max(highest, Vec::load(result.c + i * result.stride + j * lanes));
+    highest.store(result.maxima + i * lanes);
+  }
+}
+
+template <int Vecs>
+void tile_on_unit(const Left<bfloat16>& a, int rows, const bfloat16* b, int64_t b_stride, int64_t pairs,
+                  const Powers<bfloat16>& powers) {
+  alignas(64) float sums[unit_rows * Vecs * lanes];
+  multiply_on_unit<Vecs>(rows, a.data, a.row_stride, b, b_stride, pairs, sums, Vecs * lanes, false);
+  for (int i = 0; i < rows; ++i) {
+    Vec row[1][Vecs];
+#pragma GCC unroll 4
+    for (int j = 0; j < Vecs; ++j) row[0][j] = Vec::load(sums + (i * Vecs + j) * lanes);
+    finish(row, Powers<bfloat16>{powers.weights + i * powers.stride, 0, powers.scale, powers.low + i,
+                                 powers.sums + i * lanes});
+  }
+}
+
+template <class Target>
+struct TilesOnUnit {
+  template <int, int Vecs>
+  static constexpr void (*of)(const Left<bfloat16>&, int, const bfloat16*, int64_t, int64_t,
+                              const Target&) = &tile_on_unit<Vecs>;
+};
+#endif
+
+// target = a[rows][depth] * one panel b of `columns`; rows <= rows_of_tile<Op>.
 template <class Op, class B, class Target = Result>
 void multiply_tile(const Left<Op>& a, int64_t rows, const B* b, int64_t b_stride, int64_t columns, int64_t depth,
                    const Target& target) {
+#ifdef PYTRANSFORMER_AMX
+  if constexpr (on_unit<Op, B>) {
+    return instance_for<TilesOnUnit<Target>, 1, tile_vecs>(1, ceil_div(columns, lanes))(
+        a, int(rows), b, b_stride, ceil_div(depth, depth_step<Op>), target);
+  }
+#endif
   instance_for<Tiles<Op, B, Target>, tile_rows, tile_vecs>(rows, ceil_div(columns, lanes))(
       a, b, b_stride, ceil_div(depth, depth_step<Op>), target);
 }
@@ -199,8 +241,8 @@ void multiply_rows(const Left<Op>& a, int64_t rows, const Op* b, int64_t packed_
   for (int64_t begin = 0; begin < columns; begin += panel) {
     const int64_t width = least(panel, round_up(columns - begin, lanes));
     const Op* source = b + begin * round_up(packed_depth, depth_step<Op>) + offset * width;
-    for (int64_t r = 0; r < rows; r += tile_rows) {
-      const int64_t tile = least(tile_rows, rows - r);
+    for (int64_t r = 0; r < rows; r += rows_of_tile<Op>) {
+      const int64_t tile = least(rows_of_tile<Op>, rows - r);
       auto [first, last] = range(r, tile);
       first = round_down(first, depth_step<Op>);
       if (first >= last) continue;

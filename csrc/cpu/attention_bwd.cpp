@@ -31,7 +31,7 @@ namespace pytransformer::PYTRANSFORMER_ISA {
 namespace {
 
 constexpr int64_t query_block = 64;
-constexpr int64_t key_block = 96;
+constexpr int64_t key_block = 96;           // whole squares of pairs
 constexpr int64_t most_blocks = 4;          // of queries, in a group
 constexpr int64_t near_bytes = 768 << 10;   // of a head, that stay in L2 beside a block
 constexpr int64_t group_bytes = 640 << 10;  // of the operands of a group
@@ -67,14 +67,14 @@ struct Block {
   float *scores, *addends;       // [key_block][query_block]
   float *grad_weights, *slopes;  // [tile_rows][query_block]
   Op *weights, *grad_scores;     // [key_block][query_block]
-  Op* grad_score_pairs;          // [key_block / 2][query_block][2], for paired operands
+  Op* grad_score_pairs;          // the same, turned or in pairs of keys, as turn_scores has it for paired operands
   uint64_t* kept;                // [key_block] what dropout leaves: bit i is query i
 };
 
 template <class T>
 class Backward : Scoring {
   using Op = operand_t<T>;
-  static constexpr int64_t step = depth_step<Op>;
+  static constexpr int64_t step = depth_step<Op>, tile_rows = rows_of_tile<Op>;
 
  public:
   explicit Backward(const AttentionBackward& a)
@@ -386,8 +386,7 @@ class Backward : Scoring {
                       sums.grad_value + n * columns_stride, columns_stride);
     multiply_rows<Op>({s.grad_scores, query_block, step}, count, q.query_rows, query_block, 0, depth, of_keys,
                       sums.grad_key + n * depth_stride, depth_stride);
-    if constexpr (step == 2) pair_keys(count, s);
-    const Left<Op> turned = {step == 2 ? s.grad_score_pairs : s.grad_scores, step, step * query_block};
+    const Left<Op> turned = turn_scores(count, s);
     if (flagged) {
       const T* key = key_row<const T>(a_.key, rows.b, rows.h / group, n);
       multiply_rows_nonzero(turned, rows.count, key, a_.key.stride[2], depth, count, q.grad_query, depth_stride);
@@ -401,16 +400,44 @@ class Backward : Scoring {
     multiply_rows<Op>(turned, rows.count, head.key_rows, key_count, n, depth, of_queries, q.grad_query, depth_stride);
   }
 
-#ifdef PYTRANSFORMER_BF16_DOT
-  // grad_scores in pairs of keys.
-  static void pair_keys(int64_t count, const Block<bfloat16>& s) {
-    for (int64_t k = 0; k < count; k += 2) {
-      const bfloat16* even = s.grad_scores + k * query_block;
-      bfloat16* pairs = s.grad_score_pairs + k * query_block;
+  // grad_scores as the left operand of dQ, queries in rows.
+  static Left<Op> turn_scores(int64_t count, const Block<Op>& s) {
+    if constexpr (step == 1) {
+      return {s.grad_scores, 1, query_block};
+    } else {
+      return turn_pairs(count, s);
+    }
+  }
+#if defined(PYTRANSFORMER_AMX)
+  // In rows of keys; up to a whole vector of pairs, zeros.
+  static Left<bfloat16> turn_pairs(int64_t count, const Block<bfloat16>& s) {
+    for (int64_t k = 0; k < count; k += 2 * lanes) {
       for (int64_t j = 0; j < query_block; j += lanes) {
-        PairVec::zip(even + j, k + 1 < count ? even + query_block + j : nullptr, lanes).store(pairs + 2 * j);
+        Vec square[lanes];
+        for (int64_t i = 0; i < lanes; ++i) square[i] = pair_of_keys(k + 2 * i, j, count, s).as_bits();
+        transpose(square);
+        for (int64_t i = 0; i < lanes; ++i) {
+          square[i].store(reinterpret_cast<float*>(s.grad_score_pairs + (j + i) * key_block + k));
+        }
       }
     }
+    return {s.grad_score_pairs, key_block, 2};
+  }
+#elif defined(PYTRANSFORMER_BF16_DOT)
+  // In pairs of keys.
+  static Left<bfloat16> turn_pairs(int64_t count, const Block<bfloat16>& s) {
+    for (int64_t k = 0; k < count; k += 2) {
+      bfloat16* pairs = s.grad_score_pairs + k * query_block;
+      for (int64_t j = 0; j < query_block; j += lanes) pair_of_keys(k, j, count, s).store(pairs + 2 * j);
+    }
+    return {s.grad_score_pairs, 2, 2 * query_block};
+  }
+#endif
+#ifdef PYTRANSFORMER_BF16_DOT
+  // Keys k and k + 1, of queries [j, j + lanes); a key beyond the last is zeros.
+  static PairVec pair_of_keys(int64_t k, int64_t j, int64_t count, const Block<bfloat16>& s) {
+    const auto row = [&](int64_t i) { return i < count ? s.grad_scores + i * query_block + j : nullptr; };
+    return PairVec::zip(row(k), row(k + 1), lanes);
   }
 #endif
 

@@ -9,6 +9,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #ifndef _WIN32
 #include <pthread.h>
@@ -27,8 +31,18 @@ PYTRANSFORMER_ISAS
 namespace {
 
 struct CpuFeatures {
-  bool avx2 = false, avx512 = false, avx512_bf16 = false;
+  bool avx2 = false, avx512 = false, avx512_bf16 = false, amx_bf16 = false;
 };
+
+// Linux saves AMX's registers only of processes that have asked for them. Threads inherit the permission.
+bool may_use_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr int request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
 
 CpuFeatures detect() {
   CpuFeatures has;
@@ -39,22 +53,30 @@ CpuFeatures detect() {
   if (!osxsave || !avx) return has;
   unsigned low, high;
   __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  const bool saves_ymm = (low & 0x06) == 0x06, saves_zmm = (low & 0xe6) == 0xe6;
+  const bool saves_ymm = (low & 0x06) == 0x06, saves_zmm = (low & 0xe6) == 0xe6, saves_tiles = (low >> 17 & 3) == 3;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return has;
   const auto leaf7 = [b](int bit) { return (b >> bit) & 1u; };
   has.avx2 = saves_ymm && fma && f16c && leaf7(5);
   has.avx512 = has.avx2 && saves_zmm && leaf7(16) && leaf7(17) && leaf7(30) && leaf7(31);  // F DQ BW VL
+  const bool multiplies_tiles = saves_tiles && (d >> 22 & 1) && (d >> 24 & 1);             // AMX-BF16, AMX-TILE
   if (has.avx512 && a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) has.avx512_bf16 = a & (1u << 5);
+  has.amx_bf16 = has.avx512_bf16 && multiplies_tiles && may_use_amx();
 #endif
   return has;
+}
+
+// Emulated sets exist for tests and are used only by name.
+bool emulated(const std::string& isa) {
+  return isa.find("emulated") != std::string::npos;
 }
 
 bool supported(const std::string& isa) {
   static const CpuFeatures has = detect();
   if (isa == "scalar" || isa == "neon") return true;  // parts of what their architectures always have
   if (isa == "avx2") return has.avx2;
-  if (isa == "avx512" || isa == "avx512_bf16_emulated") return has.avx512;
+  if (isa == "avx512" || emulated(isa)) return has.avx512;
   if (isa == "avx512_bf16") return has.avx512_bf16;
+  if (isa == "amx_bf16") return has.amx_bf16;
   return false;
 }
 
@@ -65,11 +87,6 @@ const std::vector<const KernelTable*>& tables() {
 #undef X
   };
   return all;
-}
-
-// Emulated sets exist for tests and are used only by name.
-bool emulated(const std::string& isa) {
-  return isa.find("emulated") != std::string::npos;
 }
 
 const KernelTable* find(const std::string& name) {

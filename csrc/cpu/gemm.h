@@ -46,6 +46,9 @@ constexpr int64_t tile_width = tile_vecs * Vec::lanes;
 constexpr int64_t pack_share = 192;  // rows or columns packed by one task; divisible by tile_rows and tile_width
 static_assert(block_rows % tile_rows == 0 && block_rows % Vec::lanes == 0 && block_columns % tile_width == 0);
 static_assert(tile_rows <= Vec::lanes, "packing by columns moves a row of a tile as one vector");
+#ifdef PYTRANSFORMER_AMX
+static_assert(block_rows % unit_rows == 0 && pack_share % unit_rows == 0);
+#endif
 
 // A matrix as an operand of a product. For A, `outer` counts the rows of the product, for B its columns;
 // `pack` copies `count` of them from `outer` on, for `depth` values of k, padded to a depth_step.
@@ -195,13 +198,41 @@ void pack_right_columns(const Factor<Operand>& from, int64_t outer, int64_t coun
   }
 }
 
+#ifdef PYTRANSFORMER_AMX
+// A whose columns lie along k, for AMX, which has its rows along k: [count][depth], turned a square of pairs at a time.
+template <class T, class Operand>
+void pack_left_turned(const Factor<Operand>& from, int64_t outer, int64_t count, int64_t k, int64_t depth,
+                      Operand* to) {
+  const T* source = static_cast<const T*>(from.data) + k * from.stride + outer;
+  const int64_t padded = round_up(depth, depth_step<Operand>);
+  for (int64_t d = 0; d < depth; d += 2 * unit_pairs) {
+    for (int64_t i = 0; i < 2 * unit_pairs; ++i) prefetch_row(source + (d + 2 * unit_pairs + i) * from.stride, count);
+    for (int64_t i = 0; i < count; i += Vec::lanes) {
+      const int n = count - i < Vec::lanes ? int(count - i) : Vec::lanes;
+      Vec square[unit_pairs];
+      for (int j = 0; j < unit_pairs; ++j) {
+        const T* row = source + (d + 2 * j) * from.stride + i;
+        const bool even = d + 2 * j < depth, odd = d + 2 * j + 1 < depth;
+        square[j] = PairVec::zip(even ? row : nullptr, odd ? row + from.stride : nullptr, n).as_bits();
+      }
+      transpose(square);
+      const int pairs = padded - d < 2 * unit_pairs ? int(padded - d) / 2 : unit_pairs;
+      for (int j = 0; j < n; ++j) square[j].store(reinterpret_cast<float*>(to + (i + j) * padded + d), pairs);
+    }
+  }
+}
+#endif
+
 // The four ways a row-major matrix takes part in a product. `data` is the matrix as it lies in memory.
 template <class Operand, class T>
 Factor<Operand> left(const T* data, int64_t stride) {  // A = data
-  return {data, stride, tile_rows, false, pack_left_rows<T, Operand>};
+  return {data, stride, rows_of_tile<Operand>, false, pack_left_rows<T, Operand>};
 }
 template <class Operand, class T>
 Factor<Operand> left_transposed(const T* data, int64_t stride) {  // A = data^T
+#ifdef PYTRANSFORMER_AMX
+  if constexpr (on_unit<Operand>) return {data, stride, unit_rows, false, pack_left_turned<T, Operand>};
+#endif
   return {data, stride, tile_rows, true, pack_left_columns<T, Operand>};
 }
 template <class Operand, class T>
@@ -346,6 +377,12 @@ class Packed {
 template <class Operand, int Rows, int Vecs>
 __attribute__((noinline)) void tile_product(const Operand* a, int64_t row_stride, int64_t depth_stride,
                                             const Operand* b, int64_t steps, float* c, bool add) {
+#ifdef PYTRANSFORMER_AMX
+  if constexpr (on_unit<Operand>) {
+    return multiply_on_unit<Vecs>(Rows, a, row_stride, b, tile_width * depth_step<Operand>, steps, c, block_columns,
+                                  add);
+  }
+#endif
   Vec acc[Rows][Vecs];
   clear(acc);
   multiply_add(a, row_stride, depth_stride, b, tile_width * depth_step<Operand>, steps, acc);
@@ -366,7 +403,7 @@ struct TileProducts {
 };
 template <class Operand>
 auto tile_product_for(int64_t rows, int64_t vecs) {
-  return instance_for<TileProducts<Operand>, tile_rows, tile_vecs>(rows, vecs);
+  return instance_for<TileProducts<Operand>, rows_of_tile<Operand>, tile_vecs>(rows, vecs);
 }
 
 // How C is cut into blocks.
@@ -378,7 +415,7 @@ struct BlockGrid {
   template <class Operand>
   BlockGrid(int64_t M, int64_t N, const LeftView<Operand>& left)
       : BlockGrid(M, N, left, ceil_div(M, block_rows), ceil_div(N, block_columns)) {
-    const int64_t threads = max_threads(), tiles = ceil_div(M, tile_rows), panels = ceil_div(N, tile_width);
+    const int64_t threads = max_threads(), tiles = ceil_div(M, rows_of_tile<Operand>), panels = ceil_div(N, tile_width);
     const int64_t most = double(M) * double(N) * double(left.K) > 1e6 ? 8 * threads : 1;
     const int64_t least_down = blocks_down, least_across = blocks_across;
     const int64_t even = M * round_up(N, Vec::lanes) / threads;  // time, were all threads busy to the end
@@ -400,7 +437,7 @@ struct BlockGrid {
   BlockGrid(int64_t M, int64_t N, const LeftView<Operand>& left, int64_t down, int64_t across) {
     // Whole lines of what is turned; and whole tiles of an A that lies in tiles, as of any small block.
     const int64_t even = ceil_div(M, down), unit = left.depth_major ? tiled_lines : Vec::lanes;
-    rows = round_up(even, even > block_rows / 2 ? unit : tile_rows);
+    rows = round_up(even, even > block_rows / 2 ? unit : rows_of_tile<Operand>);
     columns = round_up(ceil_div(N, across), tile_width);
     blocks_down = ceil_div(M, rows);
     blocks_across = ceil_div(N, columns);
@@ -425,7 +462,8 @@ void multiply_block(const LeftBlock<Operand>& a, const LeftView<Operand>& left, 
                     const Block& block, const Block& next, int64_t k, int64_t run, float* sums) {
   constexpr int step = depth_step<Operand>;
   const int64_t padded = left.padded(k);
-  const int64_t tiles = ceil_div(block.rows, tile_rows), panels = ceil_div(block.columns, tile_width);
+  constexpr int64_t most_rows = rows_of_tile<Operand>;
+  const int64_t tiles = ceil_div(block.rows, most_rows), panels = ceil_div(block.columns, tile_width);
   const int64_t panel_bytes = tile_width * padded * int64_t(sizeof(Operand));
   const bool last_k = k + block_depth<Operand> >= left.K;
   const Block& after = last_k ? next : block;
@@ -434,16 +472,16 @@ void multiply_block(const LeftBlock<Operand>& a, const LeftView<Operand>& left, 
   for (int64_t panel = 0; panel < panels; ++panel) {
     const int64_t j = panel * tile_width;
     const int64_t vecs = ceil_div(block.columns - j, Vec::lanes);
-    const auto whole = tile_product_for<Operand>(tile_rows, vecs);
+    const auto whole = tile_product_for<Operand>(most_rows, vecs);
     const Operand* b = right.at(block.column + j, k);
     const Operand* next_b = panel + 1 < panels ? b + tile_width * padded
                             : after.rows > 0   ? right.at(after.column, after_k)
                                                : nullptr;
     for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t i = tile * tile_rows;
+      const int64_t i = tile * most_rows;
       if (next_b) prefetch_share(next_b, panel_bytes, tile, tiles);
       if (after.rows > 0) left.prefetch(after.row, after.rows, after_k, panel * tiles + tile, panels * tiles);
-      const auto product = block.rows - i < tile_rows ? tile_product_for<Operand>(block.rows - i, vecs) : whole;
+      const auto product = block.rows - i < most_rows ? tile_product_for<Operand>(block.rows - i, vecs) : whole;
       int64_t d = 0;
       do {
         const int64_t now = padded - d < run ? padded - d : run;
@@ -461,10 +499,11 @@ void multiply_block(const LeftBlock<Operand>& a, const LeftView<Operand>& left, 
 template <class Operand, int Vecs>
 void multiply_rows(const LeftView<Operand>& left, const Packed<Operand>& right, const Block& block, int64_t run,
                    float* sums) {
-  constexpr int step = depth_step<Operand>, most = tile_rows * tile_vecs / Vecs;
+  constexpr int step = depth_step<Operand>, usual = rows_of_tile<Operand>;
+  constexpr int most = on_unit<Operand> ? usual : usual * tile_vecs / Vecs;
   for (int64_t i = 0; i < block.rows;) {
     const int64_t rows = block.rows - i;
-    const int64_t now = rows >= most ? most : rows < tile_rows ? rows : tile_rows;
+    const int64_t now = rows >= most ? most : rows < usual ? rows : usual;
     const auto product = rows >= most ? &tile_product<Operand, most, Vecs> : tile_product_for<Operand>(now, Vecs);
     for (int64_t k = 0; k < left.K; k += run) {
       const int64_t depth = left.K - k < run ? left.K - k : run;

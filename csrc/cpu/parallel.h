@@ -14,6 +14,7 @@
 #include <memory>
 
 #include "interrupt.h"
+#include "simd_amx.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -163,6 +164,9 @@ void parallel_tasks(int64_t tasks, const Body& body) {
   Shares shares(tasks, threads);
   on_threads(threads, [&](int thread) {
     const Set running(running_tasks, outermost);
+#ifdef PYTRANSFORMER_AMX
+    const MatrixUnit unit;
+#endif
     shares.take(thread, [&](int64_t task) {
       if (!given_up()) body(task);
     });

@@ -155,6 +155,7 @@ struct PairVec {
 
   static PairVec load(const bfloat16* p) { return {_mm512_loadu_si512(p)}; }
   static PairVec of_bits(Vec x) { return {_mm512_castps_si512(x.v)}; }
+  Vec as_bits() const { return {_mm512_castsi512_ps(v)}; }
   // Pairs (even[i], odd[i]) for i < count, and zeros beyond. A row that is null is zeros.
   static PairVec zip(const bfloat16* even, const bfloat16* odd, int count) {
     const __mmask16 some = Mask::first(count).v;

@@ -9,11 +9,15 @@
 // bfloat16 pairs. A is read in place, element (row, k) at a[row * row_stride + k * depth_stride]; in the
 // paired form a pair (row, k), (row, k + 1) is one unit of depth_stride. Other instruction sets widen
 // bfloat16 to float32 while packing: `operand_t<T>` is the type that T is packed into.
+//
+// AMX takes the paired form, too, but a tile has 16 rows, A lies along k, and the sums are in memory: what a tile is
+// used for is asked of `on_unit`, and multiply_on_unit (simd_amx.h) takes the place of multiply_add.
 #pragma once
 
 #include <utility>
 
 #include "simd.h"
+#include "simd_amx.h"
 
 namespace pytransformer::PYTRANSFORMER_ISA {
 
@@ -33,6 +37,19 @@ using operand_t = typename OperandOf<T>::type;
 // How many consecutive k one step of the tile consumes.
 template <class Operand>
 constexpr int depth_step = sizeof(float) / sizeof(Operand);
+
+// Whether AMX multiplies tiles of A by tiles of B, and how many rows a tile of A then has.
+template <class A, class B = A>
+constexpr bool on_unit = false;
+#ifdef PYTRANSFORMER_AMX
+template <>
+constexpr bool on_unit<bfloat16, bfloat16> = true;
+template <class Operand>
+constexpr int rows_of_tile = on_unit<Operand> ? unit_rows : tile_rows;
+#else
+template <class Operand>
+constexpr int rows_of_tile = tile_rows;
+#endif
 
 // The instance of a function template for a tile of rows x columns, or where these are more than there are instances
 // for, the largest. A family names the template: `template <int Rows, int Columns> static constexpr auto of = &...;`
