@@ -3,8 +3,8 @@
 Of a row that promises a fraction of the limit, it is timed again in each round, beside the row: machines that are
 shared have good hours and bad ones.
 
-The peak of a CPU is a loop of multiply-adds in registers on every thread (``csrc/cpu/peak.cpp``), or of bfloat16
-dot products where the processor has them; of a GPU, the best of several large matrix products. torch's product of
+The peak of a CPU is a loop of multiply-adds in registers on every thread (``csrc/cpu/peak.cpp``), or of products of
+bfloat16 where the processor has them; of a GPU, the best of several large matrix products. torch's product of
 two matrices is measured beside it: what a good library reaches. Bytes are counted both ways, and rows that fit
 in a cache are held against copies of their own size, not against the memory.
 """
@@ -80,14 +80,14 @@ def limit(dtype: str, operations: float, moved: float, found: Peaks) -> Provider
 
 
 def _loops(seconds: float) -> tuple[dict[str, float], dict[str, str]]:
-    """Loops of multiply-adds, and of dot products of bfloat16 pairs where there are any."""
+    """Loops of multiply-adds, and of products of bfloat16 where there are any: by AMX, or of pairs."""
     if unavailable("cpu") is not None:
         return {}, {}
     single, paired = (_best_rate(partial(cpu_backend.peak_rate, kind, PEAK_SECONDS), seconds) for kind in (False, True))
     isa = cpu_backend.isa()
     return {"float32": single, "bfloat16": paired}, {
         "float32": f"{isa} multiply-adds",
-        "bfloat16": f"{isa} dot products",
+        "bfloat16": f"{isa} products",
     }
 
 

@@ -138,6 +138,23 @@ def test_products_are_torchs_where_it_has_a_matrix_unit_for_them(pretended, dtyp
         assert ("this processor's AMX unit" in found) == (served == "reference")
 
 
+def test_products_that_the_kernels_multiply_with_amx_are_theirs(pretended):
+    pretended("amx_bf16", amx_bf16=True)
+    linear = {rows: make((rows,), 8, 300, torch.bfloat16) for rows in (33, 1024, 1025)}
+    network = {name: randn(33, 33, dtype=torch.bfloat16) for name in ("input", "weight1", "weight2")}
+    network |= {"bias1": None, "bias2": None}
+
+    def served(op, tensors):
+        return pytransformer.explain(op, **tensors).decisions[0].backend
+
+    assert [served(ops.linear, tensors) for tensors in linear.values()] == ["cpu", "cpu", "reference"]
+    assert served(ops.ffn, network) == "cpu"
+    network["weight1"].requires_grad_()
+    assert served(ops.ffn, network) == "reference", "in training torch's products are faster"
+    network["weight1"].requires_grad_(False)
+    assert served(ops.ffn, network) == "cpu", "what served a call in training was remembered for one without"
+
+
 @pytest.mark.parametrize("rows", [1, 2, 40])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_gradients_that_torch_computes_and_that_the_kernel_computes(pretended, dtype, rows):

@@ -166,13 +166,15 @@ class BlockDropout {
   uint64_t kept_[block_columns / 64][64 * room];  // bit i of [c][row]: token 64 c + i of the block is kept
 };
 
-// A matrix [features, tokens] of a chunk, as a left operand in place: rows end on a whole vector and are no
-// multiple of a page apart.
+// A matrix [features, tokens] of a chunk, as a left operand in place: rows begin on a cache line, end on a whole vector
+// and are no multiple of a page apart.
 template <class Operand>
 class FeatureRows {
+  static constexpr int64_t line = lanes * depth_step<Operand>;
+
  public:
   FeatureRows(int64_t features, int64_t tokens)
-      : stride_(round_up(tokens, lanes) + lanes), data_(features > 0 ? features * stride_ : 0) {}
+      : stride_(round_up(tokens, line) + line), data_(features > 0 ? features * stride_ : 0) {}
 
   // Values beyond the last token, up to a whole vector, are zeros.
   void put(const Block& block, const float* sums) const {

@@ -27,9 +27,27 @@ void forward(const LinearForward& a) {
   }
 }
 
+// Tokens in rows, the weight packed: nothing is turned.
+template <class T>
+void forward_in_rows(const LinearForward& a) {
+  using Operand = operand_t<T>;
+  const int64_t N = a.input.shape[0], E = a.input.shape[1], O = a.weight.shape[0];
+  const Bias bias(a.bias);
+  const Packed<Operand> weight(right_transposed<Operand>(a.weight.ptr<const T>(), E), O, E);
+  T* out = a.output.ptr<T>();
+  gemm(O, LeftRows<Operand>(a.input.ptr<const T>(), E, N, E), weight,
+       by_rows([&](int64_t row, int64_t column, int64_t count, float* values) {
+         bias.store_row(column, count, values, out + row * O + column);
+       }));
+}
+
+// Where a product takes as little time as on AMX, what is turned counts: the weight, or input and output.
 template <class T>
 void forward(const LinearForward& a) {
-  a.input.shape[0] <= few_columns<T> ? forward<T, FewTokens<T>>(a) : forward<T, ManyTokens<T>>(a);
+  const int64_t N = a.input.shape[0], E = a.input.shape[1], O = a.weight.shape[0];
+  if (N <= few_columns<T>) return forward<T, FewTokens<T>>(a);
+  if (on_unit<operand_t<T>> && O * E < N * (E + O)) return forward_in_rows<T>(a);
+  forward<T, ManyTokens<T>>(a);
 }
 
 template <class T>

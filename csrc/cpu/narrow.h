@@ -29,7 +29,8 @@
 namespace pytransformer::PYTRANSFORMER_ISA {
 
 constexpr int narrow_rows = 3, narrow_columns = tile_vecs == 4 ? 8 : 3;  // accumulators that fit in the registers
-constexpr int64_t sequential_columns = 2;  // up to these A is read from one address to the next
+// Up to so many A is read from one address to the next. Where there is AMX, one already takes memory's full speed.
+constexpr int64_t sequential_columns = on_unit<bfloat16> ? 1 : 2;
 template <class Operand>
 constexpr int64_t narrow_vector = Vec::lanes * depth_step<Operand>;  // how many k a vector holds
 template <class Operand>
@@ -40,7 +41,7 @@ static_assert(narrow_share % narrow_rows == 0 && narrow_share % Vec::lanes == 0)
 
 // Up to how many columns this is the faster way. Beyond, A that is not in the tile's type is worth packing.
 template <class T>
-constexpr int64_t few_columns = sizeof(T) == sizeof(operand_t<T>) ? 16 : 48;
+constexpr int64_t few_columns = on_unit<operand_t<T>> ? 4 : sizeof(T) == sizeof(operand_t<T>) ? 16 : 48;
 
 // B as the tiles read it: [columns in groups][vectors of k][columns of a group][narrow_vector], with zeros beyond K. A
 // group has narrow_columns, or, where A is read from one address to the next, all columns there are.

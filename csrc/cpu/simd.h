@@ -1,7 +1,7 @@
 // The vector type of the instruction set that this translation unit is compiled for.
 //
 // Each kernel source is compiled once per instruction set, with PYTRANSFORMER_ISA naming the
-// namespace it lives in (scalar, avx2, avx512, avx512_bf16, ...). All of them see the same few types:
+// namespace it lives in (scalar, avx2, avx512, avx512_bf16, amx_bf16, ...). All of them see the same few types:
 //
 //   Vec    `lanes` float32 values        Mask   one bit a lane        UVec   `lanes` uint32 values
 //

@@ -33,6 +33,13 @@ class Bias {
       for_vectors(block.columns, [&](int64_t c, int n) { store(row + c, load(row + c, n) + x, n); });
     }
   }
+  // to = values + bias, for `count` of a row, from feature `first` on.
+  template <class T>
+  void store_row(int64_t first, int64_t count, const float* values, T* to) const {
+    if (!defined_) return copy_row(values, count, to);
+    const float* bias = copy_.get() + first;
+    for_vectors(count, [&](int64_t c, int n) { store(to + c, load(values + c, n) + load(bias + c, n), n); });
+  }
   // For the rows of a block; null where there is none.
   const float* of(const Block& block) const { return defined_ ? copy_.get() + block.row : nullptr; }
 

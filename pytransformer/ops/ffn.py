@@ -109,7 +109,8 @@ def ffn(
     Source: Vaswani et al., "Attention Is All You Need", 2017, eq. 2; gated forms: Shazeer, 2020, eq. 5.
     """
     tensors: tuple[Any, ...] = (input, weight1, bias1, weight2, bias2, weight_gate, bias_gate)
-    signature, known = recall("ffn", tensors, backend, activation, dropout_p)
+    training = needs_grad(*tensors)
+    signature, known = recall("ffn", tensors, backend, activation, dropout_p, training)
     if known is None:
         _check(*tensors)
         check_choice("ffn", "activation", activation, tuple(ACTIVATIONS))
@@ -119,7 +120,7 @@ def ffn(
         if 0 in (input.numel(), weight1.numel(), weight2.numel()):
             backend = "reference"  # nothing to compute, and no kernel takes matrices of no rows or columns
     rng = random_state("ffn", seed, dropout_p, input.device) if dropout_p else None
-    args = (*tensors, rng, activation, float(dropout_p), needs_grad(*tensors))
+    args = (*tensors, rng, activation, float(dropout_p), training)
     name = known or select("ffn", input.device.type, backend, args, obstacle(tensors))
     remember(signature, name) if known is None else None
     if name == "reference":

@@ -18,7 +18,7 @@ def unavailable() -> str | None:
 
 
 def isa() -> str:
-    """The instruction set in use: scalar, avx2, avx512 or avx512_bf16."""
+    """The instruction set in use: scalar, neon, avx2, avx512, avx512_bf16 or amx_bf16."""
     return _cpu.isa()
 
 
@@ -49,6 +49,6 @@ def empty_cache() -> int:
 def peak_rate(paired: bool, seconds: float) -> float:
     """Operations a second that all threads sustain in a loop of nothing else, measured for ``seconds``.
 
-    ``paired``: dot products of bfloat16 pairs, 0 where the set has none; else float32 multiply-adds.
+    ``paired``: products of bfloat16 by AMX or by pairs, 0 where the set has neither; else float32 multiply-adds.
     """
     return _cpu.peak_rate(paired, seconds)

@@ -1,4 +1,8 @@
-"""ffn by ``csrc/cpu/ffn.cpp``."""
+"""ffn by ``csrc/cpu/ffn.cpp``, but for training where products are AMX's.
+
+There the forward alone takes 0.6 to 1.0 times the time of torch's, and forward and backward 0.75 to 1.7: a product is
+over so soon that turning the hidden layer and the weights for the backward counts (a Xeon, one and two threads).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from torch import Tensor
 
 from pytransformer import _cpu
 from pytransformer.backends._arguments import contiguous, unsupported_dtype
-from pytransformer.backends.cpu._matrix_units import faster_in_torch
+from pytransformer.backends.cpu._matrix_units import faster_in_torch, kernels_have_unit
 from pytransformer.backends.cpu._memory import empty
 
 
@@ -17,6 +21,9 @@ def why_not(input: Tensor, *rest: object) -> str | None:
 
 
 def yields_to(input: Tensor, *rest: object) -> tuple[str, str] | None:
+    store_hidden = rest[-1]
+    if store_hidden and kernels_have_unit(input.dtype):
+        return "reference", f"in training in {input.dtype} torch's own products by AMX are faster"
     return faster_in_torch(input)
 
 
