@@ -10,16 +10,17 @@
 // comes out with tokens in lanes, a feature a row, which is how the right operand of the second product
 // wants it; only what leaves for memory is turned.
 //
-// Backward, with h the hidden layer, m the multipliers of dropout, drawn again, and a = act(h) m, all
-// with features in rows:
-//     grad_hidden  = (W2^T grad_output^T) act'(h) m       a and grad_hidden in one epilogue, from one h
-//     grad_weight2 = (a grad_output)^T                    grad_bias2 = column sums of grad_output
-//     grad_weight1 = grad_hidden x                        grad_bias1 = row sums of grad_hidden
-//     grad_input   = (W1^T grad_hidden)^T
+// Backward, with h the hidden layer, m the multipliers of dropout, drawn again, and a = act(h) m, has tokens in rows:
+//     grad_hidden  = (grad_output W2) act'(h) m           a and grad_hidden in one epilogue, from one h
+//     grad_weight2 = grad_output^T a                      grad_bias2 = column sums of grad_output
+//     grad_weight1 = (x^T grad_hidden)^T                  grad_bias1 = column sums of grad_hidden
+//     grad_input   = grad_hidden W1
+// Here the weights' rows are those of right operands, which are packed without turning anything, h is read as it lies,
+// and a and grad_hidden are right operands of the middle two as the epilogue stores them, grad_hidden also the left one
+// of the last. What is turned has one row a token and few columns, x and grad_output, but for grad_weight1.
 // A gate g, computed by a product of its own before the hidden layer (and again in backward), multiplies a and
-// grad_hidden, and has a gradient, (W2^T grad_output^T) act(h) m, that goes on as grad_hidden does.
-// The left operands of the middle two are a and grad_hidden as the epilogue stored them. It takes chunks
-// of tokens too; the gradients of the weights are summed over chunks in float32, in order. The
+// grad_hidden, and has a gradient, (grad_output W2) act(h) m, that goes on as grad_hidden does.
+// It takes chunks of tokens too; the gradients of the weights are summed over chunks in float32, in order. The
 // activation is applied to the float32 sums in forward and to the stored h in backward: for bfloat16 the
 // two differ by less than a rounding.
 #include "ffn.h"
@@ -166,17 +167,17 @@ class BlockDropout {
   uint64_t kept_[block_columns / 64][64 * room];  // bit i of [c][row]: token 64 c + i of the block is kept
 };
 
-// A matrix [features, tokens] of a chunk, as a left operand in place: rows begin on a cache line, end on a whole vector
-// and are no multiple of a page apart.
+// A matrix of a chunk, written and read by blocks of a product, and a left operand in place: rows begin on a cache
+// line, end on a whole vector and are no multiple of a page apart.
 template <class Operand>
-class FeatureRows {
+class BlockRows {
   static constexpr int64_t line = lanes * depth_step<Operand>;
 
  public:
-  FeatureRows(int64_t features, int64_t tokens)
-      : stride_(round_up(tokens, line) + line), data_(features > 0 ? features * stride_ : 0) {}
+  BlockRows(int64_t rows, int64_t columns, bool wanted = true)
+      : stride_(round_up(columns, line) + line), data_(wanted ? rows * stride_ : 0) {}
 
-  // Values beyond the last token, up to a whole vector, are zeros.
+  // Values beyond the last column, up to a whole vector, are zeros.
   void put(const Block& block, const float* sums) const {
     for (int64_t i = 0; i < block.rows; ++i) {
       for_vectors(block.columns,
@@ -192,7 +193,9 @@ class FeatureRows {
     for (int64_t i = 0; i < block.rows; ++i) add_row(values + i * block_columns, at(block, i), block.columns);
   }
 
-  LeftView<Operand> as_left(int64_t tokens) const { return {data_.get(), tokens, stride_, 0, false}; }
+  LeftView<Operand> as_left(int64_t columns) const { return {data_.get(), columns, stride_, 0, false}; }
+  const Operand* data() const { return data_.get(); }
+  int64_t stride() const { return stride_; }
 
  private:
   Operand* at(const Block& block, int64_t i) const { return data_.get() + (block.row + i) * stride_ + block.column; }
@@ -201,7 +204,7 @@ class FeatureRows {
   Scratch<Operand> data_;
 };
 
-// The gate of a chunk of tokens, features in rows; empty where there is none.
+// The gate of a chunk of tokens, as Product lays it out; empty where there is none.
 template <class T, class Product>
 class Gate {
  public:
@@ -210,13 +213,13 @@ class Gate {
       : defined_(a.weight_gate),
         bias_(a.bias_gate),
         weight_(a.weight_gate.template ptr<const T>(), E, defined_ ? F : 0, E),
-        values_(defined_ ? F : 0, tokens) {}
+        values_(Product::tokens_in_rows ? tokens : F, Product::tokens_in_rows ? F : tokens, defined_) {}
 
   // For the tokens of `input`.
   void compute(const typename Product::Right& input, int64_t tokens) const {
     if (!defined_) return;
     Product::multiply(tokens, weight_, input, [&](const Block& block, float* sums) {
-      bias_.add_to(block, sums);
+      Product::tokens_in_rows ? bias_.add_to_columns(block, sums) : bias_.add_to(block, sums);
       values_.put(block, sums);
     });
   }
@@ -229,7 +232,7 @@ class Gate {
   bool defined_;
   Bias bias_;
   typename Product::Weight weight_;
-  FeatureRows<float> values_;
+  BlockRows<float> values_;
 };
 
 template <class T, class Product>
@@ -266,18 +269,34 @@ void forward(const FfnForward& a) {
   }
 }
 
-// One sum for every tile_width tokens, however the blocks were cut: sums [tokens / tile_width][F].
-void sum_rows(const Block& strip, const float* values, int64_t F, float* sums) {
-  for (int64_t i = 0; i < strip.rows; ++i) {
-    for (int64_t c = 0; c < strip.columns; c += tile_width) {
-      const int64_t count = strip.columns - c < tile_width ? strip.columns - c : tile_width;
-      sums[(strip.column + c) / tile_width * F + strip.row + i] = row_sum(values + i * block_columns + c, count);
+// Dropout on the elements of [N,F], for a strip whose rows are tokens.
+class StripDropout {
+ public:
+  StripDropout(const Dropout& dropout, int64_t features, int64_t first_token, const Block& strip) : dropout_(dropout) {
+    for (int64_t i = 0; dropout.dropped > 0 && i < strip.rows; ++i) {
+      dropout.keep_bits(uint64_t((first_token + strip.row + i) * features + strip.column), strip.columns, kept_[i]);
     }
   }
-}
 
-// The gradient of hidden or gate, of one chunk, in the forms in which it goes on: as left operand for the
-// gradient of the weight, as right operand for that of the input, and summed for that of the bias.
+  void apply(const Block& strip, float* values) const {
+    if (dropout_.dropped == 0) return;
+    const Vec scale = Vec::set1(dropout_.scale);
+    for (int64_t i = 0; i < strip.rows; ++i) {
+      float* row = values + i * block_columns;
+      for_vectors(strip.columns, [&](int64_t c, int n) {
+        const Mask keep = Mask::from_bits(uint32_t(kept_[i][c / 64] >> (c % 64)));
+        store(row + c, select(keep, load(row + c, n) * scale, Vec::zero()), n);
+      });
+    }
+  }
+
+ private:
+  const Dropout& dropout_;
+  uint64_t kept_[lanes][block_columns / 64];  // bit i of [row][word]: column 64 word + i of the strip is kept
+};
+
+// The gradient of hidden or gate, of one chunk, in the forms in which it goes on: as right operand for the gradient of
+// the weight, and as rows for those of input and bias.
 template <class T>
 class InnerGradient {
   using Operand = operand_t<T>;
@@ -291,32 +310,30 @@ class InnerGradient {
         for_bias_(grad_bias),
         for_weight_(grad_weight),
         grad_bias_(grad_bias),
-        grad_weight_(grad_weight, false, chunks),
-        weight_(left_transposed<Operand>(weight.ptr<const T>(), E_), for_input_ ? E_ : 0, F_),
-        rows_(for_weight_ ? F_ : 0, chunk_rows),
-        operand_(for_input_ ? chunk_rows : 0, F_),
-        bias_sums_(for_bias_ ? ceil_div(chunk_rows, tile_width) * F_ : 0) {}
+        grad_weight_(grad_weight, true, chunks),
+        weight_(right<Operand>(weight.ptr<const T>(), E_), for_input_ ? E_ : 0, F_),
+        rows_(chunk_rows, F_, for_input_ || for_bias_) {}
 
   bool wanted() const { return for_input_ || for_bias_ || for_weight_; }
 
-  void put(const Block& strip, const float* grad) const {
-    if (for_weight_) rows_.put(strip, grad);
-    if (for_input_) operand_.store_depths(strip.row, strip.rows, strip.column, strip.columns, grad);
-    if (for_bias_) sum_rows(strip, grad, F_, bias_sums_.get());
+  // What the strips of a chunk are put into, as right operand.
+  Packed<Operand> operand(int64_t tokens) const { return {for_weight_ ? F_ : 0, tokens}; }
+
+  void put(const Block& strip, const float* grad, const Packed<Operand>& operand) const {
+    if (for_weight_) operand.store_depths(strip.row, strip.rows, strip.column, strip.columns, grad);
+    if (for_input_ || for_bias_) rows_.put(strip, grad);
   }
 
-  // The gradients of weight and bias, when all strips of the chunk are in; `input` is its right operand.
-  void reduce(const Packed<Operand>& input, int64_t tokens, int64_t chunk) const {
-    if (for_weight_) gemm<Operand>(F_, E_, rows_.as_left(tokens), input, grad_weight_.add_chunk(chunk));
-    if (for_bias_) {
-      column_sums(bias_sums_.get(), ceil_div(tokens, tile_width), F_, grad_bias_.template ptr<float>(), chunk > 0);
-    }
+  // The gradients of weight and bias, when all strips of the chunk are in; `input` is its left operand, turned.
+  void reduce(const Packed<Operand>& input, const Packed<Operand>& operand, int64_t tokens, int64_t chunk) const {
+    if (for_weight_) gemm<Operand>(E_, F_, input, operand, grad_weight_.add_chunk(chunk));
+    if (for_bias_) column_sums(rows_.data(), tokens, F_, grad_bias_.template ptr<float>(), chunk > 0, rows_.stride());
   }
 
-  // epilogue(block, sums) for blocks of weight^T grad, the share of the input's gradient, turned.
+  // epilogue(block, sums) for blocks of grad weight, the share of the input's gradient.
   template <class Epilogue>
   void to_input(int64_t tokens, const Epilogue& epilogue) const {
-    gemm<Operand>(E_, tokens, weight_, operand_, epilogue);
+    gemm<Operand>(tokens, E_, rows_.as_left(F_), weight_, epilogue);
   }
 
  private:
@@ -325,27 +342,26 @@ class InnerGradient {
   TensorView grad_bias_;
   WeightGradient<T> grad_weight_;
   Packed<Operand> weight_;
-  FeatureRows<Operand> rows_;
-  Packed<Operand> operand_;
-  Scratch<float> bias_sums_;
+  BlockRows<Operand> rows_;
 };
 
-// The epilogue that takes blocks of W2^T grad_output^T to everything between the two products.
+// The epilogue that takes blocks of grad_output W2 to everything between the two products.
 template <class T>
 struct HiddenBackward {
+  using Operand = operand_t<T>;
   const FfnBackward& a;
   const Dropout& dropout;
-  const Gate<T, ManyTokens<T>>& gate;
+  const Gate<T, TokensInRows<T>>& gate;
   int64_t F, begin;
-  const FeatureRows<operand_t<T>>& activated;
   const InnerGradient<T>&grad_hidden, &grad_gate;
+  const Packed<Operand>&activated, &hidden_operand, &gate_operand;
 
   void operator()(const Block& block, float* sums) const {
-    const BlockDropout drop(dropout, F, begin, block);
     by_strips(block, sums, [&](const Block& strip, float* grad) {
+      const StripDropout drop(dropout, F, begin, strip);
       float values[lanes * block_columns], through_gate[lanes * block_columns];
-      load_turned(a.hidden.ptr<const T>() + (begin + strip.column) * F + strip.row, F, strip.rows, strip.columns,
-                  values);
+      const T* hidden = a.hidden.ptr<const T>() + (begin + strip.row) * F + strip.column;
+      for (int64_t i = 0; i < strip.rows; ++i) copy_row(hidden + i * F, strip.columns, values + i * block_columns);
       if (grad_gate.wanted()) copy_row(grad, strip.rows * block_columns, through_gate);
       activate_backward<T>(a.activation, strip, values, grad);
       for (int64_t i = 0; grad_gate.wanted() && i < strip.rows * block_columns; i += block_columns) {
@@ -355,27 +371,28 @@ struct HiddenBackward {
       gate.multiply(strip, grad);
       drop.apply(strip, values);
       drop.apply(strip, grad);
-      if (a.grad_weight2) activated.put(strip, values);
-      grad_hidden.put(strip, grad);
+      if (a.grad_weight2) activated.store_depths(strip.row, strip.rows, strip.column, strip.columns, values);
+      grad_hidden.put(strip, grad, hidden_operand);
       if (!grad_gate.wanted()) return;
       drop.apply(strip, through_gate);
-      grad_gate.put(strip, through_gate);
+      grad_gate.put(strip, through_gate, gate_operand);
     });
   }
 };
 
-// grad_input = (W1^T grad_hidden + Wg^T grad_gate)^T, for the tokens from `begin` on.
+// grad_input = grad_hidden W1 + grad_gate Wg, for the tokens from `begin` on.
 template <class T>
 void input_gradient(const FfnBackward& a, const InnerGradient<T>& grad_hidden, const InnerGradient<T>& grad_gate,
                     int64_t begin, int64_t tokens) {
   const int64_t E = a.input.shape[1];
-  const FeatureRows<float> share(a.weight_gate ? E : 0, tokens);
+  const BlockRows<float> share(tokens, E, a.weight_gate.defined);
   if (a.weight_gate) {
     grad_gate.to_input(tokens, [&](const Block& block, float* sums) { share.put(block, sums); });
   }
   grad_hidden.to_input(tokens, [&](const Block& block, float* sums) {
     if (a.weight_gate) share.add_to(block, sums);
-    store_output(block, sums, a.grad_input.ptr<T>() + begin * E, E);
+    T* out = a.grad_input.ptr<T>() + (begin + block.row) * E + block.column;
+    for (int64_t i = 0; i < block.rows; ++i) copy_row(sums + i * block_columns, block.columns, out + i * E);
   });
 }
 
@@ -389,36 +406,35 @@ void backward(const FfnBackward& a) {
   const InnerGradient<T> grad_hidden(a.weight1, a.grad_weight1, a.grad_bias1, for_input, chunks.rows, chunks.count);
   const InnerGradient<T> grad_gate(a.weight_gate, a.grad_weight_gate, a.grad_bias_gate, for_input, chunks.rows,
                                    chunks.count);
-  const WeightGradient<T> grad2(a.grad_weight2, true, chunks.count);
-  const FeatureRows<Operand> activated(a.grad_weight2 ? F : 0, chunks.rows);
+  const WeightGradient<T> grad2(a.grad_weight2, false, chunks.count);
   const bool need_hidden = grad_hidden.wanted() || grad_gate.wanted() || a.grad_weight2;
-  const Packed<Operand> weight2(left_transposed<Operand>(a.weight2.ptr<const T>(), F), need_hidden ? F : 0, O);
-  const Gate<T, ManyTokens<T>> gate(a, F, E, chunks.rows);
+  const Packed<Operand> weight2(right<Operand>(a.weight2.ptr<const T>(), F), need_hidden ? F : 0, O);
+  const Gate<T, TokensInRows<T>> gate(a, F, E, chunks.rows);
 
   for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
     const int64_t begin = chunks.begin(chunk), tokens = chunks.size(chunk, N);
     const T* input = a.input.ptr<const T>() + begin * E;
     const T* grad_output = a.grad_output.ptr<const T>() + begin * O;
-    if (a.weight_gate && need_hidden) {
-      gate.compute(ManyTokens<T>::right(input, tokens, E), tokens);
-    }
+    const Packed<Operand> activated(a.grad_weight2 ? F : 0, tokens);
+    const Packed<Operand> hidden_operand = grad_hidden.operand(tokens), gate_operand = grad_gate.operand(tokens);
     if (need_hidden) {
-      const Packed<Operand> upstream = ManyTokens<T>::right(grad_output, tokens, O);
-      const HiddenBackward<T> hidden{a, dropout, gate, F, begin, activated, grad_hidden, grad_gate};
-      gemm<Operand>(F, tokens, weight2, upstream, hidden);
+      gate.compute(TokensInRows<T>::right(input, tokens, E), tokens);
+      const HiddenBackward<T> hidden{a,         dropout,   gate,           F,           begin, grad_hidden,
+                                     grad_gate, activated, hidden_operand, gate_operand};
+      gemm(F, LeftRows<Operand>(grad_output, O, tokens, O), weight2, hidden);
     }
     if (a.grad_weight2) {
-      gemm<Operand>(F, O, activated.as_left(tokens), Packed<Operand>(right<Operand>(grad_output, O), O, tokens),
+      gemm<Operand>(O, F, Packed<Operand>(left_transposed<Operand>(grad_output, O), O, tokens), activated,
                     grad2.add_chunk(chunk));
     }
     {
       const bool for_weights = a.grad_weight1 || a.grad_weight_gate;
-      const Packed<Operand> right_input(right<Operand>(input, E), for_weights ? E : 0, tokens);
-      grad_hidden.reduce(right_input, tokens, chunk);
-      grad_gate.reduce(right_input, tokens, chunk);
+      const Packed<Operand> turned(left_transposed<Operand>(input, E), for_weights ? E : 0, tokens);
+      grad_hidden.reduce(turned, hidden_operand, tokens, chunk);
+      grad_gate.reduce(turned, gate_operand, tokens, chunk);
     }
     if (for_input) input_gradient(a, grad_hidden, grad_gate, begin, tokens);
-    if (a.grad_bias2) column_sums(grad_output, tokens, O, a.grad_bias2.ptr<float>(), chunk > 0);
+    if (a.grad_bias2) column_sums(grad_output, tokens, O, a.grad_bias2.ptr<float>(), chunk > 0, O);
   }
 }
 

@@ -628,20 +628,4 @@ void store_turned(const float* from, int64_t rows, int64_t columns, const float*
   turn(rows, columns, [&](int64_t row, int64_t column) { return plain(row, column) + Vec::set1(addends[row]); }, put);
 }
 
-// to[row][column] = from[column * stride + row]
-template <class T>
-void load_turned(const T* from, int64_t stride, int64_t rows, int64_t columns, float* to) {
-  for (int64_t c = 0; c < columns; c += Vec::lanes) {
-    for (int64_t r = 0; r < rows; r += Vec::lanes) {
-      const int n = rows - r < Vec::lanes ? int(rows - r) : Vec::lanes;
-      Vec square[Vec::lanes];
-      for (int i = 0; i < Vec::lanes; ++i) {
-        square[i] = c + i < columns ? load(from + (c + i) * stride + r, n) : Vec::zero();
-      }
-      transpose(square);
-      for (int i = 0; i < n; ++i) square[i].store(to + (r + i) * block_columns + c);
-    }
-  }
-}
-
 }  // namespace pytransformer::PYTRANSFORMER_ISA

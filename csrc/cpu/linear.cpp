@@ -30,15 +30,15 @@ void forward(const LinearForward& a) {
 // Tokens in rows, the weight packed: nothing is turned.
 template <class T>
 void forward_in_rows(const LinearForward& a) {
-  using Operand = operand_t<T>;
+  using Product = TokensInRows<T>;
   const int64_t N = a.input.shape[0], E = a.input.shape[1], O = a.weight.shape[0];
   const Bias bias(a.bias);
-  const Packed<Operand> weight(right_transposed<Operand>(a.weight.ptr<const T>(), E), O, E);
+  const typename Product::Weight weight(a.weight.ptr<const T>(), E, O, E);
   T* out = a.output.ptr<T>();
-  gemm(O, LeftRows<Operand>(a.input.ptr<const T>(), E, N, E), weight,
-       by_rows([&](int64_t row, int64_t column, int64_t count, float* values) {
-         bias.store_row(column, count, values, out + row * O + column);
-       }));
+  Product::multiply(N, weight, Product::right(a.input.ptr<const T>(), N, E),
+                    by_rows([&](int64_t row, int64_t column, int64_t count, float* values) {
+                      bias.store_row(column, count, values, out + row * O + column);
+                    }));
 }
 
 // Where a product takes as little time as on AMX, what is turned counts: the weight, or input and output.
@@ -72,7 +72,7 @@ void backward(const LinearBackward& a) {
       gemm<Operand>(O, E, Packed<Operand>(left_transposed<Operand>(grad_output, O), O, tokens),
                     Packed<Operand>(right<Operand>(input, E), E, tokens), grad_weight.add_chunk(chunk));
     }
-    if (a.grad_bias) column_sums(grad_output, tokens, O, a.grad_bias.ptr<float>(), chunk > 0);
+    if (a.grad_bias) column_sums(grad_output, tokens, O, a.grad_bias.ptr<float>(), chunk > 0, O);
   }
 }
 

@@ -41,7 +41,9 @@ static_assert(narrow_share % narrow_rows == 0 && narrow_share % Vec::lanes == 0)
 
 // Up to how many columns this is the faster way. Beyond, A that is not in the tile's type is worth packing.
 template <class T>
-constexpr int64_t few_columns = on_unit<operand_t<T>> ? 4 : sizeof(T) == sizeof(operand_t<T>) ? 16 : 48;
+constexpr int64_t few_columns = on_unit<operand_t<T>>               ? 4
+                                : sizeof(T) == sizeof(operand_t<T>) ? 16
+                                                                    : 48;
 
 // B as the tiles read it: [columns in groups][vectors of k][columns of a group][narrow_vector], with zeros beyond K. A
 // group has narrow_columns, or, where A is read from one address to the next, all columns there are.

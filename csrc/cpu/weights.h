@@ -33,6 +33,12 @@ class Bias {
       for_vectors(block.columns, [&](int64_t c, int n) { store(row + c, load(row + c, n) + x, n); });
     }
   }
+  // To a block whose columns are.
+  void add_to_columns(const Block& block, float* values) const {
+    for (int64_t i = 0; defined_ && i < block.rows; ++i) {
+      add_row(values + i * block_columns, copy_.get() + block.column, block.columns);
+    }
+  }
   // to = values + bias, for `count` of a row, from feature `first` on.
   template <class T>
   void store_row(int64_t first, int64_t count, const float* values, T* to) const {
@@ -68,6 +74,7 @@ struct Chunks {
 // The products with weights, weight times tokens, for many tokens: tokens in lanes.
 template <class T>
 struct ManyTokens {
+  static constexpr bool tokens_in_rows = false;
   using Operand = operand_t<T>;
   using Weight = LeftRows<Operand>;
   using Right = Packed<Operand>;
@@ -84,6 +91,7 @@ struct ManyTokens {
 // The same for a few: k in lanes.
 template <class T>
 struct FewTokens {
+  static constexpr bool tokens_in_rows = false;
   struct Weight {
     const T* data;
     int64_t stride, features;
@@ -95,6 +103,26 @@ struct FewTokens {
   template <class Epilogue>
   static void multiply(int64_t tokens, const Weight& weight, const Right& right, const Epilogue& epilogue) {
     narrow_gemm(weight.features, tokens, weight.data, weight.stride, right, epilogue);
+  }
+};
+
+// The product itself, tokens times weight: tokens in rows, a feature in lanes. It is the weight that is packed.
+template <class T>
+struct TokensInRows {
+  static constexpr bool tokens_in_rows = true;
+  using Operand = operand_t<T>;
+  using Right = LeftRows<Operand>;  // the tokens, which are the left operand here
+  struct Weight {
+    int64_t features;
+    Packed<Operand> packed;
+    Weight(const T* data, int64_t stride, int64_t features, int64_t K)
+        : features(features), packed(right_transposed<Operand>(data, stride), features, K) {}
+  };
+
+  static Right right(const T* rows, int64_t tokens, int64_t K) { return {rows, K, tokens, K}; }
+  template <class Epilogue>
+  static void multiply(int64_t, const Weight& weight, const Right& tokens, const Epilogue& epilogue) {
+    gemm(weight.features, tokens, weight.packed, epilogue);
   }
 };
 
@@ -142,10 +170,10 @@ class WeightGradient {
   Scratch<float> sums_;
 };
 
-// sums (+)= the column sums of [rows, columns]. Groups of 16 rows are summed, then groups of 16 groups,
-// which keeps the rounding error of long sums small; a thread takes whole columns.
+// sums (+)= the column sums of [rows, columns], rows `stride` apart. Groups of 16 rows are summed, then groups of 16
+// groups, which keeps the rounding error of long sums small; a thread takes whole columns.
 template <class T>
-inline void column_sums(const T* matrix, int64_t rows, int64_t columns, float* sums, bool add) {
+inline void column_sums(const T* matrix, int64_t rows, int64_t columns, float* sums, bool add, int64_t stride) {
   constexpr int64_t group = 16;
   const int64_t vectors = ceil_div(columns, lanes);
   if (!add) {
@@ -159,7 +187,7 @@ inline void column_sums(const T* matrix, int64_t rows, int64_t columns, float* s
         float large[block_columns] = {};
         for (int64_t s = r; s < rows && s < r + group * group; s += group) {
           float small[block_columns] = {};
-          for (int64_t t = s; t < rows && t < s + group; ++t) add_row(small, matrix + t * columns + column, count);
+          for (int64_t t = s; t < rows && t < s + group; ++t) add_row(small, matrix + t * stride + column, count);
           add_row(large, small, count);
         }
         add_row(sums + column, large, count);
