@@ -129,6 +129,20 @@ void by_strips(const Block& block, float* sums, const Body& body) {
   }
 }
 
+// Dropout on a strip: bit c % 64 of word(row, c / 64) says whether column c of a row of it is kept.
+template <class Word>
+inline void drop_strip(const Dropout& dropout, const Block& strip, float* values, const Word& word) {
+  if (dropout.dropped == 0) return;
+  const Vec scale = Vec::set1(dropout.scale);
+  for (int64_t i = 0; i < strip.rows; ++i) {
+    float* row = values + i * block_columns;
+    for_vectors(strip.columns, [&](int64_t c, int n) {
+      const Mask keep = Mask::from_bits(uint32_t(word(i, c / 64) >> (c % 64)));
+      store(row + c, select(keep, load(row + c, n) * scale, Vec::zero()), n);
+    });
+  }
+}
+
 // Dropout on the elements of [N,F], for a block of the hidden layer: features in rows, tokens in columns.
 class BlockDropout {
  public:
@@ -148,15 +162,8 @@ class BlockDropout {
 
   // To a strip of the block.
   void apply(const Block& strip, float* values) const {
-    if (dropout_.dropped == 0) return;
-    const Vec scale = Vec::set1(dropout_.scale);
-    for (int64_t i = 0; i < strip.rows; ++i) {
-      float* row = values + i * block_columns;
-      for_vectors(strip.columns, [&](int64_t c, int n) {
-        const Mask keep = Mask::from_bits(uint32_t(kept_[c / 64][strip.row + i - first_row_] >> (c % 64)));
-        store(row + c, select(keep, load(row + c, n) * scale, Vec::zero()), n);
-      });
-    }
+    const int64_t first = strip.row - first_row_;
+    drop_strip(dropout_, strip, values, [&](int64_t i, int64_t w) { return kept_[w][first + i]; });
   }
 
  private:
@@ -279,15 +286,7 @@ class StripDropout {
   }
 
   void apply(const Block& strip, float* values) const {
-    if (dropout_.dropped == 0) return;
-    const Vec scale = Vec::set1(dropout_.scale);
-    for (int64_t i = 0; i < strip.rows; ++i) {
-      float* row = values + i * block_columns;
-      for_vectors(strip.columns, [&](int64_t c, int n) {
-        const Mask keep = Mask::from_bits(uint32_t(kept_[i][c / 64] >> (c % 64)));
-        store(row + c, select(keep, load(row + c, n) * scale, Vec::zero()), n);
-      });
-    }
+    drop_strip(dropout_, strip, values, [&](int64_t i, int64_t w) { return kept_[i][w]; });
   }
 
  private:

@@ -103,6 +103,16 @@ inline __attribute__((always_inline)) void pack_step(const T* source, int64_t st
   }
 }
 
+// `rows` of `count` elements into a buffer of rows of pack_share.
+template <class T>
+inline void copy_to_buffer(const T* source, int64_t stride, int64_t rows, int64_t count, T* buffer) {
+  for (int64_t d = 0; d < rows; ++d) {
+    const T* row = source + d * stride;
+    prefetch_row(row + 4 * stride, count);
+    __builtin_memcpy(buffer + d * pack_share, row, size_t(count) * sizeof(T));
+  }
+}
+
 // A whose columns lie along k: tiles of [depth][tile_rows]. Sixteen rows in memory at a time go through
 // a buffer: often they are a multiple of 4 KB apart, where they would push each other out of L1 before
 // all tiles have had their part of a line.
@@ -116,11 +126,7 @@ void pack_left_columns(const Factor<Operand>& from, int64_t outer, int64_t count
   T buffer[together * pack_share];
   for (int64_t start = 0; start < depth; start += together) {
     const int64_t now = depth - start < together ? depth - start : together;
-    for (int64_t d = 0; d < now; ++d) {
-      const T* row = source + (start + d) * from.stride;
-      prefetch_row(row + 4 * from.stride, count);
-      __builtin_memcpy(buffer + d * pack_share, row, size_t(count) * sizeof(T));
-    }
+    copy_to_buffer(source + start * from.stride, from.stride, now, count, buffer);
     for (int64_t i = 0; i < count; i += tile_rows) {
       const int n = count - i < tile_rows ? int(count - i) : tile_rows;
       Operand* tile = to + i * padded + start * tile_rows;
@@ -211,11 +217,7 @@ void pack_left_turned(const Factor<Operand>& from, int64_t outer, int64_t count,
   alignas(64) T buffer[together * pack_share];
   for (int64_t start = 0; start < depth; start += together) {
     const int64_t now = depth - start < together ? depth - start : together;
-    for (int64_t d = 0; d < now; ++d) {
-      const T* row = source + (start + d) * from.stride;
-      prefetch_row(row + 4 * from.stride, count);
-      __builtin_memcpy(buffer + d * pack_share, row, size_t(count) * sizeof(T));
-    }
+    copy_to_buffer(source + start * from.stride, from.stride, now, count, buffer);
     for (int64_t i = 0; i < count; i += Vec::lanes) {
       const auto row = [&](int64_t d) { return d < now ? buffer + d * pack_share + i : nullptr; };
       Vec square[unit_pairs];

@@ -31,15 +31,11 @@ def faster_in_torch(input: torch.Tensor) -> tuple[str, str] | None:
 
 @constant_when_traced
 def torch_alone_has_unit(dtype: torch.dtype) -> bool:
-    return dtype in _UNITS and bool(_capabilities().get(_UNITS[dtype])) and not _kernels_have_unit(dtype)
+    return dtype in _UNITS and bool(_capabilities().get(_UNITS[dtype])) and not kernels_have_unit(dtype)
 
 
 @constant_when_traced
 def kernels_have_unit(dtype: torch.dtype) -> bool:
-    return _kernels_have_unit(dtype)
-
-
-def _kernels_have_unit(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and _cpu.isa().startswith("amx_bf16")
 
 
