@@ -52,7 +52,7 @@ def test_the_figures_are_those_of_this_code():
 
 # Those that Hopper alone has.
 EXPECTED_OF_HOPPER = {
-    "attention_fwd_sm90_kernel<bf16, 128>": ("HGMMA", "LDGSTS", "USETMAXREG", "SYNCS.PHASECHK"),
+    "attention_fwd_sm90_kernel<bf16, 128>": ("HGMMA", "LDGSTS", "UTMALDG", "USETMAXREG", "SYNCS.PHASECHK"),
 }
 
 

@@ -141,9 +141,10 @@ __device__ inline void attend_all(const BackwardArguments& a, HopperBlock<Hopper
 
 template <class T, int D>
 __global__ void __launch_bounds__(HopperKey<D>::threads, 1)
-    attention_bwd_key_sm90_kernel(const __grid_constant__ BackwardArguments a) {
+    attention_bwd_key_sm90_kernel(const __grid_constant__ BackwardArguments a,
+                                  const __grid_constant__ StreamMaps maps) {
   extern __shared__ __align__(1024) unsigned char shared[];
-  play_roles<HopperKey<D>>(a, shared, [&](auto& block, auto tiles, bool careful, auto& progress) {
+  play_roles<HopperKey<D>>(a, maps, shared, [&](auto& block, auto tiles, bool careful, auto& progress) {
     attend_all<T, D>(a, block, tiles, careful, progress);
   });
 }

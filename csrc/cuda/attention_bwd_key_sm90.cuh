@@ -22,11 +22,12 @@ struct QueriesPass {
       }
     }
   }
-  __device__ static const Heads& streamed(const BackwardArguments& a, bool second) {
+  __host__ __device__ static const Heads& streamed(const BackwardArguments& a, bool second) {
     return second ? a.grad_out : a.query;
   }
-  __device__ static int64_t offset(const AttentionArguments& a, const Heads& x, const Rows& rows, int member) {
-    return a.of_queries(x, rows.batch, rows.head + member);
+  static MapSize size(const AttentionArguments& a) { return {a.B, a.H, a.T, a.cu_seq_q != nullptr}; }
+  __device__ static HeadPlace place(const AttentionArguments& a, const Rows& rows, int member) {
+    return {rows.batch, rows.head + member, a.before_queries(rows.batch)};
   }
   __device__ static int end(const Visibility& v) { return v.T; }
 

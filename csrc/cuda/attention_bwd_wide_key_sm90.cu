@@ -150,9 +150,10 @@ __device__ inline void attend_all(const BackwardArguments& a, HopperBlock<Hopper
 
 template <class T, int D>
 __global__ void __launch_bounds__(HopperWideKey<D>::threads, 1)
-    attention_bwd_wide_key_sm90_kernel(const __grid_constant__ BackwardArguments a) {
+    attention_bwd_wide_key_sm90_kernel(const __grid_constant__ BackwardArguments a,
+                                       const __grid_constant__ StreamMaps maps) {
   extern __shared__ __align__(1024) unsigned char shared[];
-  play_roles<HopperWideKey<D>>(a, shared, [&](auto& block, auto tiles, bool careful, auto& progress) {
+  play_roles<HopperWideKey<D>>(a, maps, shared, [&](auto& block, auto tiles, bool careful, auto& progress) {
     attend_all<T, D>(a, block, tiles, careful, progress);
   });
 }

@@ -154,9 +154,9 @@ __device__ inline void attend_all(const ForwardArguments& a, HopperBlock<HopperF
 
 template <class T, int D>
 __global__ void __launch_bounds__(HopperForward<D>::threads, 1)
-    attention_fwd_sm90_kernel(const __grid_constant__ ForwardArguments a) {
+    attention_fwd_sm90_kernel(const __grid_constant__ ForwardArguments a, const __grid_constant__ StreamMaps maps) {
   extern __shared__ __align__(1024) unsigned char shared[];
-  play_roles<HopperForward<D>>(a, shared, [&](auto& block, auto tiles, bool careful, auto& progress) {
+  play_roles<HopperForward<D>>(a, maps, shared, [&](auto& block, auto tiles, bool careful, auto& progress) {
     attend_all<T, D>(a, block, tiles, careful, progress);
   });
 }

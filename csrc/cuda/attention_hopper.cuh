@@ -2,12 +2,15 @@
 // with four roles, which live as long as the kernel, one a multiprocessor. A block of threads takes one block of rows
 // after the other, 128 queries of a head, or keys; by these pass tiles of the other kind.
 //
-//     copying     64 threads for each of a tile's two operands, by cp.async into two or three stages, the next tile
-//                 while one is under way. They wait until a stage is free, tell that it is full, and run ahead, into
-//                 the next block, too.
+//     copying     64 threads for each of a tile's two operands, into two or three stages, the next tile while one is
+//                 under way. They wait until a stage is free, tell that it is full, and run ahead, into the next block,
+//                 too. A tile whose rows are all there is asked of the copy engine (tensor_map.h), by one thread; the
+//                 engine's bytes count where the others tell. The last tile of a sequence they copy by cp.async, with
+//                 zeros behind its end, of which a map knows nothing.
 //     computing   two warpgroups, 64 rows each, over the same tiles. The others leave most of their registers to them.
 //
-// Copies are written by the generic proxy and read by the async one: who has copied fences before it tells.
+// What cp.async copies is written by the generic proxy and read by the async one: who has copied fences before it
+// tells.
 //
 // What passes by is up to a `Stream`: KeysPass here, keys and values for blocks of queries; QueriesPass in
 // attention_bwd_key_sm90.cuh, queries and gradients for blocks of keys.
@@ -18,6 +21,7 @@
 #include "attention_scores.cuh"
 #include "device.h"
 #include "launch.h"
+#include "tensor_map.h"
 #include "warpgroup.cuh"
 
 namespace pytransformer::cuda {
@@ -60,6 +64,17 @@ struct HopperRole {
   }
 };
 
+// Where the rows of a head of a sequence are in a tensor of heads.
+struct HeadPlace {
+  int batch, head, before;
+
+  __device__ int64_t offset(const Heads& x) const { return batch * x.batch + head * x.head + before * x.row; }
+  // As its map has it (tensor_map.cu): a dimension that is broadcast has one entry.
+  __device__ HeadPlace in_map(const Heads& x) const {
+    return {x.batch == 0 ? 0 : batch, x.head == 0 ? 0 : head, before};
+  }
+};
+
 // A tile's place in shared memory, which is filled and freed again and again: who waits for its n-th use waits for a
 // phase of one of two barriers.
 struct HopperStage {
@@ -77,6 +92,17 @@ struct HopperStage {
   }
   __device__ void tell_full() { arrive(full); }
   __device__ void tell_free() { arrive(free); }
+
+  // By one thread: what is told of has D columns of N rows of a head, from row `first` on.
+  template <int N, int D>
+  __device__ void load_boxes(Panels<N, D> to, const TileMap& map, const HeadPlace& head, int first) {
+    ptx::expect_bytes(ptx::shared_address(&full), N * D * 2);
+#pragma unroll
+    for (int panel = 0; panel < D / 64; ++panel) {
+      ptx::load_box(to.base + panel * to.panel_bytes, &map.map, 64 * panel, head.before + first, head.head, head.batch,
+                    ptx::shared_address(&full));
+    }
+  }
 
  private:
   __device__ static void arrive(const uint64_t& barrier) {
@@ -163,7 +189,7 @@ __device__ inline void load_panels(Panels<ROWS, D> tile, int thread, const uint1
 template <int LATER = 0>
 __device__ inline void finish_copies() {
   ptx::wait_for_copies<LATER>();
-  ptx::fence_for_products();
+  ptx::fence_async_proxy();
 }
 
 // Keys and values, for blocks of queries.
@@ -180,9 +206,12 @@ struct KeysPass {
       if (kind != TileKind::empty) f(0, tile, kind == TileKind::partial);
     }
   }
-  __device__ static const Heads& streamed(const AttentionArguments& a, bool second) { return second ? a.value : a.key; }
-  __device__ static int64_t offset(const AttentionArguments& a, const Heads& x, const Rows& rows, int) {
-    return a.of_keys(x, rows.batch, rows.head / a.group);
+  __host__ __device__ static const Heads& streamed(const AttentionArguments& a, bool second) {
+    return second ? a.value : a.key;
+  }
+  static MapSize size(const AttentionArguments& a) { return {a.B, a.H / a.group, a.S, a.cu_seq_k != nullptr}; }
+  __device__ static HeadPlace place(const AttentionArguments& a, const Rows& rows, int) {
+    return {rows.batch, rows.head / a.group, a.before_keys(rows.batch)};
   }
   __device__ static int end(const Visibility& v) { return v.length; }
   template <class Block>
@@ -214,7 +243,8 @@ __device__ inline bool next_block(HopperBlock<Cut>& block, int number, const Att
 // is asked for before this one is waited for. Only where there is no room for the next yet this one is waited for, and
 // told of, at once: those who compute may need it to make room.
 template <class Cut, bool Second, class Arguments>
-__device__ inline void load_all(const Arguments& a, HopperBlock<Cut>& block, HopperTiles<Cut> tiles, int& uses) {
+__device__ inline void load_all(const Arguments& a, const TileMap& map, HopperBlock<Cut>& block, HopperTiles<Cut> tiles,
+                                int& uses) {
   const auto& role = block.roles[Second];
   const Heads& from = Cut::streamed(a, Second);
   const auto thread = [] { return ptx::thread_now() % Cut::loaders; };
@@ -230,6 +260,15 @@ __device__ inline void load_all(const Arguments& a, HopperBlock<Cut>& block, Hop
     block.tile[stages().of(uses)] = tile;
     block.member[stages().of(uses)] = member;
   };
+  const auto ask = [&](const HeadPlace& head, int row, int end) {
+    const auto to = Second ? tiles.second(uses) : tiles.first(uses);
+    if (map.there && row + Cut::tile_rows <= end) {
+      if (thread() == 0) stages().stage[stages().of(uses)].load_boxes(to, map, head.in_map(from), row);
+    } else {
+      const uint16_t* first = first_chunk(from, head.offset(from), thread());
+      load_panels<Cut::loaders>(to, thread(), first, from.row, row, end, from.width);
+    }
+  };
   bool under_way = false;  // the tile asked for last
   const auto finish = [&] {
     if (!under_way) return;
@@ -239,12 +278,10 @@ __device__ inline void load_all(const Arguments& a, HopperBlock<Cut>& block, Hop
   };
   while (next_block<Cut>(block, Second, a, thread(), Cut::loaders)) {
     Cut::template each_tile<Cut>(a, role.rows, role.visibility, [&](int member, int tile, bool partial) {
-      const uint16_t* first = first_chunk(from, Cut::offset(a, from, role.rows, member), thread());
       const int row = tile * Cut::tile_rows, end = Cut::end(role.visibility);
       if (under_way && !stages().is_free(uses)) finish();
       stages().wait_until_free(uses);
-      load_panels<Cut::loaders>(Second ? tiles.second(uses) : tiles.first(uses), thread(), first, from.row, row, end,
-                                from.width);
+      ask(Cut::place(a, role.rows, member), row, end);
       if (!Second) Cut::copy_statistics(a, block, role.rows, stages().of(uses), member, row, end, thread());
       tell(row + partial, member);
       ptx::commit_copies();
@@ -264,11 +301,11 @@ __device__ inline void load_all(const Arguments& a, HopperBlock<Cut>& block, Hop
 }
 
 template <class Cut, bool Second, class Arguments>
-__device__ inline void load(const Arguments& a, HopperBlock<Cut>& block, HopperTiles<Cut> tiles) {
+__device__ inline void load(const Arguments& a, const TileMap& map, HopperBlock<Cut>& block, HopperTiles<Cut> tiles) {
   int uses = 0;
 #pragma unroll 1
   for (bool careful = false;; careful = true) {
-    load_all<Cut, Second>(a, block, tiles, uses);
+    load_all<Cut, Second>(a, map, block, tiles, uses);
     __syncthreads();
     if (careful || block.unclean == 0) break;
   }
@@ -320,7 +357,7 @@ __device__ inline void clean_together(Panels<Cut::tile_rows, Cut::D> tile, uint3
   if (spoilt != nullptr && thread < Cut::tile_rows / 32) spoilt[thread] = 0;
   ptx::barrier(of_computing, Cut::computing);
   clean_tile<T, Cut::tile_rows>(tile, spoilt, thread, Cut::computing);
-  ptx::fence_for_products();
+  ptx::fence_async_proxy();
   ptx::barrier(of_computing, Cut::computing);
 }
 
@@ -359,10 +396,15 @@ __device__ inline void round_weights(uint32_t (&to)[N / 16][4], const float (&x)
   }
 }
 
+// Of the tensors that pass by.
+struct StreamMaps {
+  TileMap first, second;
+};
+
 // The roles of a kernel, of which `pass(block, tiles, careful, progress)` is what a warpgroup that computes does, over
 // all blocks: a second time, with an operand cleaned, where block.unclean was set.
 template <class Cut, class Arguments, class Pass>
-__device__ inline void play_roles(const Arguments& a, unsigned char* shared, const Pass& pass) {
+__device__ inline void play_roles(const Arguments& a, const StreamMaps& maps, unsigned char* shared, const Pass& pass) {
   const HopperTiles<Cut> tiles{ptx::shared_address(shared)};
   auto& block = *reinterpret_cast<HopperBlock<Cut>*>(shared + Cut::tiles_bytes);
   if (threadIdx.x == 0) {
@@ -370,14 +412,15 @@ __device__ inline void play_roles(const Arguments& a, unsigned char* shared, con
     for (HopperStage& stage : block.first.stage) stage.make(Cut::loaders / 32, Cut::computing / 32);
     for (HopperStage& stage : block.second.stage) stage.make(Cut::loaders / 32, Cut::computing / 32);
     block.unclean = 0;
+    ptx::fence_async_proxy();  // the copy engine is to find the barriers
   }
   __syncthreads();
   if (threadIdx.x < 2 * Cut::loaders) {
     ptx::leave_registers<Cut::loader_registers>();
     if (threadIdx.x < Cut::loaders) {
-      load<Cut, false>(a, block, tiles);
+      load<Cut, false>(a, maps.first, block, tiles);
     } else {
-      load<Cut, true>(a, block, tiles);
+      load<Cut, true>(a, maps.second, block, tiles);
     }
   } else {
     ptx::take_registers<Cut::group_registers>();
@@ -395,12 +438,13 @@ __device__ inline void play_roles(const Arguments& a, unsigned char* shared, con
 
 // Starts a kernel that plays roles, of which there are so many `blocks` of rows.
 template <class Cut, class Arguments>
-void start_roles(const char* name, const TensorView& of, void (*kernel)(Arguments), Arguments a, int64_t blocks,
-                 const Launch& launch) {
+void start_roles(const char* name, const TensorView& of, void (*kernel)(Arguments, StreamMaps), Arguments a,
+                 int64_t blocks, const Launch& launch) {
   a.blocks = int(blocks);
+  const auto map = [&](bool second) { return tile_map(name, Cut::streamed(a, second), Cut::size(a), Cut::tile_rows); };
   const Shape shape{dim3(unsigned(std::min(a.blocks, multiprocessors()))), dim3(Cut::threads),
                     Cut::tiles_bytes + sizeof(HopperBlock<Cut>)};
-  start(name, of, kernel, shape, launch, a);
+  start(name, of, kernel, shape, launch, a, StreamMaps{map(false), map(true)});
 }
 
 // As by_head_width, for the widths whose panels are whole, up to WIDEST.

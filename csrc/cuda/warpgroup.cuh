@@ -76,8 +76,8 @@ __device__ inline void wait_for_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
-// Shows what this thread has written to shared memory, or waited for, to tensor cores.
-__device__ inline void fence_for_products() {
+// Shows what this thread has written to shared memory, or waited for, to tensor cores and to the copy engine.
+__device__ inline void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
@@ -108,6 +108,21 @@ __device__ inline bool phase_is_over(uint32_t barrier, int parity) {
                : "r"(barrier), "r"(parity)
                : "memory");
   return over;
+}
+
+// The barrier's phase is not over until so many bytes more have come, of boxes that are counted there.
+__device__ inline void expect_bytes(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Asks the copy engine for a box of a tensor (tensor_map.h), whose first element is told; it is swizzled as Panels are.
+__device__ inline void load_box(uint32_t to, const void* map, int column, int row, int head, int batch,
+                                uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], "
+      "[%6];" ::"r"(to),
+      "l"(map), "r"(column), "r"(row), "r"(head), "r"(batch), "r"(barrier)
+      : "memory");
 }
 
 // How many registers each thread of this warpgroup has from here on. Of those at the launch, others' can be taken over.

@@ -57,6 +57,15 @@ def matmul(kernel: emulator.Kernel, K: int = 96) -> Mapping[str, float]:
     return {"C": _off(C, A.double() @ B.double(), 1e-4)}
 
 
+def column_sums(kernel: emulator.Kernel) -> Mapping[str, float]:
+    rows, columns = 171, 56
+    x, sums = torch.randint(0, 1000, (rows, columns), dtype=torch.int16), torch.full((128,), -1, dtype=torch.int32)
+    map = emulator.tensor_map(x, (32, 64), swizzle=128)
+    emulator.launch(kernel, (1,), (160,), [map, sums, rows], names={"x": x, "sums": sums})
+    wanted = torch.nn.functional.pad(x, (0, 64 - columns)).sum(0)
+    return {"sums": _off(sums.view(2, 64).sum(0), wanted, 0.5)}
+
+
 CASES: dict[str, tuple[str, Case]] = {
     "axpy": ("basics.cu", axpy),
     "row_sums": ("basics.cu", row_sums),
@@ -64,8 +73,9 @@ CASES: dict[str, tuple[str, Case]] = {
     "hand_over": ("basics.cu", hand_over),
     "matmul": ("matmul.cu", matmul),
     "matmul_warpgroup": ("warpgroup.cu", partial(matmul, K=256)),
+    "column_sums": ("bulk.cu", column_sums),
 }
-HOPPER_ALONE = ("warpgroup.cu",)  # instructions of compute capability 9.0
+HOPPER_ALONE = ("warpgroup.cu", "bulk.cu")  # instructions of compute capability 9.0
 
 
 def source(file: str) -> str:

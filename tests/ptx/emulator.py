@@ -139,6 +139,23 @@ def watch(*, seed: int = 0, races: bool = False, counts: bool = False) -> Iterat
         library().ptx_options(0, 0, 0)
 
 
+def tensor_map(x: torch.Tensor, box: Sequence[int], swizzle: int = 0) -> bytes:
+    """The runner's tensor map of ``x`` for boxes of a shape, rows of ``swizzle`` bytes permuted; 0: none is.
+
+    Raises:
+        ValueError: there is no such map.
+    """
+    size = x.element_size()
+    to = ctypes.create_string_buffer(128)
+    sizes = (ctypes.c_uint64 * 5)(*reversed(x.shape))
+    strides = (ctypes.c_uint64 * 5)(*(step * size for step in reversed(x.stride()[:-1])))
+    boxes = (ctypes.c_uint32 * 5)(*reversed(box))
+    base = ctypes.c_uint64(x.data_ptr())
+    if library().ptx_encode_tensor_map(to, size, x.ndim, base, sizes, strides, boxes, swizzle or 16):
+        raise ValueError(f"no tensor map of {list(x.shape)} with strides {x.stride()} for boxes of {list(box)}")
+    return to.raw
+
+
 def launch(
     kernel: Kernel,
     grid: Sequence[int],

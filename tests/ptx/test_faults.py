@@ -82,6 +82,20 @@ FAULTS = [
     Fault("matmul_warpgroup", "groups of rows too near", "(1024 >> 4)", "(512 >> 4)", "result"),
     Fault("matmul_warpgroup", "an operand past the end", "b_tiles[stage]) + k", "b_tiles[2]) + k", "out-of-bounds"),
     Fault("matmul_warpgroup", "one warp brings another tile", "a_tiles[stage]) + k", "a_tiles[warp & 1]) + k", "wgmma"),
+    Fault("column_sums", "no fence for the barriers", 'asm volatile("fence.proxy.async', "// ", "proxy"),
+    Fault("column_sums", "no bytes announced", "_expecting(full + slot, tile_bytes)", "(full + slot)", "race"),
+    Fault("column_sums", "too few bytes announced", "full + slot, tile_bytes", "full + slot, 64", "deadlock"),
+    Fault("column_sums", "the tile is not waited for", "wait(full + slot, turn);", "", "uninitialised"),
+    Fault("column_sums", "the other phase is waited for", "slot, turn)", "slot, !turn)", "uninitialised"),
+    Fault("column_sums", "a slot is filled that is in use", "wait(empty + slot, turn ^ 1);", "", "race"),
+    Fault("column_sums", "a slot is never free", "    arrive(empty + slot);\n", "", "deadlock"),
+    Fault("column_sums", "bytes counted elsewhere", "tile_rows, full + slot)", "tile_rows, full)", "deadlock"),
+    Fault("column_sums", "a tile nobody waits for", "adding && i < tiles", "adding && i <= tiles", "bulk"),
+    Fault("column_sums", "a slot off its alignment", "load_box(tile[slot]", "load_box(tile[slot] + 64", "misaligned"),
+    Fault("column_sums", "a slot too many", "load_box(tile[slot]", "load_box(tile[slot + 1]", "out-of-bounds"),
+    Fault("column_sums", "the box below", "&map, 0, i * tile_rows", "&map, 0, i * tile_rows + 1", "result"),
+    Fault("column_sums", "read without the permutation", "column / 8 ^ row % 8", "column / 8", "result"),
+    Fault("column_sums", "no map where it is looked for", "tile[slot], &map,", "tile[slot], (&map) + 1,", "bulk"),
 ]  # fmt: skip
 
 
@@ -107,7 +121,7 @@ def _arch(fault: Fault) -> str:
 @pytest.fixture(scope="module")
 def ptx():
     """All broken kernels, by architecture."""
-    headers = "#include <cuda_bf16.h>\n#include <cstdint>\n"
+    headers = "#include <cuda.h>\n#include <cuda_bf16.h>\n#include <cstdint>\n"
 
     def text(arch: str) -> str:
         return headers + "".join(_broken(fault, number) for number, fault in enumerate(FAULTS) if _arch(fault) == arch)

@@ -59,8 +59,8 @@ def hopper_poison(backend: str) -> None:
     check("attention", tensors, {"is_causal": True}, backend, harmless=harmless)
 
 
-def end_to_end(queries: tuple[int, ...], keys: tuple[int, ...]) -> Callable[[str], None]:
-    case = varlen_cases.Case(queries, keys, D=WIDTH, Dv=WIDTH)
+def end_to_end(queries: tuple[int, ...], keys: tuple[int, ...], width: int = WIDTH) -> Callable[[str], None]:
+    case = varlen_cases.Case(queries, keys, D=width, Dv=width)
     return lambda backend: check("attention_varlen", case.tensors(FP16), {}, backend)
 
 
@@ -85,6 +85,7 @@ CALLS: dict[str, Callable[[str], None]] = {
     "attention, end to end": end_to_end((5, 40), (7, 70)),  # of which the last ends where the tensors do
     "hopper": hopper("none"),
     "hopper, poison": hopper_poison,
+    "hopper, end to end": end_to_end((70, 150), (90, 200), HOPPER_WIDTH),
     "hopper, wide": hopper("causal", T=200, S=130, width=160),
     "decode": attention("none", T=3, S=520),
     "layer_norm": layer_norm((100, 520)),
@@ -145,15 +146,24 @@ FAULTS = [
     Fault("attention, end to end", KEY, ARGUMENTS, "queries beyond the end of their sequence",
           "T : cu_seq_q[batch + 1] - cu_seq_q[batch]", "T : T", "result"),
     Fault("hopper", HOPPER, ROLES, "copies that tensor cores are not shown",
-          "ptx::wait_for_copies<LATER>();\n  ptx::fence_for_products();", "ptx::wait_for_copies<LATER>();", "proxy"),
+          "ptx::wait_for_copies<LATER>();\n  ptx::fence_async_proxy();", "ptx::wait_for_copies<LATER>();", "proxy"),
     Fault("hopper", HOPPER, ROLES, "the copies are not waited for", "ptx::wait_for_copies<LATER>();", "", "race"),
-    Fault("hopper", HOPPER, ROLES, "told of before it is there", "finish_copies<1>();", "finish_copies<2>();", "race"),
+    Fault("hopper", HOPPER_KEY, ROLES, "told of before it is there", "finish_copies<1>();", "finish_copies<2>();",
+          "race"),
     Fault("hopper, poison", HOPPER, ROLES, "a tile not told of by who waits for room",
           "if (under_way && !stages().is_free(uses)) finish();", "", "deadlock"),
     Fault("hopper", HOPPER, ROLES, "a warp that tells for lanes that are not there yet",
           "__syncwarp();\n    if (lane() == 0)", "if (lane() == 0)", "race"),
     Fault("hopper", HOPPER, ROLES, "a stage filled before it is free",
-          "stages().wait_until_free(uses);\n      load", "load", "race"),
+          "stages().wait_until_free(uses);\n      ask", "ask", "race"),
+    Fault("hopper", HOPPER, ROLES, "barriers that the copy engine is not shown",
+          "ptx::fence_async_proxy();  // the copy engine", "//", "proxy"),
+    Fault("hopper", HOPPER, ROLES, "fewer bytes announced than come", "&full), N * D * 2)", "&full), N * D)",
+          "(deadlock|race)"),
+    Fault("hopper", HOPPER, ROLES, "boxes of the rows below",
+          "head.before + first", "head.before + first + 8", "result"),
+    Fault("hopper, end to end", HOPPER_KEY, ROLES, "a box beyond the end of a sequence",
+          "row + Cut::tile_rows <= end", "row < end", "(out-of-bounds|result)"),
     Fault("hopper", HOPPER, ROLES, "the other phase", "wait_until_full(use / COUNT % 2)",
           "wait_until_full(use / COUNT % 2 ^ 1)", "(race|uninitialised|deadlock)"),
     Fault("hopper", HOPPER, HOPPER_H, "keys freed before they are read",
@@ -167,7 +177,7 @@ FAULTS = [
     Fault("hopper", HOPPER, ROLES, "nobody has the first turn",
           "if (group_now() == 1) ptx::arrive", "if (group_now() == 2) ptx::arrive", "deadlock"),
     Fault("hopper, poison", HOPPER, ROLES, "cleaned values that tensor cores are not shown",
-          "thread, Cut::computing);\n  ptx::fence_for_products();", "thread, Cut::computing);", "proxy"),
+          "thread, Cut::computing);\n  ptx::fence_async_proxy();", "thread, Cut::computing);", "proxy"),
     Fault("hopper, poison", HOPPER, ROLES, "what is unclean forgotten while it is read",
           "ptx::barrier(of_computing, Cut::computing);  // nobody reads of the tile before any more", "", "race"),
     Fault("hopper", HOPPER, WARPGROUP, "chunks that are not permuted", "(index ^ row) & 7", "index & 7", "result"),

@@ -71,8 +71,10 @@ def of_runner(name: str) -> Tensor:
     kernel = vectors.KERNELS[name]
     out = torch.zeros(kernel.outputs, kernel.threads, dtype=torch.int32)
     translated = emulator.translated(build.ptx_of(vectors.SOURCE, "90a"), name)
+    matrix = given(name).view(torch.int16)
+    maps = [emulator.tensor_map(matrix[:, : map.columns], map.box, map.swizzle) for map in kernel.maps]
     with emulator.watch() as findings:
-        emulator.launch(translated, (kernel.threads // kernel.block,), (kernel.block,), [given(name), out])
+        emulator.launch(translated, (kernel.threads // kernel.block,), (kernel.block,), [given(name), out, *maps])
     assert not findings, findings
     return out
 

@@ -4,6 +4,7 @@
 // kernel translated when it is the first, and runs it to its end before it returns. Device memory is the host's. What
 // hardware would refuse is refused: too many threads, more shared memory than was asked for or than there is. Only what
 // host code of this library may call is here; anything else is missing at link time, which tells by name.
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <driver_types.h>
 
@@ -26,6 +27,8 @@ uint32_t ptx_static_shared(const ptx::Image* image);
 uint32_t ptx_max_threads(const ptx::Image* image);
 int ptx_capability();
 int ptx_multiprocessors();
+int ptx_encode_tensor_map(void* to, uint32_t width, uint32_t rank, uint64_t base, const uint64_t* size,
+                          const uint64_t* stride, const uint32_t* box, uint32_t swizzle_row);
 }
 
 namespace {
@@ -112,7 +115,27 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void*
   return launch(kernel, grid, block, arguments, shared);
 }
 
+// The one function of the driver's that is asked for: of elements of 16 bits, and what else the runner knows.
+static CUresult encode_tensor_map(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* base,
+                                  const cuuint64_t* size, const cuuint64_t* stride, const cuuint32_t* box,
+                                  const cuuint32_t* step, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+                                  CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
+  bool known = type == CU_TENSOR_MAP_DATA_TYPE_UINT16 && interleave == CU_TENSOR_MAP_INTERLEAVE_NONE &&
+               swizzle <= CU_TENSOR_MAP_SWIZZLE_128B && fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE;
+  for (cuuint32_t d = 0; d < rank; ++d) known = known && step[d] == 1;
+  const auto address = reinterpret_cast<uint64_t>(base);
+  const bool refused = !known || ptx_encode_tensor_map(map, 2, rank, address, size, stride, box, 16u << swizzle);
+  return refused ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
+}
+
 // What it calls by name.
+cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned, unsigned long long,
+                                             cudaDriverEntryPointQueryResult* result) {
+  const bool found = std::strcmp(symbol, "cuTensorMapEncodeTiled") == 0;
+  *function = found ? reinterpret_cast<void*>(encode_tensor_map) : nullptr;
+  *result = found ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+  return cudaSuccess;
+}
 cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments, size_t shared,
                              cudaStream_t) {
   return launch(function, grid, block, arguments, shared);

@@ -42,6 +42,9 @@ void release_barriers_of_all();  // a thread has ended: who waits for all waits 
 
 // -- mbarrier.cpp
 void reset_mbarriers();
+uint32_t mbarrier_begin_load(uint32_t address, Line line);  // its number at this barrier, from 1 on; 0: there is none
+uint32_t mbarrier_agent(uint32_t address);                  // in whose name the detectors hear of it
+void mbarrier_end_load(uint32_t address, uint32_t load, uint32_t bytes);
 
 // -- warp.cpp
 void reset_warps();

@@ -112,8 +112,9 @@ Total barrier_count(uint32_t number, uint32_t threads, bool predicate, Line line
 // -- mbarrier.cpp
 void mbarrier_init(uint32_t address, uint32_t count, Line line);
 void mbarrier_arrive(uint32_t address, Line line);
-void mbarrier_wait(uint32_t address, uint32_t parity, Line line);  // until the phase of this parity is over
-bool mbarrier_test(uint32_t address, uint32_t parity, Line line);  // whether it is
+void mbarrier_wait(uint32_t address, uint32_t parity, Line line);   // until the phase of this parity is over
+bool mbarrier_test(uint32_t address, uint32_t parity, Line line);   // whether it is
+void mbarrier_expect(uint32_t address, uint32_t bytes, Line line);  // of bulk copies, in this phase
 
 // -- warp.cpp
 enum class Shuffle : uint8_t { up, down, bfly, idx };
@@ -156,6 +157,10 @@ void set_registers(uint32_t count, bool raises, Line line);                    /
 void copy_async(uint32_t to, uint64_t from, uint32_t bytes, uint32_t given, Line line, uint32_t& hint);
 void copies_commit();
 void copies_wait(uint32_t pending, Line line);
+
+// -- bulk.cpp
+// The box of a tensor that begins at `at`, the innermost coordinate first.
+void load_box(uint32_t to, uint64_t map, const int32_t* at, uint32_t rank, uint32_t barrier, Line line, uint32_t& hint);
 
 // -- order.cpp
 void fence(bool beyond_the_block);

@@ -1,10 +1,10 @@
 // mbarrier: barriers that lie in shared memory, whose threads arrive without waiting, and wait for a phase by its
 // parity.
 //
-// A phase completes when as many arrivals as the barrier was made for have come; who sees that knows what those who
-// arrived knew then. A wait gives way until its phase is over, so that one that never ends is a deadlock that says
-// where. What stands in memory is the hardware's own: a plain access to it is an error, as is one before its making is
-// known.
+// A phase completes when as many arrivals as the barrier was made for have come, and as many bytes of bulk copies as
+// were announced; who sees that knows what those who arrived knew then, and that the bytes are there. A wait gives way
+// until its phase is over, so that one that never ends is a deadlock that says where. What stands in memory is the
+// hardware's own: a plain access to it is an error, as is one before its making is known.
 #include <unordered_map>
 
 #include "block.h"
@@ -14,7 +14,10 @@ namespace ptx {
 namespace {
 
 struct Mbarrier {
+  uint32_t number = 0;
   uint32_t expected = 0, arrived = 0, phase = 0;
+  int64_t bytes = 0;                // announced and not there yet
+  uint32_t loads = 0;               // begun so far: the time of this barrier's agent
   uint32_t maker = 0, made_at = 0;  // a thread, and its time
   std::vector<uint32_t> waiting;
   order::Knowledge known, of_last;  // to those who have arrived in this phase, and in the one before
@@ -44,6 +47,18 @@ void learn_from(const Mbarrier& barrier) {
   if (options.races && barrier.phase > 0) order::learn(current->number, barrier.of_last);
 }
 
+void end_phase_if_over(Mbarrier& barrier) {
+  if (barrier.arrived < barrier.expected || barrier.bytes != 0) return;
+  barrier.arrived = 0;
+  ++barrier.phase;
+  if (options.races) {
+    std::swap(barrier.of_last, barrier.known);
+    barrier.known.clear();
+  }
+  for (const uint32_t thread : barrier.waiting) wake(thread);
+  barrier.waiting.clear();
+}
+
 }  // namespace
 
 void reset_mbarriers() {
@@ -55,6 +70,12 @@ void mbarrier_init(uint32_t address, uint32_t count, Line line) {
   uint8_t* const memory = at_shared(address, 8, true, Access::weak, line);
   for (int i = 0; i < 8; ++i) memory[i] = 0;
   Mbarrier barrier;
+  const auto before = mbarriers.find(address);
+  barrier.number = before == mbarriers.end() ? uint32_t(mbarriers.size()) : before->second.number;
+  if (barrier.number >= order::barriers_at_most) {
+    report("mbarrier", line, "the runner tells %u barriers of a block apart", order::barriers_at_most);
+    return;
+  }
   barrier.expected = count;
   barrier.maker = current->number;
   if (options.races) {
@@ -68,15 +89,38 @@ void mbarrier_arrive(uint32_t address, Line line) {
   Mbarrier* const barrier = checked(address, line);
   if (barrier == nullptr) return;
   if (options.races) order::tell(current->number, barrier->known);
-  if (++barrier->arrived < barrier->expected) return;
-  barrier->arrived = 0;
-  ++barrier->phase;
-  if (options.races) {
-    std::swap(barrier->of_last, barrier->known);
-    barrier->known.clear();
+  if (++barrier->arrived > barrier->expected) {
+    report("mbarrier", line, "the mbarrier at shared+%u is for %u arrivals, and here is one more before its bytes",
+           address, barrier->expected);
   }
-  for (const uint32_t thread : barrier->waiting) wake(thread);
-  barrier->waiting.clear();
+  end_phase_if_over(*barrier);
+}
+
+void mbarrier_expect(uint32_t address, uint32_t bytes, Line line) {
+  Mbarrier* const barrier = checked(address, line);
+  if (barrier == nullptr) return;
+  barrier->bytes += bytes;
+  if (barrier->bytes >= 1 << 20) report("mbarrier", line, "%ld bytes are announced at one time", barrier->bytes);
+}
+
+uint32_t mbarrier_begin_load(uint32_t address, Line line) {
+  Mbarrier* const barrier = checked(address, line);
+  if (barrier == nullptr) return 0;
+  if (options.races && order::knowledge_of(current->number).published[barrier->maker] < barrier->made_at) {
+    report("proxy", line, "no fence.proxy.async since the mbarrier at shared+%u was made", address);
+  }
+  return ++barrier->loads;
+}
+
+uint32_t mbarrier_agent(uint32_t address) {
+  return order::loads_on(mbarriers.at(address).number);
+}
+
+void mbarrier_end_load(uint32_t address, uint32_t load, uint32_t bytes) {
+  Mbarrier& barrier = mbarriers.at(address);
+  barrier.bytes -= bytes;
+  if (options.races) order::tell_of_load(barrier.number, load, barrier.known);
+  end_phase_if_over(barrier);
 }
 
 void mbarrier_wait(uint32_t address, uint32_t parity, Line line) {

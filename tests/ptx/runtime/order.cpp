@@ -21,7 +21,6 @@ struct Flag {
 namespace {
 
 constexpr uint32_t granule = 2;  // bytes to a cell of shared memory
-constexpr uint32_t barriers_at_most = 64;
 
 struct SharedCell {
   Epoch write;
@@ -66,9 +65,16 @@ bool handed_over(const Epoch& e, const Knowledge& known) {
   return false;
 }
 
+// Of the bulk loads on a barrier the later one may come first.
+bool overtakes(uint32_t agent) {
+  return agent >= loads_on(0) && agent < loads_on(barriers_at_most);
+}
+
 bool ordered(const Epoch& e, const Actor& actor) {
   if (e.block < first_block) return true;
-  if (e.block == block.serial) return e.agent == actor.agent || e.clock <= actor.knows->clocks[e.agent];
+  if (e.block == block.serial) {
+    return (e.agent == actor.agent && !overtakes(e.agent)) || e.clock <= actor.knows->clocks[e.agent];
+  }
   return handed_over(e, *actor.knows);
 }
 
@@ -92,11 +98,11 @@ void judge(const Epoch& old, bool old_writes, const Epoch& now, bool writes, boo
          described(old).c_str());
 }
 
-void judge_proxy(const Epoch& old, const Epoch& now, const Actor& actor, Place place) {
+void judge_proxy(const Epoch& old, const Epoch& now, bool writes, const Actor& actor, Place place) {
   if (actor.proxy != Proxy::async || old.async || old.block != block.serial) return;
   if (old.clock <= actor.knows->published[old.agent]) return;
-  report("proxy", now.line, "%s+%lu: %s reads what %s wrote with no fence.proxy.async between them", place.space,
-         place.offset, name_of(now.agent).c_str(), described(old).c_str());
+  report("proxy", now.line, "%s+%lu: %s %s what %s wrote with no fence.proxy.async between them", place.space,
+         place.offset, name_of(now.agent).c_str(), writes ? "overwrites" : "reads", described(old).c_str());
 }
 
 Epoch epoch(const Actor& actor, Access kind, Line line) {
@@ -142,8 +148,8 @@ void touch_shared(uint32_t index, Epoch now, bool write, bool changes, const Act
            place.offset);
   }
   judge(cell.write, true, now, write, changes, actor, place);
+  judge_proxy(cell.write, now, write, actor, place);
   if (!write) {
-    judge_proxy(cell.write, now, actor, place);
     readers_here[column(now.agent)] = now;
     return;
   }
@@ -228,6 +234,12 @@ void learn(uint32_t thread, const Knowledge& from) {
   const uint32_t now = mine.clocks[thread];
   mine.join(from);
   mine.clocks[thread] = std::max(now, mine.clocks[thread]);
+}
+
+void tell_of_load(uint32_t barrier, uint32_t load, Knowledge& into) {
+  if (into.clocks.empty()) into.clocks.resize(agents);
+  uint32_t& clock = into.clocks[loads_on(barrier)];
+  clock = std::max(clock, load);
 }
 
 Knowledge& knowledge_of(uint32_t thread) {

@@ -39,6 +39,9 @@ void start_block();
 void tell(uint32_t thread, Knowledge& into);  // the thread's time goes on: what it does next is not told
 void learn(uint32_t thread, const Knowledge& from);
 Knowledge& knowledge_of(uint32_t thread);
+void tell_of_load(uint32_t barrier, uint32_t load, Knowledge& into);  // that it has come
+
+constexpr uint32_t barriers_at_most = 64;
 
 // Agents beside the threads.
 uint32_t copies_of(uint32_t thread);  // cp.async

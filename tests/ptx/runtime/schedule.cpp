@@ -179,6 +179,7 @@ void run_block() {
       report_deadlock();
     }
   }
+  if (!block.stopped && !actions.empty()) report("bulk", 0, "a block ends with %zu copies under way", actions.size());
   while (act()) {
   }
   current = nullptr;

@@ -78,6 +78,21 @@ class Driver:
         self.call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(size))
         return pointer
 
+    def map(self, given: vectors.Map, pointer: ctypes.c_uint64, threads: int, slots: int) -> ctypes.Array[Any]:
+        """A tensor map, which must begin at a multiple of 64 bytes."""
+        memory = ctypes.create_string_buffer(128 + 64)
+        to = (ctypes.c_char * 128).from_buffer(memory, -ctypes.addressof(memory) % 64)
+        size, stride = (ctypes.c_uint64 * 2)(given.columns, slots), (ctypes.c_uint64 * 1)(4 * threads)
+        box, step = (ctypes.c_uint32 * 2)(*reversed(given.box)), (ctypes.c_uint32 * 2)(1, 1)
+        swizzle = {0: 0, 32: 1, 64: 2, 128: 3}[given.swizzle]  # CU_TENSOR_MAP_SWIZZLE_*
+        numbers = [
+            ctypes.c_int(n) for n in (0, swizzle, 0, 0)
+        ]  # no interleaving, no promotion, zeros beyond the matrix
+        self.call(
+            "cuTensorMapEncodeTiled", to, ctypes.c_int(1), ctypes.c_uint(2), pointer, size, stride, box, step, *numbers
+        )
+        return to
+
     def launch(self, module: ctypes.c_void_p, name: str, kernel: vectors.Vectors) -> array[int]:
         """The words that the kernel gives."""
         function, given = ctypes.c_void_p(), kernel.words
@@ -88,7 +103,9 @@ class Driver:
         hosts = [ctypes.c_void_p(words.buffer_info()[0]) for words in (given, result)]
         for pointer, host, size in zip(pointers, hosts, sizes, strict=True):
             self.call("cuMemcpyHtoD_v2", pointer, host, ctypes.c_size_t(size))
-        arguments = (ctypes.c_void_p * 2)(*(ctypes.addressof(pointer) for pointer in pointers))
+        maps = [self.map(each, pointers[0], kernel.threads, len(given) // kernel.threads) for each in kernel.maps]
+        values = [*pointers, *maps]
+        arguments = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         shape = [ctypes.c_uint(n) for n in (grid, 1, 1, kernel.block, 1, 1, 0)]
         self.call("cuLaunchKernel", function, *shape, ctypes.c_void_p(), arguments, ctypes.c_void_p())
         self.call("cuCtxSynchronize")

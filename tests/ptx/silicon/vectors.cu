@@ -1,7 +1,10 @@
 // One instruction to a line: what it gives on a GPU is recorded (record.py), and the runner must give the same.
 //
 // Every kernel is (in, out), both arrays of words [slots][threads]: a thread reads its word of an input slot and writes
-// its word of an output slot. vectors.py reads the numbers of the output slots and the instructions from this file.
+// its word of an output slot. One has maps of the input besides. vectors.py reads the numbers of the output slots and
+// the instructions from this file.
+#include <cuda.h>
+
 #include <cstdint>
 
 namespace {
@@ -549,6 +552,47 @@ extern "C" __global__ void copies(const uint32_t* in, uint32_t* out) {
   COPIED(4, "cp.async.ca.shared.global", "8", slots[5]);
   COPIED(8, "cp.async.ca.shared.global", "16", slots[6]);
   COPIED(12, "cp.async.cg.shared.global", "16", slots[6]);
+}
+
+// Boxes of a matrix that is all of the input, by maps of it (vectors.py): what 4 KB of shared memory hold then.
+#define BOX(slot, name, map, column, row, bytes)                                                                   \
+  do {                                                                                                             \
+    __syncthreads();                                                                                               \
+    for (int i = 0; i < 32; ++i) memory[32 * i + threadIdx.x] = 0xa5a5a5a5;                                        \
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");                                                   \
+    __syncthreads();                                                                                               \
+    if (threadIdx.x == 0) {                                                                                        \
+      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(full), "r"(bytes) : "memory");   \
+      asm volatile(name " [%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(memory)), "l"(&map), "r"(column),      \
+                   "r"(row), "r"(full)                                                                             \
+                   : "memory");                                                                                    \
+    }                                                                                                              \
+    for (int over = 0; !over;) {                                                                                   \
+      asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }" \
+                   : "=r"(over)                                                                                    \
+                   : "r"(full), "r"(phase)                                                                         \
+                   : "memory");                                                                                    \
+    }                                                                                                              \
+    phase ^= 1;                                                                                                    \
+    for (int i = 0; i < 32; ++i) *slots.at(slot + i) = memory[32 * i + threadIdx.x];                               \
+  } while (0)
+
+extern "C" __global__ void boxes(const uint32_t* in, uint32_t* out, const __grid_constant__ CUtensorMap rows_of_128,
+                                 const __grid_constant__ CUtensorMap rows_of_64,
+                                 const __grid_constant__ CUtensorMap rows_of_32,
+                                 const __grid_constant__ CUtensorMap plain) {
+  __shared__ __align__(1024) uint32_t memory[1024];
+  __shared__ uint64_t barrier;
+  const Slots slots(in, out);
+  const uint32_t full = shared_address(&barrier);
+  if (threadIdx.x == 0) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(full) : "memory");
+  int phase = 0;
+  BOX(0, "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes", rows_of_128, 0, 8, 4096);
+  BOX(32, "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes", rows_of_128, 8, 30, 4096);
+  BOX(64, "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes", rows_of_128, -3, -5, 4096);
+  BOX(96, "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes", rows_of_64, 32, 30, 2048);
+  BOX(128, "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes", rows_of_32, 48, 4, 1024);
+  BOX(160, "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes", plain, 24, 33, 1536);
 }
 
 // A word of its own for each thread: what is there in the end, and what the atomic returned.

@@ -21,12 +21,22 @@ Words = list[int]
 
 
 @dataclass(frozen=True)
+class Map:
+    """A tensor map of the input as a matrix of 16-bit columns, of which it tells the first; a row is a slot."""
+
+    columns: int
+    box: tuple[int, int]  # rows, columns
+    swizzle: int  # bytes of a row; 0: none
+
+
+@dataclass(frozen=True)
 class Vectors:
-    """A kernel: ``inputs`` gives each input slot's words, one to a thread."""
+    """A kernel: ``inputs`` gives each input slot's words, one to a thread; ``maps`` are its further arguments."""
 
     inputs: Callable[[], Sequence[Words]]
     outputs: int  # slots
     block: int = 32
+    maps: tuple[Map, ...] = ()
 
     @property
     def words(self) -> array[int]:
@@ -343,6 +353,14 @@ def _numbers_of_shared_memory() -> list[Words]:
     return [number[128 * i : 128 * (i + 1)] for i in range(32)]
 
 
+def _matrix() -> list[Words]:
+    """40 rows of 64 numbers of 16 bits that are all different, and none 0."""
+    return [[2 * i + 1 | (2 * i + 2) << 16 for i in range(32 * row, 32 * row + 32)] for row in range(40)]
+
+
+MAPS = (Map(56, (32, 64), 128), Map(60, (32, 32), 64), Map(64, (32, 16), 32), Map(56, (32, 24), 0))
+
+
 def _copies() -> list[Words]:
     data = [[hashed(32 * i + lane, 400) for lane in range(64)] for i in range(4)]
     sizes = [[lane % (bytes + 1) for lane in range(64)] for bytes in (4, 8, 16)]
@@ -385,8 +403,9 @@ KERNELS: dict[str, Vectors] = {
     "multiply_warpgroup_tf32": Vectors(lambda: _fragments(f32, 1), 4, 128),
     "operands": Vectors(_numbers_of_shared_memory, 536, 128),
     "copies": Vectors(_copies, 16),
+    "boxes": Vectors(_matrix, 192, maps=MAPS),
     "atomics": Vectors(_atomics, 41, 128),
 }
 
 # Those that were written when no GPU was at hand: recordings from before do not have them.
-AWAITED = {"multiply_warpgroup_bf16", "multiply_warpgroup_f16", "multiply_warpgroup_tf32", "operands"}
+AWAITED = {"multiply_warpgroup_bf16", "multiply_warpgroup_f16", "multiply_warpgroup_tf32", "operands", "boxes"}

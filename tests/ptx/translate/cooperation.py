@@ -156,11 +156,16 @@ def warpgroup(f: Function, i: Instruction) -> None:
 
 @opcode("mbarrier")
 def mbarrier(f: Function, i: Instruction) -> None:
-    """In the forms that need no state and no transaction count."""
+    """In the forms that need no state."""
     if i.has("init"):
         f.emit(f"mbarrier_init({f.address(i.args[0], shared=True)}, {f.read(i.args[1], 'u32')}, {i.line});")
-    elif i.has("arrive") and i.args[0] == "_" and len(i.args) == 2 and not i.has("expect_tx"):
-        f.emit(f"mbarrier_arrive({f.address(i.args[1], shared=True)}, {i.line});")
+    elif i.has("arrive") and i.args[0] == "_" and len(i.args) == (3 if i.has("expect_tx") else 2):
+        barrier = f.address(i.args[1], shared=True)
+        if i.has("expect_tx"):
+            f.emit(f"mbarrier_expect({barrier}, {f.read(i.args[2], 'u32')}, {i.line});")
+        f.emit(f"mbarrier_arrive({barrier}, {i.line});")
+    elif i.parts[1] == "expect_tx":
+        f.emit(f"mbarrier_expect({f.address(i.args[0], shared=True)}, {f.read(i.args[1], 'u32')}, {i.line});")
     elif i.has("try_wait") and i.has("parity"):
         f.emit(f"mbarrier_wait({f.address(i.args[1], shared=True)}, {f.read(i.args[2], 'u32')}, {i.line});")
         f.write(i.args[0], "true")

@@ -1,4 +1,4 @@
-"""Loads, stores and atomics, and the copies to shared memory that run beside the program (cp.async).
+"""Loads, stores and atomics, and the copies to shared memory that run beside the program (cp.async, also in bulk).
 
 A state space decides which function of ``runtime/memory.h`` is called: shared memory is bounded by the launch's
 size, global memory by the tensors of the call; parameters and a thread's own stack are read without a check. A
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 
 from ptx.translate.function import Function, Instruction, opcode
-from ptx.translate.parse import UnsupportedError
+from ptx.translate.parse import UnsupportedError, split
 from ptx.translate.types import WIDTH, cast, cpp, unsigned
 
 SPACES = ("shared", "global", "param", "local", "const")
@@ -106,7 +106,8 @@ def fence(f: Function, i: Instruction) -> None:
 @opcode("cp")
 def copy(f: Function, i: Instruction) -> None:
     if i.has("bulk"):
-        raise UnsupportedError("bulk copies")
+        _bulk_copy(f, i)
+        return
     f.features.add("cp_async")
     if i.has("commit_group"):
         f.emit("copies_commit();")
@@ -125,6 +126,22 @@ def copy(f: Function, i: Instruction) -> None:
             raise UnsupportedError("cp.async.cg of other than 16 bytes")
         source = f.address(i.args[1])
         f.emit(f"copy_async({f.address(i.args[0], shared=True)}, {source}, {size}, {given}, {i.line}, {f.hint()});")
+
+
+def _bulk_copy(f: Function, i: Instruction) -> None:
+    """A box of a tensor to shared memory, counted at an mbarrier: ``[to], [map, {coordinates}], [mbarrier]``."""
+    words = ("async", "bulk", "tensor", "global", "tile", "mbarrier::complete_tx::bytes", "L2::cache_hint")
+    destinations = ("shared::cta", "shared::cluster")  # of a cluster there is this block
+    rank = next((part for part in i.parts if re.fullmatch("[1-5]d", part)), "")
+    if not (rank and i.has(*destinations) and i.has("mbarrier::complete_tx::bytes")):
+        raise UnsupportedError("bulk copies of other kinds")
+    i.refuse_other_than(*words, *destinations, rank)
+    f.features.add("async_proxy")
+    map, coordinates = split(i.args[1].strip()[1:-1])
+    at = ", ".join(f.read(x, "s32") for x in f.vector(coordinates))
+    to, barrier = (f.address(operand, shared=True) for operand in (i.args[0], i.args[2]))
+    f.emit(f"{{ const int32_t at[] = {{{at}}};")
+    f.emit(f"load_box({to}, {f.address(map)}, at, {rank[0]}, {barrier}, {i.line}, {f.hint()}); }}")
 
 
 @opcode("isspacep")
