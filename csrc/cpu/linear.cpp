@@ -41,12 +41,14 @@ void forward_in_rows(const LinearForward& a) {
                     }));
 }
 
-// Where a product takes as little time as on AMX, what is turned counts: the weight, or input and output.
+// What is turned counts, the weight or input and output, where a product takes as little time as on AMX, and where
+// lines of the output are written far from one another: in float32, into more memory than a core's caches hold.
 template <class T>
 void forward(const LinearForward& a) {
   const int64_t N = a.input.shape[0], E = a.input.shape[1], O = a.weight.shape[0];
   if (N <= few_columns<T>) return forward<T, FewTokens<T>>(a);
-  if (on_unit<operand_t<T>> && O * E < N * (E + O)) return forward_in_rows<T>(a);
+  const bool counts = on_unit<operand_t<T>> || (sizeof(T) == sizeof(float) && N * O >= 1 << 20);
+  if (counts && O * E < N * (E + O)) return forward_in_rows<T>(a);
   forward<T, ManyTokens<T>>(a);
 }
 
