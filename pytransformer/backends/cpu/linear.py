@@ -10,9 +10,9 @@ thousands of rows 1.0 to 1.3, for the input is packed and hardly used. The backw
 a Zen 4 with one and two threads, torch's and our instructions held to those of the lesser processors.
 
 Where both multiply with AMX, the forward takes 0.4 times the time of torch's of one row, 0.6 to 0.9 of up to 128, 0.6
-to 1.0 of up to 1024, and 1.1 to 1.3 of more; the backward 0.7 to 1.25. There, where torch has MKL at its best, a forward
-in float32 takes 1.0 to 1.4 times torch's time of up to four rows, the longer the smaller the weight, 0.4 of eight, 0.8
-of 32 and 1.0 to 1.05 of hundreds (a Xeon, one and two threads).
+to 1.0 of up to 1024, and 1.1 to 1.3 of more; the backward 0.7 to 1.25. There, where torch has MKL at its best, the
+forward in float32 takes 1.0 to 1.4 times torch's time of up to four rows, the longer the smaller the weight, 0.4 of
+eight, 0.8 of 32 and 1.0 to 1.05 of hundreds (a Xeon, one and two threads).
 """
 
 from __future__ import annotations
