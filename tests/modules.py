@@ -30,6 +30,11 @@ def pair(name, *args, seed=0, **kwargs):
     return theirs, ours
 
 
+def as_id(options):
+    """A test's options in its name, which must be the same in every process: a function's address is not."""
+    return ",".join(f"{key}={getattr(value, '__name__', value)}" for key, value in options.items()) or "default"
+
+
 def shake(module, by=0.1):
     """Moves biases and norms off their initial 0 and 1."""
     with torch.no_grad():

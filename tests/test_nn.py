@@ -12,7 +12,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from modules import B, E, H, L, S, additive, assert_close, assert_parity, bool_mask, call, padding, pair, shake
+from modules import B, E, H, L, S, additive, as_id, assert_close, assert_parity, bool_mask, call, padding, pair, shake
 
 import pytransformer
 from pytransformer import masks, nn
@@ -147,7 +147,7 @@ def layer_masks():
     }
 
 
-@pytest.mark.parametrize("options", LAYERS, ids=lambda o: ",".join(f"{k}={v}" for k, v in o.items()) or "default")
+@pytest.mark.parametrize("options", LAYERS, ids=as_id)
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_encoder_layer(options, mode):
     theirs, ours = pair("TransformerEncoderLayer", E, H, 24, 0.0 if mode == "train" else 0.3, **options)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from modules import B, E, H, L, S, additive, assert_close, assert_parity, bool_mask, call, padding, pair, shake
+from modules import B, E, H, L, S, additive, as_id, assert_close, assert_parity, bool_mask, call, padding, pair, shake
 
 import pytransformer
 from pytransformer import masks, nn
@@ -77,7 +77,7 @@ def inputs(batch_first):
         {"norm_first": True},
         {"batch_first": True, "norm_first": True, "bias": False, "activation": torch.tanh},
     ],
-    ids=str,
+    ids=as_id,
 )
 def test_decoder_layer(options):
     theirs, ours = pair("TransformerDecoderLayer", E, H, 24, 0.0, **options)
