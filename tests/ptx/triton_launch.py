@@ -10,7 +10,7 @@ to fit the runner. It also runs the library's Triton kernels as compiled, which 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -25,6 +25,7 @@ from ptx.translate import parse
 from pytransformer.kernels import _configs, _offline
 
 _CTYPES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float, "i1": ctypes.c_bool}
+_TYPES = {torch.Tensor: "*fp32", int: "i32"}
 SCRATCH = 2  # Triton gives every kernel two pointers of its own: to global scratch and to a profile
 
 
@@ -61,3 +62,25 @@ def _translated(ptx: str) -> emulator.Kernel:
 
 def _argument(value: Any, type: str) -> Any:
     return value if type.startswith("*") else _CTYPES[type](value)
+
+
+def launch_with_descriptors(
+    kernel: Any, grid: tuple[int, int], described: Sequence[torch.Tensor], rest: Sequence[Any], block: int = 64
+) -> None:
+    """Runs a kernel, compiled for Hopper, whose first arguments are descriptors of matrices in square tiles.
+
+    A descriptor is a tensor map, with the swizzle that the compiled kernel asks for, then sizes and strides.
+    """
+    names = kernel.arg_names
+    types = [f"tensordesc<bf16[{block},{block}]>" for _ in described] + [_TYPES[type(value)] for value in rest]
+    signature = dict(zip(names, types, strict=False)) | {names[-1]: "constexpr"}
+    source = triton.compiler.ASTSource(kernel, signature, {names[-1]: block})
+    compiled = triton.compile(source, target=_offline.TARGETS["sm90"], options={"num_stages": 3})
+    values: list[Any] = []
+    for x, meta in zip(described, compiled.metadata.tensordesc_meta, strict=True):
+        values.append(emulator.tensor_map(x, meta["block_size"], 16 << meta["swizzle"]))
+        values += [*x.shape, *map(ctypes.c_int64, x.stride())]
+    values += [*rest, *[ctypes.c_uint64(0)] * SCRATCH]
+    tensors = {name: x for name, x in zip(names, [*described, *rest], strict=False) if isinstance(x, torch.Tensor)}
+    threads = 32 * compiled.metadata.num_warps
+    emulator.launch(_translated(compiled.asm["ptx"]), grid, (threads,), values, compiled.metadata.shared, tensors)

@@ -111,6 +111,7 @@ Total barrier_count(uint32_t number, uint32_t threads, bool predicate, Line line
 
 // -- mbarrier.cpp
 void mbarrier_init(uint32_t address, uint32_t count, Line line);
+void mbarrier_inval(uint32_t address, Line line);
 void mbarrier_arrive(uint32_t address, Line line);
 void mbarrier_wait(uint32_t address, uint32_t parity, Line line);   // until the phase of this parity is over
 bool mbarrier_test(uint32_t address, uint32_t parity, Line line);   // whether it is

@@ -14,7 +14,7 @@ namespace ptx {
 namespace {
 
 struct Mbarrier {
-  uint32_t number = 0;
+  uint32_t number = 0;  // among those of the block
   uint32_t expected = 0, arrived = 0, phase = 0;
   int64_t bytes = 0;                // announced and not there yet
   uint32_t loads = 0;               // begun so far: the time of this barrier's agent
@@ -23,6 +23,7 @@ struct Mbarrier {
   order::Knowledge known, of_last;  // to those who have arrived in this phase, and in the one before
 };
 std::unordered_map<uint32_t, Mbarrier> mbarriers;  // by address
+uint32_t made = 0;
 
 Mbarrier* checked(uint32_t address, Line line) {
   const auto found = mbarriers.find(address);
@@ -63,6 +64,7 @@ void end_phase_if_over(Mbarrier& barrier) {
 
 void reset_mbarriers() {
   mbarriers.clear();
+  made = 0;
 }
 
 void mbarrier_init(uint32_t address, uint32_t count, Line line) {
@@ -71,7 +73,7 @@ void mbarrier_init(uint32_t address, uint32_t count, Line line) {
   for (int i = 0; i < 8; ++i) memory[i] = 0;
   Mbarrier barrier;
   const auto before = mbarriers.find(address);
-  barrier.number = before == mbarriers.end() ? uint32_t(mbarriers.size()) : before->second.number;
+  barrier.number = before == mbarriers.end() ? made++ : before->second.number;
   if (barrier.number >= order::barriers_at_most) {
     report("mbarrier", line, "the runner tells %u barriers of a block apart", order::barriers_at_most);
     return;
@@ -83,6 +85,12 @@ void mbarrier_init(uint32_t address, uint32_t count, Line line) {
     order::mark_barrier(address, true);
   }
   mbarriers[address] = barrier;
+}
+
+void mbarrier_inval(uint32_t address, Line line) {
+  if (checked(address, line) == nullptr) return;
+  if (options.races) order::mark_barrier(address, false);
+  mbarriers.erase(address);
 }
 
 void mbarrier_arrive(uint32_t address, Line line) {

@@ -159,6 +159,8 @@ def mbarrier(f: Function, i: Instruction) -> None:
     """In the forms that need no state."""
     if i.has("init"):
         f.emit(f"mbarrier_init({f.address(i.args[0], shared=True)}, {f.read(i.args[1], 'u32')}, {i.line});")
+    elif i.has("inval"):
+        f.emit(f"mbarrier_inval({f.address(i.args[0], shared=True)}, {i.line});")
     elif i.has("arrive") and i.args[0] == "_" and len(i.args) == (3 if i.has("expect_tx") else 2):
         barrier = f.address(i.args[1], shared=True)
         if i.has("expect_tx"):
