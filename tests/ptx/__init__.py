@@ -7,5 +7,5 @@ cudart/        a stand-in for the CUDA runtime, so that the real host code launc
 build.py       nvcc, g++ and a cache of what they made
 emulator.py    launches, options, findings
 backend.py     the module ``_cuda`` over all this, as a backend ``cuda_emulated`` of the tests
-kernels/       small kernels that the runner itself is tested with
+kernels/       small kernels that the runner itself is tested with, and triton_kernels.py
 """

@@ -66,6 +66,15 @@ def column_sums(kernel: emulator.Kernel) -> Mapping[str, float]:
     return {"sums": _off(sums.view(2, 64).sum(0), wanted, 0.5)}
 
 
+def add_matrices(kernel: emulator.Kernel) -> Mapping[str, float]:
+    count, rows = 5, 70
+    out, matrices = torch.randn(rows, 32), torch.randn(count, rows, 32)
+    wanted = out.double() + matrices.double().sum(0)
+    arguments = [emulator.tensor_map(out, (32, 32), swizzle=128), matrices, count, rows]
+    emulator.launch(kernel, (3,), (128,), arguments, names={"out": out, "matrices": matrices})
+    return {"out": _off(out, wanted, 1e-5)}
+
+
 CASES: dict[str, tuple[str, Case]] = {
     "axpy": ("basics.cu", axpy),
     "row_sums": ("basics.cu", row_sums),
@@ -74,8 +83,9 @@ CASES: dict[str, tuple[str, Case]] = {
     "matmul": ("matmul.cu", matmul),
     "matmul_warpgroup": ("warpgroup.cu", partial(matmul, K=256)),
     "column_sums": ("bulk.cu", column_sums),
+    "add_matrices": ("bulk_add.cu", add_matrices),
 }
-HOPPER_ALONE = ("warpgroup.cu", "bulk.cu")  # instructions of compute capability 9.0
+HOPPER_ALONE = ("warpgroup.cu", "bulk.cu", "bulk_add.cu")  # instructions of compute capability 9.0
 
 
 def source(file: str) -> str:

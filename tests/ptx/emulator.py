@@ -139,6 +139,11 @@ def watch(*, seed: int = 0, races: bool = False, counts: bool = False) -> Iterat
         library().ptx_options(0, 0, 0)
 
 
+_TYPES_OF_MAPS = {  # CU_TENSOR_MAP_DATA_TYPE_*
+    torch.uint8: 0, torch.int16: 1, torch.int32: 3, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9,
+}  # fmt: skip
+
+
 def tensor_map(x: torch.Tensor, box: Sequence[int], swizzle: int = 0) -> bytes:
     """The runner's tensor map of ``x`` for boxes of a shape, rows of ``swizzle`` bytes permuted; 0: none is.
 
@@ -151,7 +156,7 @@ def tensor_map(x: torch.Tensor, box: Sequence[int], swizzle: int = 0) -> bytes:
     strides = (ctypes.c_uint64 * 5)(*(step * size for step in reversed(x.stride()[:-1])))
     boxes = (ctypes.c_uint32 * 5)(*reversed(box))
     base = ctypes.c_uint64(x.data_ptr())
-    if library().ptx_encode_tensor_map(to, size, x.ndim, base, sizes, strides, boxes, swizzle or 16):
+    if library().ptx_encode_tensor_map(to, _TYPES_OF_MAPS[x.dtype], x.ndim, base, sizes, strides, boxes, swizzle or 16):
         raise ValueError(f"no tensor map of {list(x.shape)} with strides {x.stride()} for boxes of {list(box)}")
     return to.raw
 

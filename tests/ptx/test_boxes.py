@@ -1,4 +1,4 @@
-"""Boxes of tensors that the copy engine brings: what lies where, and which maps there are not."""
+"""Boxes of tensors that the copy engine brings and takes: what lies where, and which maps there are not."""
 
 from __future__ import annotations
 
@@ -83,6 +83,29 @@ def test_a_box_of_a_part_of_a_tensor(kernels):
         emulator.launch(kernels["box_4d"], (1,), (32,), arguments, 4096 + 1024, {"x": x, "out": out})
     assert not findings, findings
     assert torch.equal(out.view(torch.bfloat16), permuted(x[1, 1, 16:].reshape(-1), 128))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int32], ids=str)
+@pytest.mark.parametrize("first", [(3, 8), (30, 48), (-5, -8)], ids=str)
+@pytest.mark.parametrize("adds", [False, True], ids=["store", "add"])
+def test_a_box_goes_back(kernels, adds, first, dtype):
+    """What goes beyond the matrix goes nowhere, and nothing beside the box changes."""
+    x, columns = torch.randint(1, 100, (40, 64)).to(dtype), 128 // dtype.itemsize
+    box = torch.randint(1, 100, (16, columns)).to(dtype)
+    wanted = x.clone()
+    for i in range(16):
+        for j in range(columns):
+            row, column = first[0] + i, first[1] + j
+            if 0 <= row < 40 and 0 <= column < 64:
+                wanted[row, column] = box[i, j] + (x[row, column] if adds else 0)
+    given = permuted(box.reshape(-1), 128).view(torch.int32)
+    map = emulator.tensor_map(x, (16, columns), 128)
+    arguments = [map, given, 4 * len(given), *reversed(first)]
+    kernel = kernels["add_box" if adds else "store_box"]
+    with emulator.watch(races=True, seed=2) as findings:
+        emulator.launch(kernel, (1,), (32,), arguments, 4 * len(given) + 1024, {"x": x, "in": given})
+    assert not findings, findings
+    assert torch.equal(x, wanted)
 
 
 def test_sectors_are_counted_once(kernels):

@@ -95,6 +95,15 @@ FAULTS = [
     Fault("column_sums", "a slot too many", "load_box(tile[slot]", "load_box(tile[slot + 1]", "out-of-bounds"),
     Fault("column_sums", "the box below", "&map, 0, i * tile_rows", "&map, 0, i * tile_rows + 1", "result"),
     Fault("column_sums", "read without the permutation", "column / 8 ^ row % 8", "column / 8", "result"),
+    Fault("add_matrices", "words that the engine is not shown", 'asm volatile("fence.proxy.async', "// ", "proxy"),
+    Fault("add_matrices", "a slot written that is being read", "wait_group.read 1", "wait_group.read 2", "race"),
+    Fault("add_matrices", "no barrier when the slot is read", "__syncthreads();  // the slot has", "//", "race"),
+    Fault("add_matrices", "no barrier when the slot is full", "__syncthreads();  // the slot is", "//", "race"),
+    Fault("add_matrices", "one slot for all", "tile[i % slots]", "tile[0]", "race"),
+    Fault("add_matrices", "ends before all is read", "wait_group 0", "wait_group 1", "bulk"),
+    Fault("add_matrices", "stored and not added", "cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile",
+          "cp.async.bulk.tensor.2d.global.shared::cta.tile", "result"),
+    Fault("add_matrices", "every block the same rows", "blockIdx.x * tile_rows", "0 * tile_rows", "result"),
     Fault("column_sums", "no map where it is looked for", "tile[slot], &map,", "tile[slot], (&map) + 1,", "bulk"),
 ]  # fmt: skip
 

@@ -25,7 +25,6 @@ from ptx.translate import parse
 from pytransformer.kernels import _configs, _offline
 
 _CTYPES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float, "i1": ctypes.c_bool}
-_TYPES = {torch.Tensor: "*fp32", int: "i32"}
 SCRATCH = 2  # Triton gives every kernel two pointers of its own: to global scratch and to a profile
 
 
@@ -65,14 +64,14 @@ def _argument(value: Any, type: str) -> Any:
 
 
 def launch_with_descriptors(
-    kernel: Any, grid: tuple[int, int], described: Sequence[torch.Tensor], rest: Sequence[Any], block: int = 64
+    kernel: Any, grid: tuple[int, int], described: Sequence[torch.Tensor], numbers: Sequence[int], block: int = 64
 ) -> None:
-    """Runs a kernel, compiled for Hopper, whose first arguments are descriptors of matrices in square tiles.
+    """Runs a kernel, compiled for Hopper, whose first arguments are descriptors of bfloat16 matrices in square tiles.
 
     A descriptor is a tensor map, with the swizzle that the compiled kernel asks for, then sizes and strides.
     """
     names = kernel.arg_names
-    types = [f"tensordesc<bf16[{block},{block}]>" for _ in described] + [_TYPES[type(value)] for value in rest]
+    types = [f"tensordesc<bf16[{block},{block}]>" for _ in described] + ["i32" for _ in numbers]
     signature = dict(zip(names, types, strict=False)) | {names[-1]: "constexpr"}
     source = triton.compiler.ASTSource(kernel, signature, {names[-1]: block})
     compiled = triton.compile(source, target=_offline.TARGETS["sm90"], options={"num_stages": 3})
@@ -80,7 +79,7 @@ def launch_with_descriptors(
     for x, meta in zip(described, compiled.metadata.tensordesc_meta, strict=True):
         values.append(emulator.tensor_map(x, meta["block_size"], 16 << meta["swizzle"]))
         values += [*x.shape, *map(ctypes.c_int64, x.stride())]
-    values += [*rest, *[ctypes.c_uint64(0)] * SCRATCH]
-    tensors = {name: x for name, x in zip(names, [*described, *rest], strict=False) if isinstance(x, torch.Tensor)}
+    values += [*numbers, *[ctypes.c_uint64(0)] * SCRATCH]
+    tensors = dict(zip(names, described, strict=False))
     threads = 32 * compiled.metadata.num_warps
     emulator.launch(_translated(compiled.asm["ptx"]), grid, (threads,), values, compiled.metadata.shared, tensors)

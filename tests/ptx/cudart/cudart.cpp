@@ -27,7 +27,7 @@ uint32_t ptx_static_shared(const ptx::Image* image);
 uint32_t ptx_max_threads(const ptx::Image* image);
 int ptx_capability();
 int ptx_multiprocessors();
-int ptx_encode_tensor_map(void* to, uint32_t width, uint32_t rank, uint64_t base, const uint64_t* size,
+int ptx_encode_tensor_map(void* to, uint32_t type, uint32_t rank, uint64_t base, const uint64_t* size,
                           const uint64_t* stride, const uint32_t* box, uint32_t swizzle_row);
 }
 
@@ -115,16 +115,16 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void*
   return launch(kernel, grid, block, arguments, shared);
 }
 
-// The one function of the driver's that is asked for: of elements of 16 bits, and what else the runner knows.
+// The one function of the driver's that is asked for, as far as the runner knows such maps.
 static CUresult encode_tensor_map(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* base,
                                   const cuuint64_t* size, const cuuint64_t* stride, const cuuint32_t* box,
                                   const cuuint32_t* step, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
                                   CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
-  bool known = type == CU_TENSOR_MAP_DATA_TYPE_UINT16 && interleave == CU_TENSOR_MAP_INTERLEAVE_NONE &&
-               swizzle <= CU_TENSOR_MAP_SWIZZLE_128B && fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE;
+  bool known = interleave == CU_TENSOR_MAP_INTERLEAVE_NONE && swizzle <= CU_TENSOR_MAP_SWIZZLE_128B &&
+               fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE;
   for (cuuint32_t d = 0; d < rank; ++d) known = known && step[d] == 1;
   const auto address = reinterpret_cast<uint64_t>(base);
-  const bool refused = !known || ptx_encode_tensor_map(map, 2, rank, address, size, stride, box, 16u << swizzle);
+  const bool refused = !known || ptx_encode_tensor_map(map, type, rank, address, size, stride, box, 16u << swizzle);
   return refused ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
 }
 

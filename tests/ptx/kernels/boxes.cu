@@ -40,3 +40,21 @@ BOX(2d, "%2, %3")
 BOX(3d, "%2, %3, %4")
 BOX(4d, "%2, %3, %4, %5")
 BOX(5d, "%2, %3, %4, %5, %6")
+
+// Words of 32 bits to a box of a matrix, which they lie as in shared memory.
+#define STORE_BOX(name, instruction)                                                                                  \
+  extern "C" __global__ void name(const __grid_constant__ CUtensorMap map, const uint32_t* in, int bytes, int column, \
+                                  int row) {                                                                          \
+    extern __shared__ __align__(1024) uint8_t memory[];                                                               \
+    for (int i = threadIdx.x; i < bytes / 4; i += 32) reinterpret_cast<uint32_t*>(memory)[i] = in[i];                 \
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");                                                      \
+    __syncthreads();                                                                                                  \
+    if (threadIdx.x != 0) return;                                                                                     \
+    asm volatile(instruction " [%0, {%1, %2}], [%3];" ::"l"(&map), "r"(column), "r"(row), "r"(shared_address(memory)) \
+                 : "memory");                                                                                         \
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");                                                         \
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");                                                         \
+  }
+
+STORE_BOX(store_box, "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group")
+STORE_BOX(add_box, "cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.bulk_group")

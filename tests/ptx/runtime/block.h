@@ -59,6 +59,10 @@ void reset_warpgroups();
 // -- async.cpp
 void finish_copies(Thread& thread);
 
+// -- bulk.cpp
+void reset_stores();
+void finish_stores(uint32_t thread);
+
 // -- report.cpp
 [[gnu::format(printf, 3, 4)]] void report(const char* kind, Line line, const char* format, ...);
 std::string format_line(Line line);  // of the running kernel: the front end replaces it by the source line

@@ -162,6 +162,9 @@ void copies_wait(uint32_t pending, Line line);
 // -- bulk.cpp
 // The box of a tensor that begins at `at`, the innermost coordinate first.
 void load_box(uint32_t to, uint64_t map, const int32_t* at, uint32_t rank, uint32_t barrier, Line line, uint32_t& hint);
+void store_box(uint64_t map, const int32_t* at, uint32_t rank, uint32_t from, bool adds, Line line, uint32_t& hint);
+void stores_commit();
+void stores_wait(uint32_t pending);
 
 // -- order.cpp
 void fence(bool beyond_the_block);

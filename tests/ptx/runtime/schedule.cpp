@@ -103,6 +103,7 @@ void fiber() {
   Thread& thread = *current;
   thread.done = true;
   finish_copies(thread);
+  finish_stores(thread.number);
   --block.alive;
   block.lanes[thread.warp] &= ~(1u << thread.lane);
   release_barriers_of_all();
@@ -155,6 +156,7 @@ void start_block() {
   actions.clear();
   reset_barriers();
   reset_mbarriers();
+  reset_stores();
   reset_warps();
   reset_warpgroups();
   if (options.races) order::start_block();

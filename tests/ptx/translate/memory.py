@@ -128,20 +128,33 @@ def copy(f: Function, i: Instruction) -> None:
         f.emit(f"copy_async({f.address(i.args[0], shared=True)}, {source}, {size}, {given}, {i.line}, {f.hint()});")
 
 
+BULK = ("async", "bulk", "tensor", "global", "tile", "reduce", "add", "L2::cache_hint")
+COMES, GOES = "mbarrier::complete_tx::bytes", "bulk_group"
+
+
 def _bulk_copy(f: Function, i: Instruction) -> None:
-    """A box of a tensor to shared memory, counted at an mbarrier: ``[to], [map, {coordinates}], [mbarrier]``."""
-    words = ("async", "bulk", "tensor", "global", "tile", "mbarrier::complete_tx::bytes", "L2::cache_hint")
-    destinations = ("shared::cta", "shared::cluster")  # of a cluster there is this block
-    rank = next((part for part in i.parts if re.fullmatch("[1-5]d", part)), "")
-    if not (rank and i.has(*destinations) and i.has("mbarrier::complete_tx::bytes")):
-        raise UnsupportedError("bulk copies of other kinds")
-    i.refuse_other_than(*words, *destinations, rank)
+    """A box of a tensor: ``[to], [map, {coordinates}], [mbarrier]``, or back, ``[map, {coordinates}], [from]``."""
     f.features.add("async_proxy")
-    map, coordinates = split(i.args[1].strip()[1:-1])
+    if i.has("commit_group"):
+        f.emit("stores_commit();")
+        return
+    if i.has("wait_group"):
+        f.emit(f"stores_wait({i.args[0]});")
+        return
+    shared = ("shared::cta", "shared::cluster")  # of a cluster there is this block
+    rank = i.one_of("1d", "2d", "3d", "4d", "5d")
+    if not (rank and i.has(*shared) and i.has(COMES, GOES)) or i.has("reduce") != i.has("add"):
+        raise UnsupportedError("bulk copies of other kinds")
+    i.refuse_other_than(*BULK, *shared, COMES, GOES, rank)
+    there, here = (i.args[1], i.args[0]) if i.has(COMES) else (i.args[0], i.args[1])
+    map, coordinates = split(there.strip()[1:-1])
     at = ", ".join(f.read(x, "s32") for x in f.vector(coordinates))
-    to, barrier = (f.address(operand, shared=True) for operand in (i.args[0], i.args[2]))
+    box, here = f"{f.address(map)}, at, {rank[0]}", f.address(here, shared=True)
     f.emit(f"{{ const int32_t at[] = {{{at}}};")
-    f.emit(f"load_box({to}, {f.address(map)}, at, {rank[0]}, {barrier}, {i.line}, {f.hint()}); }}")
+    if i.has(COMES):
+        f.emit(f"load_box({here}, {box}, {f.address(i.args[2], shared=True)}, {i.line}, {f.hint()}); }}")
+    else:
+        f.emit(f"store_box({box}, {here}, {str(i.has('add')).lower()}, {i.line}, {f.hint()}); }}")
 
 
 @opcode("isspacep")
