@@ -108,6 +108,15 @@ def test_a_box_goes_back(kernels, adds, first, dtype):
     assert torch.equal(x, wanted)
 
 
+def test_words_of_16_bits_are_not_added(kernels):
+    x, given = torch.ones(40, 64, dtype=torch.int16), torch.zeros(512, dtype=torch.int32)
+    with emulator.watch() as findings:
+        arguments = [emulator.tensor_map(x, (16, 64), 128), given, 2048, 0, 0]
+        emulator.launch(kernels["add_box"], (1,), (32,), arguments, 2048 + 1024, {"x": x, "in": given})
+    assert len(findings) == 1, findings
+    assert "no sums of elements" in findings[0]
+
+
 def test_sectors_are_counted_once(kernels):
     x, out = torch.ones(64, 64).bfloat16(), torch.zeros(32 * 64 // 2, dtype=torch.int32)
     arguments = [emulator.tensor_map(x, (32, 64), 128), out, 4096, 0, 8, 0, 0, 0]

@@ -68,6 +68,7 @@ struct Box {
     for (uint32_t d = 1; d < map.rank; ++d) rows *= map.box[d];
   }
   uint32_t row_bytes() const { return map.box[0] * map.width; }
+  uint32_t bytes() const { return rows * row_bytes(); }
 
   // Where row `index` begins, were it to begin at column 0; false where it lies beyond the tensor.
   bool find_row(uint32_t index, uint64_t& begin) const {
@@ -80,8 +81,6 @@ struct Box {
     }
     return true;
   }
-
-  uint32_t bytes() const { return rows * row_bytes(); }
 
   // The elements of row `index`, of which shared memory has the first at `shared`.
   void add_row(Elements& elements, uint32_t index, uint32_t shared, bool write, Access kind, Line line,
@@ -193,6 +192,10 @@ void store_box(uint64_t map_address, const int32_t* at, uint32_t rank, uint32_t 
                uint32_t& hint) {
   const TensorMap* const map = checked_map(map_address, rank, line);
   if (map == nullptr) return;
+  if (adds && map->width < 4 && map->type != TensorMap::f16 && map->type != TensorMap::bf16) {
+    report("bulk", line, "there are no sums of elements of type %u", map->type);
+    return;
+  }
   const Box box(*map, at);
   Stores& stores = stores_of_thread[current->number];
   const Access kind = adds ? Access::atomic : Access::weak;

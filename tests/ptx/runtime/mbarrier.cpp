@@ -88,7 +88,9 @@ void mbarrier_init(uint32_t address, uint32_t count, Line line) {
 }
 
 void mbarrier_inval(uint32_t address, Line line) {
-  if (checked(address, line) == nullptr) return;
+  const Mbarrier* const barrier = checked(address, line);
+  if (barrier == nullptr) return;
+  if (barrier->bytes != 0) report("mbarrier", line, "%ld bytes are yet to come there", barrier->bytes);
   if (options.races) order::mark_barrier(address, false);
   mbarriers.erase(address);
 }
@@ -125,7 +127,9 @@ uint32_t mbarrier_agent(uint32_t address) {
 }
 
 void mbarrier_end_load(uint32_t address, uint32_t load, uint32_t bytes) {
-  Mbarrier& barrier = mbarriers.at(address);
+  const auto found = mbarriers.find(address);
+  if (found == mbarriers.end()) return;  // who made an end of it has been told
+  Mbarrier& barrier = found->second;
   barrier.bytes -= bytes;
   if (options.races) order::tell_of_load(barrier.number, load, barrier.known);
   end_phase_if_over(barrier);
