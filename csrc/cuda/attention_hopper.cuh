@@ -69,7 +69,7 @@ struct HeadPlace {
   int batch, head, before;
 
   __device__ int64_t offset(const Heads& x) const { return batch * x.batch + head * x.head + before * x.row; }
-  // As its map has it (tensor_map.cu): a dimension that is broadcast has one entry.
+  // As its map has it (tensor_map_sm90.cu): a dimension that is broadcast has one entry.
   __device__ HeadPlace in_map(const Heads& x) const {
     return {x.batch == 0 ? 0 : batch, x.head == 0 ? 0 : head, before};
   }

@@ -85,12 +85,9 @@ class Driver:
         size, stride = (ctypes.c_uint64 * 2)(given.columns, slots), (ctypes.c_uint64 * 1)(4 * threads)
         box, step = (ctypes.c_uint32 * 2)(*reversed(given.box)), (ctypes.c_uint32 * 2)(1, 1)
         swizzle = {0: 0, 32: 1, 64: 2, 128: 3}[given.swizzle]  # CU_TENSOR_MAP_SWIZZLE_*
-        numbers = [
-            ctypes.c_int(n) for n in (0, swizzle, 0, 0)
-        ]  # no interleaving, no promotion, zeros beyond the matrix
-        self.call(
-            "cuTensorMapEncodeTiled", to, ctypes.c_int(1), ctypes.c_uint(2), pointer, size, stride, box, step, *numbers
-        )
+        words, rank = ctypes.c_int(1), ctypes.c_uint(2)  # CU_TENSOR_MAP_DATA_TYPE_UINT16
+        modes = [ctypes.c_int(n) for n in (0, swizzle, 0, 0)]  # not interleaved, L2 as it is, zeros beyond the matrix
+        self.call("cuTensorMapEncodeTiled", to, words, rank, pointer, size, stride, box, step, *modes)
         return to
 
     def launch(self, module: ctypes.c_void_p, name: str, kernel: vectors.Vectors) -> array[int]:
