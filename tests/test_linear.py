@@ -62,6 +62,12 @@ def test_several_chunks(backend):
     check(make((700,), 20000, 9, torch.float16), backend)
 
 
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+def test_an_output_that_no_cache_of_a_core_holds(backend, bias):
+    """In float32 the CPU kernel has tokens in rows then."""
+    check(make((1100,), 33, 970, bias=bias), backend)
+
+
 @pytest.mark.parametrize("sizes", [((0,), 8, 12), ((2, 0, 3), 8, 12), ((3,), 0, 12), ((3,), 8, 0)], ids=str)
 def test_empty(backend, sizes):
     tensors = make(*sizes)
