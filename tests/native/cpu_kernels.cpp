@@ -342,6 +342,7 @@ int main() {
     failed += !run("linear, few tokens" + type, linear(T, 9, 35, 277));
     failed += !run("linear, one token" + type, linear(T, 1, 300, 50));
     failed += !run("linear, two tokens" + type, linear(T, 2, 37, 77));
+    failed += !run("linear, an output that no cache holds" + type, linear(T, 1100, 9, 970));
   }
   failed += !run("attention, heads larger than a cache", attention(DType::float32, 420, 160, true, false));
   std::printf(failed ? "%d cases FAILED\n" : "all cases ok\n", failed);
