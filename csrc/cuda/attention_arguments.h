@@ -14,6 +14,13 @@ struct Heads {
   int width = 0;
 };
 
+// Where the rows of a head of a sequence are in such a tensor.
+struct HeadPlace {
+  int batch, head, before;  // rows before the sequence's
+
+  __device__ int64_t offset(const Heads& x) const { return batch * x.batch + head * x.head + before * x.row; }
+};
+
 struct Bias {
   const void* data = nullptr;
   int64_t batch = 0, head = 0, query = 0, key = 0;
@@ -71,10 +78,10 @@ struct AttentionArguments {
 
   // Where a head of a sequence begins in what lies like the queries, or like the keys.
   __device__ int64_t of_queries(const Heads& x, int batch, int head) const {
-    return batch * x.batch + head * x.head + before_queries(batch) * x.row;
+    return HeadPlace{batch, head, before_queries(batch)}.offset(x);
   }
   __device__ int64_t of_keys(const Heads& x, int batch, int head) const {
-    return batch * x.batch + head * x.head + before_keys(batch) * x.row;
+    return HeadPlace{batch, head, before_keys(batch)}.offset(x);
   }
 };
 

@@ -64,16 +64,10 @@ struct HopperRole {
   }
 };
 
-// Where the rows of a head of a sequence are in a tensor of heads.
-struct HeadPlace {
-  int batch, head, before;
-
-  __device__ int64_t offset(const Heads& x) const { return batch * x.batch + head * x.head + before * x.row; }
-  // As its map has it (tensor_map_sm90.cu): a dimension that is broadcast has one entry.
-  __device__ HeadPlace in_map(const Heads& x) const {
-    return {x.batch == 0 ? 0 : batch, x.head == 0 ? 0 : head, before};
-  }
-};
+// A place as a map of the tensor has it (tensor_map_sm90.cu): a dimension that is broadcast has one entry there.
+__device__ inline HeadPlace in_map(const HeadPlace& place, const Heads& x) {
+  return {x.batch == 0 ? 0 : place.batch, x.head == 0 ? 0 : place.head, place.before};
+}
 
 // A tile's place in shared memory, which is filled and freed again and again: who waits for its n-th use waits for a
 // phase of one of two barriers.
@@ -263,7 +257,7 @@ __device__ inline void load_all(const Arguments& a, const TileMap& map, HopperBl
   const auto ask = [&](const HeadPlace& head, int row, int end) {
     const auto to = Second ? tiles.second(uses) : tiles.first(uses);
     if (map.there && row + Cut::tile_rows <= end) {
-      if (thread() == 0) stages().stage[stages().of(uses)].load_boxes(to, map, head.in_map(from), row);
+      if (thread() == 0) stages().stage[stages().of(uses)].load_boxes(to, map, in_map(head, from), row);
     } else {
       const uint16_t* first = first_chunk(from, head.offset(from), thread());
       load_panels<Cut::loaders>(to, thread(), first, from.row, row, end, from.width);

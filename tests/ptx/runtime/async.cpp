@@ -32,7 +32,7 @@ void copy_async(uint32_t to, uint64_t from, uint32_t bytes, uint32_t given, Line
   if (given > bytes) report("cp.async", line, "%u bytes are given for a copy of %u", given, bytes);
   if (from % bytes && given) report("misaligned", line, "a cp.async of %u bytes from 0x%lx", bytes, from);
   if (to % bytes) report("misaligned", line, "a cp.async of %u bytes to shared+%u", bytes, to);
-  if (to < shared_base || uint64_t(to) + bytes > block.shared_end) {
+  if (!in_shared(to, bytes)) {
     report("out-of-bounds", line, "a cp.async of %u bytes to shared+%u, which ends at %u", bytes, to, block.shared_end);
     return;
   }

@@ -27,6 +27,15 @@ struct Block {
 };
 extern Block block;
 
+inline bool in_shared(uint32_t address, uint32_t bytes) {
+  return address >= shared_base && uint64_t(address) + bytes <= block.shared_end;
+}
+// Where a byte lies whose place is permuted, as tensor cores and the copy engine both have it: chunks of 16 bytes in
+// rows of `row` bytes, by the number of their 128 bytes.
+inline uint32_t swizzled(uint32_t address, uint32_t row) {
+  return address ^ ((address >> 7 & (row / 16 - 1)) << 4);
+}
+
 // -- schedule.cpp
 void wait_for(const char* what, Line line);  // gives way until somebody wakes the current thread
 void wake(uint32_t thread);

@@ -21,8 +21,6 @@
 namespace ptx {
 namespace {
 
-constexpr uint32_t chunk_bytes = 16;
-
 struct Element {
   uint32_t shared;
   uint8_t* global;  // null: beyond the tensor
@@ -52,11 +50,6 @@ void access_all(uint64_t address, uint32_t bytes, bool write, Access kind, Line 
     at_global(address + done, step, write, kind, line, hint);
     done += step;
   }
-}
-
-// Where a byte of the box lies.
-uint32_t swizzled(uint32_t address, uint32_t row) {
-  return address ^ ((address >> 7 & (row / chunk_bytes - 1)) << 4);
 }
 
 struct Box {
@@ -102,7 +95,7 @@ struct Box {
   Elements elements(uint32_t shared, bool write, Access kind, Line line, uint32_t& hint) const {
     Elements found;
     if (shared % 128) report("misaligned", line, "a bulk copy at shared+%u", shared);
-    if (shared < shared_base || uint64_t(shared) + bytes() > block.shared_end) {
+    if (!in_shared(shared, bytes())) {
       report("out-of-bounds", line, "a bulk copy of %u bytes at shared+%u, which ends at %u", bytes(), shared,
              block.shared_end);
       return found;

@@ -101,7 +101,7 @@ bool would_change_global(uint64_t address, const void* value, uint32_t bytes) {
 
 uint8_t* at_shared(uint32_t address, uint32_t bytes, bool write, Access kind, Line line, bool changes) {
   check_alignment(address, bytes, write, kind, line);
-  if (address < shared_base || uint64_t(address) + bytes > block.shared_end) {
+  if (!in_shared(address, bytes)) {
     report("out-of-bounds", line, "%s of %u bytes at shared+%u, which ends at %u", verb(write, kind), bytes, address,
            block.shared_end);
     return nowhere();

@@ -68,8 +68,7 @@ struct Descriptor {
     } else {
       offset = i / 8 * stride + i % 8 * row + (row == 16 ? k / per_row * leading + k % per_row * width : k * width);
     }
-    const uint32_t linear = start + offset;
-    return linear ^ ((linear >> 7 & (row / 16 - 1)) << 4);
+    return swizzled(start + offset, row);
   }
 };
 
@@ -107,7 +106,7 @@ Operand from_shared(uint64_t descriptor, bool mn_major, uint32_t count, bool is_
   for (uint32_t i = 0; i < count; ++i) {
     for (uint32_t k = 0; k < k_count; ++k) {
       const uint32_t address = d.address(i, k, width, mn_major);
-      if (address < shared_base || address + width > block.shared_end) {
+      if (!in_shared(address, width)) {
         report("out-of-bounds", line, "wgmma reads element (%u, %u) of an operand at shared+%u, which ends at %u", i, k,
                address, block.shared_end);
         return found;
