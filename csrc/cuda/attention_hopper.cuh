@@ -42,8 +42,9 @@ struct HopperCut : Stream {
   static constexpr int tiles_bytes = operands_bytes + 2 * D * tile_rows * (first_stages + second_stages);
 };
 
-// Named barriers; 0 is that of __syncthreads().
+// Named barriers. All threads meet at one of these, too: __syncthreads() is for who comes to the same place.
 enum HopperBarrier {
+  of_all = 0,
   of_role = 1,  // one each: who copies, and each warpgroup that computes
   of_computing = 5,
   turn = 6,  // of either warpgroup, to begin products, or whatever else they take turns at
@@ -300,7 +301,7 @@ __device__ inline void load(const Arguments& a, const TileMap& map, HopperBlock<
 #pragma unroll 1
   for (bool careful = false;; careful = true) {
     load_all<Cut, Second>(a, map, block, tiles, uses);
-    __syncthreads();
+    ptx::barrier(of_all, Cut::threads);
     if (careful || block.unclean == 0) break;
   }
 }
@@ -423,7 +424,7 @@ __device__ inline void play_roles(const Arguments& a, const StreamMaps& maps, un
 #pragma unroll 1
     for (bool careful = false;; careful = true) {
       pass(block, tiles, careful, progress);
-      __syncthreads();
+      ptx::barrier(of_all, Cut::threads);
       if (careful || block.unclean == 0) break;
     }
     if (group_now() == 0) ptx::barrier(turn, Cut::computing);

@@ -130,7 +130,10 @@ Heads heads(const char* name, const char* argument, const TensorView& view) {
   bool fits = aligned(view, 16) && view.shape[3] % 8 == 0;
   for (int dim = 0; dim < 3; ++dim) fits = fits && (view.shape[dim] == 1 || view.stride[dim] % 8 == 0);
   if (!fits) fail(name, ": rows of ", argument, " must be of whole 16 bytes and start at multiples of them");
-  return {view.data, view.stride[0], view.stride[1], view.stride[2], int(view.shape[3])};
+  // Of a dimension of one entry a stride may say anything, and addresses beyond the entry are formed, of copies of no
+  // bytes: these must be multiples, too.
+  const auto stride = [&](int dim) { return view.stride[dim] % 8 == 0 ? view.stride[dim] : 0; };
+  return {view.data, stride(0), stride(1), stride(2), int(view.shape[3])};
 }
 
 AttentionArguments attention_arguments(const char* name, const AttentionProblem& p, const Launch& launch,

@@ -8,12 +8,16 @@ behind a mask is in ``test_hopper_second_pass.py``.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
+import test_attention as attention_cases
 import test_attention_varlen as varlen_cases
 import torch
 from helpers import check
 
 from ptx.test_ops import attention_tensors, dropped
+from pytransformer import ops
 
 BF16, FP16 = torch.bfloat16, torch.float16
 
@@ -47,3 +51,28 @@ def test_forward_and_backward(hopper, name):
 def test_end_to_end(hopper, options, width, dtype):
     case = varlen_cases.Case((5, 0, 170, 1, 140), (170, 3, 170, 140, 0), 2, 1, width, 48, options)
     check("attention_varlen", case.tensors(dtype), case.all_options, hopper)
+
+
+def test_a_thread_that_has_called_nothing_of_cuda(hopper):
+    """Tensor maps are made by the driver, which wants a context bound to the thread."""
+    tensors = attention_cases.qkv(1, 1, 1, 64, 130, 64, 64, dtype=BF16)
+    wanted = ops.attention(**tensors, backend=hopper)
+    with ThreadPoolExecutor(1) as pool:
+        out = pool.submit(ops.attention, **tensors, backend=hopper).result()
+    torch.testing.assert_close(out, wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("names", "length", "stride"),
+    [(("query",), 1, 1), (("key", "value"), 1, 1), (("query", "key", "value"), 150, 8)],
+    ids=["one query", "one key", "overlapping rows"],
+)
+def test_strides_of_which_no_map_can_tell(hopper, names, length, stride):
+    """The stride of a dimension of one entry says nothing, and may be any."""
+    tensors = attention_cases.qkv(1, 1, 1, 150, 150, 64, 64, dtype=BF16)
+    for name in names:
+        memory = torch.randn(64 + stride * length).to(BF16)
+        tensors[name] = memory.as_strided((1, 1, length, 64), (stride, stride, stride, 1))
+    contiguous = {name: x.contiguous() for name, x in tensors.items()}
+    out, wanted = (ops.attention(**given, backend=hopper) for given in (tensors, contiguous))
+    torch.testing.assert_close(out, wanted, rtol=0, atol=0)

@@ -44,6 +44,8 @@ std::unordered_map<const void*, Kernel>& kernels() {
 }
 
 thread_local cudaError_t last_error = cudaSuccess;
+// Whether this thread has a context: the first call that needs one binds it, and functions of the driver want it.
+thread_local bool context = false;
 
 cudaError_t failed(cudaError_t error) {
   if (error != cudaSuccess) last_error = error;
@@ -62,6 +64,7 @@ struct Configuration {
 thread_local Configuration pushed;
 
 cudaError_t launch(const void* function, dim3 grid, dim3 block, void** arguments, size_t shared) {
+  context = true;
   const auto found = kernels().find(function);
   if (found == kernels().end()) return failed(cudaErrorInvalidDeviceFunction);
   if (shared > found->second.dynamic_limit) return failed(cudaErrorInvalidValue);
@@ -120,6 +123,7 @@ static CUresult encode_tensor_map(CUtensorMap* map, CUtensorMapDataType type, cu
                                   const cuuint64_t* size, const cuuint64_t* stride, const cuuint32_t* box,
                                   const cuuint32_t* step, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
                                   CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
+  if (!context) return CUDA_ERROR_INVALID_CONTEXT;
   bool known = interleave == CU_TENSOR_MAP_INTERLEAVE_NONE && swizzle <= CU_TENSOR_MAP_SWIZZLE_128B &&
                fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE;
   for (cuuint32_t d = 0; d < rank; ++d) known = known && step[d] == 1;
@@ -220,7 +224,8 @@ cudaError_t cudaGetDevice(int* device) {
   return *device = 0, cudaSuccess;
 }
 cudaError_t cudaSetDevice(int device) {
-  return failed(device == 0 ? cudaSuccess : cudaErrorInvalidDevice);
+  context = device == 0;
+  return failed(context ? cudaSuccess : cudaErrorInvalidDevice);
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {

@@ -30,7 +30,7 @@ const uint8_t* source_of(uint64_t from, uint32_t given, Line line, uint32_t& hin
 void copy_async(uint32_t to, uint64_t from, uint32_t bytes, uint32_t given, Line line, uint32_t& hint) {
   Thread& thread = *current;
   if (given > bytes) report("cp.async", line, "%u bytes are given for a copy of %u", given, bytes);
-  if (from % bytes && given) report("misaligned", line, "a cp.async of %u bytes from 0x%lx", bytes, from);
+  if (from % bytes) report("misaligned", line, "a cp.async of %u bytes from 0x%lx", bytes, from);
   if (to % bytes) report("misaligned", line, "a cp.async of %u bytes to shared+%u", bytes, to);
   if (!in_shared(to, bytes)) {
     report("out-of-bounds", line, "a cp.async of %u bytes to shared+%u, which ends at %u", bytes, to, block.shared_end);

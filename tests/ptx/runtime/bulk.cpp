@@ -253,7 +253,7 @@ extern "C" int ptx_encode_tensor_map(void* to, uint32_t type, uint32_t rank, uin
     map.size[d] = size[d];
     map.box[d] = uint16_t(box[d]);
     if (d == 0) continue;
-    if (stride[d - 1] == 0 || stride[d - 1] % 16 || stride[d - 1] >= uint64_t(1) << 40) return 1;
+    if (stride[d - 1] % 16 || stride[d - 1] < size[0] * width || stride[d - 1] >= uint64_t(1) << 40) return 1;
     map.stride[d - 1] = stride[d - 1];
   }
   std::memset(to, 0, 128);
