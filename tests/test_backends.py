@@ -138,7 +138,9 @@ def test_a_compiled_call_yields_too(monkeypatch):
 
 def test_cuda_kernels_leave_what_is_large_to_tritons_on_hopper(monkeypatch):
     """As the adapters decide it, on tensors without memory that say they are on a GPU."""
-    cuda = pytest.importorskip("pytransformer.backends.cuda._arguments", reason="the CUDA kernels are not built")
+    pytest.importorskip("pytransformer._cuda", reason="the CUDA module is not built")
+    from pytransformer.backends.cuda import _arguments as cuda
+
     attention, layer_norm = (backends.implementation("cuda", op) for op in ("attention", "layer_norm"))
 
     class OnGpu(torch.Tensor):

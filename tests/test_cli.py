@@ -55,6 +55,8 @@ def test_info_tells_the_state_of_cuda(monkeypatch, capsys, state):
     from pytransformer.backends import cuda
 
     report, reason = CUDA_STATES[state]
+    if reason is None:
+        pytest.importorskip("pytransformer._cuda", reason="the CUDA module is not built")
     monkeypatch.setattr(cuda, "report", lambda: report)
     monkeypatch.setattr(cuda, "_import_error", None)
     backends._unavailable.cache_clear()
