@@ -566,9 +566,12 @@ Q = torch.ones(2, 4, 5, 8)
 K = torch.ones(2, 4, 7, 8)
 GOOD = {"query": Q, "key": K, "value": K}
 NAN = float("nan")
+NESTED = torch.nested.nested_tensor([torch.ones(5, 8), torch.ones(7, 8)], layout=torch.jagged)
 BAD = [
     ({"query": None}, TypeError, "query must be a tensor, got NoneType None"),
     ({"query": Q.int()}, TypeError, "query must be a floating-point tensor, got int32 [2, 4, 5, 8]"),
+    ({"query": Q.to_sparse()}, TypeError, "query must be a dense tensor, got torch.sparse_coo of float32 [2, 4, 5, 8]"),
+    ({"query": NESTED}, TypeError, "query must not be a nested tensor; pass its values(), the sequences end to end"),
     ({"query": torch.ones(8)}, ValueError, "query must be [B,H,T,D], got float32 [8]"),
     ({"key": K.double()}, TypeError, "key must have query's dtype torch.float32, got float64"),
     ({"key": torch.ones(2, 4, 7, 9)}, ValueError, "key must be [B,G,S,D] = [2, 4, 7, 8], got float32 [2, 4, 7, 9]"),

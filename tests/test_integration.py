@@ -286,6 +286,17 @@ def test_fake_and_meta_tensors(op):
     assert [(y.shape, y.dtype) for y in found] == wanted
 
 
+@pytest.mark.parametrize("op", backends.OPS)
+def test_shapes_on_the_meta_device(op):
+    function, args = public(op, "auto")
+    wanted = [(y.shape, y.dtype) for y in outputs_and_grads(function, args)]
+    with torch.device("meta"):
+        function, args = public(op, "auto")
+        found = outputs_and_grads(function, args)
+    assert all(y.is_meta for y in found)
+    assert [(y.shape, y.dtype) for y in found] == wanted
+
+
 @each
 def test_parameters_subclasses_and_inference_mode(op, backend):
     function, args = public(op, backend)

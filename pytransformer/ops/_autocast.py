@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
 
 def autocast_off(device_type: str) -> bool:
-    return not torch.is_autocast_enabled(device_type)
+    return device_type == "meta" or not torch.is_autocast_enabled(device_type)  # torch refuses to tell of meta
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[None]:
+    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
 def cast_to(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -19,6 +19,13 @@ def describe(x: object) -> str:
 def check_tensor(op: str, name: str, x: object) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {describe(x)}")
+    if x.is_nested:
+        raise TypeError(
+            f"{op}: {name} must not be a nested tensor; pass its values(), the sequences end to end, "
+            "which attention_varlen takes with their offsets()"
+        )
+    if x.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got {x.layout} of {describe(x)}")
 
 
 def check_floating(op: str, name: str, x: object) -> None:

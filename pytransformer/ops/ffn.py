@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pytransformer import reference
 from pytransformer.backends import select
-from pytransformer.ops._autocast import autocast_off, cast_to
+from pytransformer.ops._autocast import autocast_off, cast_to, without_autocast
 from pytransformer.ops._checks import (
     check_choice,
     check_floating,
@@ -124,7 +124,7 @@ def ffn(
     name = known or select("ffn", input.device.type, backend, args, obstacle(tensors))
     remember(signature, name) if known is None else None
     if name == "reference":
-        with torch.autocast(input.device.type, enabled=False):
+        with without_autocast(input.device.type):
             return reference.ffn(*args[:-1])
     return (_op(*args, name) if known is None else _op.eager(*args, name))[0]
 

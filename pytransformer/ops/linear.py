@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pytransformer import reference
 from pytransformer.backends import select
-from pytransformer.ops._autocast import autocast_off, cast_to
+from pytransformer.ops._autocast import autocast_off, cast_to, without_autocast
 from pytransformer.ops._checks import check_floating, check_like, check_parameter, check_shape, describe
 from pytransformer.ops._op import FusedOp, obstacle, recall, remember
 
@@ -81,7 +81,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend
     name = known or select("linear", input.device.type, backend, tensors, obstacle(tensors))
     remember(signature, name) if known is None else None
     if name == "reference":
-        with torch.autocast(input.device.type, enabled=False):
+        with without_autocast(input.device.type):
             return reference.linear(*tensors)
     return (_op(*tensors, name) if known is None else _op.eager(*tensors, name))[0]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pytransformer import reference
 from pytransformer.backends import select
-from pytransformer.ops._autocast import autocast_off, cast_to
+from pytransformer.ops._autocast import autocast_off, cast_to, without_autocast
 from pytransformer.ops._checks import (
     check_choice,
     check_device,
@@ -159,7 +159,7 @@ def linear_cross_entropy(
     )
     name = select(_OP, input.device.type, backend, args, obstacle(tensors))
     if name == "reference":
-        with torch.autocast(input.device.type, enabled=False):
+        with without_autocast(input.device.type):
             return reference.linear_cross_entropy(*args[:-1])
     return _op(*args, name)[0]
 
