@@ -1,6 +1,7 @@
 """TransformerDecoderLayer, TransformerDecoder and Transformer against torch's, and decoding step by step."""
 
 import copy
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -169,6 +170,13 @@ def test_same_seed_same_weights_and_state_dicts_load_both_ways(name, args, kwarg
         assert torch.equal(ours.state_dict()[key], x), key
     theirs.load_state_dict(ours.state_dict())
     assert list(copy.deepcopy(ours).state_dict()) == list(theirs.state_dict())
+
+
+def test_copies_keep_an_activation_that_is_a_module():
+    layer = nn.TransformerDecoderLayer(E, H, 24, activation=torch.nn.GELU("tanh"))
+    stack = nn.TransformerDecoder(layer, 2)
+    for duplicate in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), *stack.layers):
+        assert isinstance(duplicate.activation, torch.nn.GELU)
 
 
 def test_custom_stacks_stay():

@@ -37,7 +37,8 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         d_model: E. nhead: H, a divisor of E. dim_feedforward: F.
         dropout: probability for attention weights, hidden and all branches, in training mode.
         activation: ``"relu"``, ``"gelu"``, ``"gelu_tanh"``, ``"silu"``, or a callable; torch's own relu, gelu and
-            silu are fused, another callable runs between two products.
+            silu are fused, another callable runs between two products. One that is a module stays in copies of the
+            layer, as in a ``TransformerDecoder``, where torch's own layer goes over to relu.
         layer_norm_eps: added to the variance. batch_first: [B,T,E] instead of [T,B,E].
         norm_first: pre-norm. bias: give projections and norms biases. device, dtype: of the parameters.
 
@@ -77,6 +78,10 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
         self.dropout2 = nn.Dropout(dropout)
         self.dropout3 = nn.Dropout(dropout)
         self.activation = activation_function(activation)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # torch's decoder layer takes an activation that is a module for missing, and every copy of it for a relu.
+        nn.Module.__setstate__(self, state)
 
     def forward(
         self,
