@@ -129,6 +129,14 @@ def test_tokens_are_suppressed_and_forced(gpt):
         same_tokens(found.sequences, wanted)
 
 
+@pytest.mark.parametrize("num_beams", [2, 4])
+@pytest.mark.parametrize("goes_on", [9, 20])
+def test_nothing_goes_on_behind_an_end_where_fewer_tokens_than_beams_may_come(gpt, num_beams, goes_on):
+    suppressed = [t for t in range(30) if t not in (*EOS, goes_on)]
+    found, wanted = both(gpt, *prompts("even"), num_beams=num_beams, suppress_tokens=suppressed, max_new_tokens=8)
+    same_tokens(found.sequences, wanted)
+
+
 def test_a_prompt_may_use_the_whole_table(gpt):
     ids = torch.full((1, 60), 9)
     assert generate(gpt[1], ids, max_new_tokens=5, eos_token_id=None).sequences.shape == (1, 65)

@@ -77,7 +77,8 @@ class _Search:
         """Takes the logits [B,K,V] of the running beams one token further; returns their parents, int64 [B,K]."""
         candidates, parents, ends = self._candidates(logits)
         self._collect(candidates, ends)
-        kept = (candidates.scores + _WORST * ends).topk(self.settings.num_beams).indices
+        candidates.scores = candidates.scores + _WORST * ends  # ended ones fill the beam where no others are left
+        kept = candidates.scores.topk(self.settings.num_beams).indices
         self.running = candidates.select(kept)
         self.step += 1
         self.open &= self._improvable()
