@@ -385,16 +385,18 @@ def test_extreme_scores(backend_isa):
     assert ops.attention(**tensors, bias=bias, backend=backend_isa).isfinite().all(), "a huge negative bias overflowed"
 
 
-def test_a_bias_of_minus_infinity_masks(backend_isa):
+@pytest.mark.parametrize(("dtype", "rtol", "atol"), [(torch.float32, 1e-4, 1e-5), (torch.bfloat16, 0.02, 0.02)], ids=str)
+def test_a_bias_of_minus_infinity_masks(backend_isa, dtype, rtol, atol):
     """As in SDPA; a row of nothing else included."""
-    tensors = qkv(2, 2, 2, 33, 35, 16, 16)
+    tensors = {name: x.to(dtype) for name, x in qkv(2, 2, 2, 33, 35, 16, 16).items()}
     keep = dense(33, 35)
     keep[:, 0] = True
-    bias = torch.zeros(33, 35).masked_fill(~keep, -torch.inf)
+    keep[7] = False
+    bias = torch.zeros(33, 35, dtype=dtype).masked_fill(~keep, -torch.inf)
     actual = run("attention", tensors, {"attn_mask": bias}, backend_isa)
     wanted = run("attention", tensors, {"attn_mask": keep}, "reference")
     for name, x in actual.items():
-        torch.testing.assert_close(x, wanted[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(x, wanted[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

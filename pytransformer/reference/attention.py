@@ -161,11 +161,11 @@ def _attention(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     scores = attention_scores(query, key, visible, bias, scale, softcap)
-    if visible is None:
+    if visible is None and bias is None:
         lse = torch.logsumexp(scores, -1)
     else:  # logsumexp of a row of -inf has a NaN gradient: such rows are kept out of it
-        seen = visible.any(-1, keepdim=True)
-        lse = torch.where(seen[..., 0], torch.logsumexp(torch.where(seen, scores, 0), -1), -torch.inf)
+        hidden = (scores == -torch.inf).all(-1)
+        lse = torch.where(hidden, -torch.inf, torch.logsumexp(torch.where(hidden[..., None], 0, scores), -1))
     weights = attention_weights(scores, lse)
     if dropout_p > 0:
         assert rng is not None
