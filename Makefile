@@ -9,7 +9,7 @@ SOURCES := $(wildcard csrc/*/*) setup.py pyproject.toml constraints.txt
 # The root of the repository stays off sys.path: the folder kernels/ would shadow a package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: setup build lint format type test test-library test-gpu-kernels test-ptx triton-table test-triton-table \
+.PHONY: setup build lint format type test test-library test-gpu-kernels test-ptx fuzz triton-table test-triton-table \
     cuda-table sass-model bench bench-table bench-regress sanitize neon clean
 
 setup: $(STAMP)
@@ -52,6 +52,12 @@ test-gpu-kernels: setup
 # The tests of the ops over the CUDA kernels, whose PTX runs on the CPU (tests/ptx): needs nvcc, no GPU; some minutes.
 test-ptx: setup
 	PYTRANSFORMER_PTX=1 $(BIN)/pytest
+
+# Calls that hypothesis makes up, other ones every time: some minutes for each of the three.
+fuzz: setup
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_any_call.py --hypothesis-profile=many --numprocesses=2
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest tests/test_any_call.py --hypothesis-profile=many --numprocesses=2
+	PYTRANSFORMER_PTX=1 $(BIN)/pytest tests/test_any_call.py --hypothesis-profile=many
 
 # The figures of every Triton kernel as compiled for GPUs that need not be here: half an hour of a core, the first time.
 # A run that was stopped goes on where it stopped. The second compares with the committed table; make test does a part.

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 import pytransformer
 
@@ -38,6 +39,14 @@ def instruction_sets():
 
 
 ISAS = instruction_sets()
+
+# How many examples hypothesis makes of a test: always the same few, and for ``make fuzz`` many. A backend stays.
+_checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.filter_too_much]
+_any = settings(deadline=None, suppress_health_check=_checks)
+_slow = INTERPRETED or EMULATED
+settings.register_profile("some", _any, derandomize=True, database=None, max_examples=4 if _slow else 20)
+settings.register_profile("many", _any, max_examples=200 if _slow else 2000, print_blob=True)
+settings.load_profile("some")
 
 
 @pytest.fixture(autouse=True)

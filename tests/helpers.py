@@ -80,23 +80,27 @@ def check(
     *,
     harmless: Tensors | None = None,
     magnitudes: Mapping[str, float] | None = None,
+    luck: float = 1.0,
 ) -> dict[str, Tensor]:
     """Judges outputs and gradients of one call, and returns them; every failing one is in the message.
 
     ``harmless`` is what oracle and plain PyTorch get where ``tensors`` hide NaN behind a mask. The largest error
     of plain PyTorch over some hundred elements is a matter of luck: where it decides, plain is measured on a few
-    more inputs of the same kind.
+    more inputs of the same kind. ``luck`` times that is allowed to a case that was sought among thousands.
     """
     actual = run(op, tensors, options, backend)
     dtypes = {n: x.dtype for n, x in actual.items()}
     call = _Call.of(op, harmless or tensors, options, dtypes, magnitudes or {})
     wanted = _wanted(call)
     assert actual.keys() == wanted.keys()
-    found = {n: compare.judge(f"{op} {n}", x, *wanted[n]) for n, x in actual.items()}
+    bounds = {n: compare.Allowed(*(luck * bound for bound in wanted[n][1])) for n in actual}
+    found = {n: compare.judge(f"{op} {n}", x, wanted[n][0], bounds[n]) for n, x in actual.items()}
     failed = {n: c for n, c in found.items() if not c.ok}
     if failed and all(c.mismatch is None for c in failed.values()):
         loosest = _loosest(call)
-        failed = {n: c for n, c in failed.items() if c.max_error > loosest[n][0] or c.rms_error > loosest[n][1]}
+        failed = {
+            n: c for n, c in failed.items() if c.max_error > luck * loosest[n][0] or c.rms_error > luck * loosest[n][1]
+        }
     assert not failed, "\n" + "\n".join(map(str, failed.values()))
     for name, x in tensors.items():
         if f"d{name}" in actual:
@@ -128,7 +132,7 @@ class _Contents(pickle.Pickler):
     def reducer_override(self, x: object) -> Any:
         if not isinstance(x, Tensor):
             return NotImplemented
-        values = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        values = x.detach().cpu().clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8)
         return str, (f"{x.dtype}{list(x.shape)}", values.numpy().tobytes())
 
 

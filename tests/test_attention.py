@@ -385,7 +385,9 @@ def test_extreme_scores(backend_isa):
     assert ops.attention(**tensors, bias=bias, backend=backend_isa).isfinite().all(), "a huge negative bias overflowed"
 
 
-@pytest.mark.parametrize(("dtype", "rtol", "atol"), [(torch.float32, 1e-4, 1e-5), (torch.bfloat16, 0.02, 0.02)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "rtol", "atol"), [(torch.float32, 1e-4, 1e-5), (torch.bfloat16, 0.02, 0.02)], ids=str
+)
 def test_a_bias_of_minus_infinity_masks(backend_isa, dtype, rtol, atol):
     """As in SDPA; a row of nothing else included."""
     tensors = {name: x.to(dtype) for name, x in qkv(2, 2, 2, 33, 35, 16, 16).items()}
