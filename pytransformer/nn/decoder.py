@@ -81,7 +81,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # torch's decoder layer takes an activation that is a module for missing, and every copy of it for a relu.
-        nn.Module.__setstate__(self, state)
+        nn.Module.__setstate__(self, state)  # type: ignore[no-untyped-call]
 
     def forward(
         self,
