@@ -13,7 +13,7 @@ def autocast_off(device_type: str) -> bool:
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[None]:
-    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
+    return nullcontext() if autocast_off(device_type) else torch.autocast(device_type, enabled=False)
 
 
 def cast_to(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
